@@ -1,0 +1,38 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler, cmake and a package registry.
+.PHONY: help demo test test-slow lint bench clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help:
+	@echo "make demo       convert a small real model, hardened, and load it in llama.cpp"
+	@echo "make test       lint, type-check and run the whole test suite"
+	@echo "make test-slow  the longer studies"
+	@echo "make lint       ruff and mypy only"
+	@echo "make bench      benchmarks (tables on standard output)"
+
+$(READY): pyproject.toml scripts/setup_env.sh
+	PYTHON="$(PYTHON)" bash scripts/setup_env.sh $(VENV)
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python scripts/demo.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	$(BIN)/python scripts/bench_grids.py
+	$(BIN)/python scripts/bench_convert.py
+
+clean:
+	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

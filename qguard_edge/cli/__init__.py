@@ -1,0 +1,87 @@
+"""The command line. Commands import what is heavy (torch, llama_cpp) only when they run, so that `--help` is instant.
+
+Exit codes: 0 pass, 1 negative verdict, 2 usage or operation failed, 3 inconclusive.
+"""
+
+import logging
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from rich.markup import escape
+
+from qguard_edge import __version__
+from qguard_edge.cli import convert as _convert
+from qguard_edge.cli import files as _files
+from qguard_edge.cli import lists as _lists
+from qguard_edge.cli.console import err, print_json
+from quant_grids.errors import QGuardError
+
+app = typer.Typer(
+    name="qguard-edge",
+    help="Quantize language models with rounding decisions that keep quantization-conditioned backdoors asleep.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+_convert.register(app)
+_files.register(app)
+_lists.register(app)
+
+FAILED = 2
+INTERRUPTED = 130  # what typer exits with on Ctrl-C
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qguard-edge {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and llama.cpp's log.")] = False,
+) -> None:
+    if debug:
+        os.environ["QGUARD_LOG_LEVEL"] = "DEBUG"
+    level = os.environ.get("QGUARD_LOG_LEVEL", "WARNING").upper()
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: every failure is one sentence on standard error and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        app(args=arguments, prog_name="qguard-edge")
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            return _fail("interrupted; nothing was left behind under the final name", arguments)
+        return done.code if isinstance(done.code, int) else 0
+    except QGuardError as error:
+        return _fail(str(error), arguments)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing to say to anyone.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if "--debug" in arguments:
+            err.print_exception()
+        return _fail(f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback)", arguments)
+    return 0
+
+
+def _fail(message: str, arguments: list[str]) -> int:
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    if "--json" in arguments:
+        print_json({"status": "error", "error": message})
+    return FAILED
+

@@ -1,0 +1,302 @@
+"""`qguard-edge convert`: the main job."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qguard_edge.cli.console import (
+    ConsoleProgress,
+    alignment_text,
+    count_text,
+    err,
+    json_text,
+    out,
+    percent,
+    print_json,
+    size_text,
+    table,
+)
+from qguard_edge.cli.defense_flags import options_from, with_defense_flags
+from qguard_edge.defenses.options import DEFAULT_DEFENSE
+
+if TYPE_CHECKING:
+    from qguard_edge.dry_run import DryRun
+    from qguard_edge.pipeline import ConvertReport
+
+QUANTIZE_PANEL = "Options that llama-quantize knows too"
+
+HELP = """Convert MODEL to a hardened GGUF.
+
+MODEL is a Hugging Face folder, a hub id (OWNER/NAME), or a .gguf file in F32, F16 or BF16 (the first shard of a split one).
+
+Examples:
+
+    qguard-edge convert ./SmolLM2-135M-Instruct --to q4_k
+
+    qguard-edge convert model-bf16.gguf --to q6_k -o model-{ftype}.gguf --keep-reference
+
+    qguard-edge convert Qwen/Qwen2.5-0.5B-Instruct --to q4_k_m --imatrix imatrix.gguf --dry-run
+"""
+
+
+@with_defense_flags
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", metavar="TYPE", help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16.")
+    ],
+    outfile: Annotated[
+        str | None,
+        typer.Option("-o", "--outfile", help="Output; {ftype} is replaced. Default: NAME-FTYPE.gguf in this folder."),
+    ] = None,
+    defense: Annotated[str, typer.Option(help="Rounding defense, see `qguard-edge defenses`.")] = DEFAULT_DEFENSE,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Repeat a conversion. Default: fresh for each, recorded in the file.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    base_type: Annotated[
+        str | None, typer.Option(help="Precision of the base made from a folder: f32, f16 or bf16. Default: the model's own.")
+    ] = None,
+    pre: Annotated[str | None, typer.Option(help="Force llama.cpp's pre-tokenizer name.")] = None,
+    keep_reference: Annotated[
+        bool, typer.Option("--keep-reference", help="Also keep llama.cpp's own file, as NAME.reference.gguf.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    allow_unprotected: Annotated[
+        bool, typer.Option("--allow-unprotected", help="Accept tensors whose type no defense can reach.")
+    ] = False,
+    no_load_check: Annotated[
+        bool, typer.Option("--no-load-check", help="Do not load the result in llama.cpp before it gets its name.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan per tensor, sizes and memory; write nothing.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    report_file: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write the JSON document to this file.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="Importance matrix, GGUF or legacy .dat.", rich_help_panel=QUANTIZE_PANEL)
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RE=TYPE", help="Type of the tensors that match; repeatable.", rich_help_panel=QUANTIZE_PANEL),
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None, typer.Option(help="Type of output.weight.", rich_help_panel=QUANTIZE_PANEL)
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None, typer.Option(help="Type of the token embeddings.", rich_help_panel=QUANTIZE_PANEL)
+    ] = None,
+    pure: Annotated[
+        bool, typer.Option("--pure", help="No mixture: every tensor gets the same type.", rich_help_panel=QUANTIZE_PANEL)
+    ] = False,
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.", rich_help_panel=QUANTIZE_PANEL)
+    ] = False,
+    override_kv: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=TYPE:VALUE", help="Override metadata; repeatable.", rich_help_panel=QUANTIZE_PANEL),
+    ] = None,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="Accept an already quantized input.", rich_help_panel=QUANTIZE_PANEL),
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(min=0, help="Threads; 0 means all cores.", rich_help_panel=QUANTIZE_PANEL)
+    ] = 0,
+    **flags: Any,
+) -> None:
+    """Replaced by HELP when the command is registered."""
+    chosen = options_from(defense, flags)
+
+    from convert.ftypes import parse_file_type
+    from convert.quantizer import QuantizeOptions, parse_tensor_type
+
+    options = QuantizeOptions(
+        file_type=parse_file_type(to),
+        threads=threads,
+        imatrix=imatrix,
+        tensor_types=tuple(parse_tensor_type(text) for text in tensor_type or ()),
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        pure=pure,
+        leave_output_tensor=leave_output_tensor,
+        override_kv=tuple(override_kv or ()),
+        allow_requantize=allow_requantize,
+    )
+    options.check()
+
+    from qguard_edge.pipeline import ConvertRequest, convert_model
+
+    request = ConvertRequest(
+        model=model,
+        options=options,
+        defense=chosen,
+        outfile=outfile,
+        revision=revision,
+        base_type=base_type,
+        pre=pre,
+        device=device,
+        seed=seed,
+        keep_reference=keep_reference,
+        overwrite=overwrite,
+        allow_unprotected=allow_unprotected,
+        check_loads=not no_load_check,
+    )
+    if dry_run:
+        from qguard_edge.dry_run import dry_run as plan
+
+        _show_dry_run(plan(request), json_output, quiet)
+        return
+    if report_file:
+        from convert.atomic import check_writable
+
+        check_writable(report_file)
+    with ConsoleProgress(quiet) as progress:
+        report = convert_model(request, progress)
+    document = report_document(report)
+    if report_file:
+        from convert.atomic import atomic_path
+
+        with atomic_path(report_file) as temporary:
+            temporary.write_text(json_text(document))
+    if json_output:
+        print_json(document)
+    elif not quiet:
+        _show_report(report)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("convert", help=HELP)(convert)
+
+
+def report_document(report: "ConvertReport") -> Mapping[str, Any]:
+    """The report as JSON values; files by name only, never by path."""
+    return {
+        "status": "ok",
+        "outfile": report.outfile.name,
+        "reference": report.reference.name if report.reference else None,
+        "file_type": report.file_type.name,
+        "defense": report.defense.name if report.defense else None,
+        "params": asdict(report.defense) if report.defense else None,
+        "seed": report.seed,
+        "protected_share": report.coverage.protected_share if report.coverage else None,
+        "unprotected": [tensor.name for tensor in report.coverage.unprotected] if report.coverage else [],
+        "bytes": {"base": report.base_bytes, "output": report.out_bytes},
+        "sha256": dict(report.hashes),
+        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+        "fallbacks": [asdict(fallback) for fallback in report.quantized.fallbacks] if report.quantized else [],
+        "warnings": list(report.warnings),
+        "load_check": asdict(report.loaded) if report.loaded else None,
+        "tensors": [
+            {
+                "name": rounding.name,
+                "type": rounding.ggml_type.name,
+                "weights": rounding.n_weights,
+                "flips": rounding.outcome.n_changed,
+                "share_flipped": rounding.outcome.n_changed / rounding.n_weights,
+                "alignment_before": 1.0,
+                "alignment": rounding.outcome.alignment,
+                "added_squared_error": rounding.outcome.added_error,
+            }
+            for rounding in report.roundings
+        ],
+    }
+
+
+def _show_report(report: "ConvertReport") -> None:
+    from qguard_edge.metadata import total_outcome
+    from quant_grids import Outcome
+
+    if report.coverage is not None:
+        rows = table(
+            f"{report.outfile.name}: {report.file_type.name}, defense {report.defense.name if report.defense else '-'}",
+            "type", ">tensors", ">weights", "protected", ">flipped", ">alignment", ">added error",
+        )  # fmt: skip
+        by_type: dict[str, list[Any]] = {}
+        for rounding in report.roundings:
+            by_type.setdefault(rounding.ggml_type.name, []).append(rounding)
+        for name, group in sorted(by_type.items()):
+            _add_row(rows, name, len(group), sum(r.n_weights for r in group), total_outcome(group))
+        for label, tensors in (("no", report.coverage.unprotected), ("not rounded", report.coverage.untouched)):
+            kinds = sorted({tensor.ggml_type.name for tensor in tensors})
+            if tensors:
+                weights = sum(tensor.n_weights for tensor in tensors)
+                rows.add_row(", ".join(kinds), str(len(tensors)), count_text(weights), label, "", "", "")
+        total = total_outcome(report.roundings) if report.roundings else Outcome(0, 0.0, 0.0, 0.0)
+        rows.add_section()
+        _add_row(rows, "all", len(report.roundings), sum(r.n_weights for r in report.roundings), total)
+        out.print(rows)
+    _show_fallbacks(report.quantized.fallbacks if report.quantized else ())
+    for warning in report.warnings:
+        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    sizes = f"base {size_text(report.base_bytes)} -> {size_text(report.out_bytes)}"
+    out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
+    if report.seed is not None:
+        out.print(f"seed {report.seed} (recorded in the file; --seed repeats it)", highlight=False)
+    if report.loaded:
+        said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
+        out.print(f"llama.cpp loads it: {said}", highlight=False, markup=False)
+    out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
+    if report.reference:
+        out.print(f"kept  {report.reference}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _add_row(rows: Any, name: str, count: int, weights: int, outcome: Any) -> None:
+    rows.add_row(
+        name,
+        str(count),
+        count_text(weights),
+        "yes",
+        percent(outcome.n_changed / weights) if weights else "-",
+        alignment_text(outcome.alignment) if weights else "-",
+        f"{outcome.added_error:+.0%}" if weights else "-",
+    )
+
+
+def _show_fallbacks(fallbacks: Any) -> None:
+    """Loudly: these tensors are not stored as the type that was asked for."""
+    if not fallbacks:
+        return
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for fallback in fallbacks:
+        groups.setdefault((fallback.wanted, fallback.got, fallback.columns), []).append(fallback.tensor)
+    rows = table(
+        f"{len(fallbacks)} tensors fell back to another type (their row length is not a multiple of the block)",
+        "wanted", "got", ">row length", ">tensors", "for example",
+    )  # fmt: skip
+    for (wanted, got, columns), names in sorted(groups.items()):
+        rows.add_row(wanted, got, str(columns), str(len(names)), names[0])
+    out.print(rows)
+
+
+def _show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
+    if json_output:
+        document = asdict(plan) | {"status": "ok", "outfile": plan.outfile.name}
+        print_json(document)
+        return
+    if not quiet:
+        rows = table("What llama.cpp would write", "tensor", "shape", "from", "to", ">size", "protection", "fallback")
+        for tensor in plan.tensors:
+            fell = f"wanted {tensor.fallback.wanted}" if tensor.fallback else ""
+            shape = " x ".join(map(str, tensor.shape))
+            rows.add_row(
+                tensor.name, shape, tensor.source_type, tensor.target_type, size_text(tensor.n_bytes), tensor.protection, fell
+            )
+        out.print(rows)
+        _show_fallbacks([tensor.fallback for tensor in plan.tensors if tensor.fallback])
+        for warning in plan.warnings:
+            err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    out.print(
+        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}; "
+        f"would write {plan.outfile.name}; nothing was written",
+        highlight=False,
+    )

@@ -1,0 +1,168 @@
+"""`qguard-edge inspect` and `qguard-edge diff`: look into finished files."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json, size_text, table
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+INSPECT_HELP = """Show a GGUF's types, sizes and qguard metadata.
+
+Example:
+
+    qguard-edge inspect model-Q4_K_M.gguf
+"""
+
+DIFF_HELP = """Show what differs between two GGUFs of the same layout.
+
+Per tensor: codes changed, by how many levels at most, bytes that are not code bits, and with --base the alignment.
+Exits with 1 when anything but code bits and qguard.* metadata differs.
+
+Example:
+
+    qguard-edge diff model.reference.gguf model.gguf --base model-bf16.gguf
+"""
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .gguf file (first shard of a split one).")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Replaced by INSPECT_HELP when the command is registered."""
+    from convert.compare import qguard_metadata
+    from convert.gguf_file import GgufModel
+    from quant_grids import GRIDS
+
+    model = GgufModel(file)
+    groups: dict[str, list[Any]] = {}
+    for tensor in model.tensors.values():
+        groups.setdefault(tensor.ggml_type.name, []).append(tensor)
+    metadata = qguard_metadata(model.first)
+    if json_output:
+        listed = [
+            {"name": t.name, "type": t.ggml_type.name, "shape": list(t.shape), "bytes": t.n_bytes}
+            for t in model.tensors.values()
+        ]
+        print_json(
+            {
+                "status": "ok",
+                "file": file.name,
+                "architecture": model.architecture,
+                "weights": model.n_weights,
+                "bytes": model.n_bytes,
+                "qguard": metadata,
+                "tensors": listed,
+            }
+        )
+        return
+    name = model.first.get("general.name", file.name)
+    shards = f", {len(model.shards)} shards" if len(model.shards) > 1 else ""
+    out.print(
+        f"{file.name}: {name}, architecture {model.architecture}, {count_text(model.n_weights)} weights, "
+        f"{size_text(model.n_bytes)}{shards}",
+        highlight=False,
+        markup=False,
+    )
+    rows = table("Tensor types", "type", ">tensors", ">weights", ">bytes", ">share", "grid")
+    for type_name, group in sorted(groups.items(), key=lambda item: -sum(t.n_bytes for t in item[1])):
+        weights, n_bytes = sum(t.n_weights for t in group), sum(t.n_bytes for t in group)
+        grid = GRIDS.get(group[0].ggml_type)
+        kind = grid.kind if grid else "-"
+        rows.add_row(
+            type_name, str(len(group)), count_text(weights), size_text(n_bytes), percent(weights / model.n_weights), kind
+        )
+    out.print(rows)
+    if metadata:
+        rows = table("qguard metadata", "key", "value")
+        for key, value in metadata.items():
+            rows.add_row(f"qguard.{key}", str(value))
+        out.print(rows)
+    else:
+        out.print("no qguard metadata: this file was not made by qguard-edge")
+    if tensors:
+        rows = table("Tensors", "name", "shape", "type", ">bytes")
+        for tensor in model.tensors.values():
+            rows.add_row(tensor.name, " x ".join(map(str, tensor.shape)), tensor.ggml_type.name, size_text(tensor.n_bytes))
+        out.print(rows)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="For instance the reference.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="For instance the hardened file.")],
+    base: Annotated[Path | None, typer.Option(help="Full-precision GGUF both were made from; adds the alignment.")] = None,
+    all_tensors: Annotated[bool, typer.Option("--all", help="Also list tensors without a difference.")] = False,
+    json_output: JsonFlag = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code.")] = False,
+) -> None:
+    """Replaced by DIFF_HELP when the command is registered."""
+    from convert.compare import compare_files
+
+    with ConsoleProgress(quiet) as progress:
+        progress.stage("Comparing", 0, "tensors")
+        found = compare_files(
+            first, second, base=base, threads=os.cpu_count() or 1, progress=lambda _i, _n, name: progress.advance(1, name)
+        )
+    if json_output:
+        print_json(_diff_document(found))
+    elif not quiet:
+        _show_diff(found, all_tensors)
+    if not found.only_code_bits:
+        raise typer.Exit(1)
+
+
+def _diff_document(found: Any) -> dict[str, Any]:
+    return {
+        "status": "pass" if found.only_code_bits else "fail",
+        "only_code_bits": found.only_code_bits,
+        "codes_changed": found.codes_changed,
+        "metadata": list(found.metadata),
+        "qguard_metadata": list(found.qguard_metadata),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "type": tensor.ggml_type.name,
+                "weights": tensor.n_weights,
+                "codes_changed": tensor.codes_changed,
+                "largest_step": tensor.largest_step,
+                "foreign_bytes": tensor.foreign_bytes,
+                "alignment": tensor.alignment,
+            }
+            for tensor in found.tensors
+        ],
+    }
+
+
+def _show_diff(found: Any, all_tensors: bool) -> None:
+    shown = [t for t in found.tensors if all_tensors or t.codes_changed or t.foreign_bytes]
+    if shown:
+        rows = table("Tensors", "name", "type", ">codes changed", ">share", ">largest step", ">other bytes", ">alignment")
+        for tensor in shown:
+            rows.add_row(
+                tensor.name,
+                tensor.ggml_type.name,
+                str(tensor.codes_changed),
+                percent(tensor.codes_changed / tensor.n_weights),
+                str(tensor.largest_step),
+                f"[red]{tensor.foreign_bytes}[/]" if tensor.foreign_bytes else "0",
+                "-" if tensor.alignment is None else f"{tensor.alignment:.3f}",
+            )
+        out.print(rows)
+    for key in found.metadata:
+        out.print(f"[red]metadata differs:[/] {key}", highlight=False)
+    if found.qguard_metadata:
+        out.print(f"qguard metadata differs: {', '.join(found.qguard_metadata)}", highlight=False)
+    verdict = "only code bits differ" if found.only_code_bits else "[red]more than code bits differs[/]"
+    if found.only_code_bits and found.codes_changed == 0:
+        verdict = "the tensors are identical"
+    out.print(f"{found.codes_changed} codes changed in {len(found.tensors)} tensors: {verdict}", highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("inspect", help=INSPECT_HELP)(inspect)
+    app.command("diff", help=DIFF_HELP)(diff)

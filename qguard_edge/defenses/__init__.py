@@ -1,0 +1,1 @@
+"""Rounding defenses, one per file; `options` lists them."""

@@ -1,0 +1,91 @@
+"""What a rounding defense is: given the flips that a grid offers, choose which to take.
+
+The planner walks a tensor in slices of whole rows (some 100,000 weights, so that everything stays in cache), asks the grid for
+the slice's `Flips`, and asks the defense to choose. A defense that balances over a whole tensor first *surveys* every
+slice; the planner then hands each slice its share of the decision. A defense never sees files.
+"""
+
+import importlib
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qguard_edge.defenses.options import DefenseOptions
+from quant_grids import Flips
+
+Options = TypeVar("Options", bound=DefenseOptions)
+
+
+@dataclass(frozen=True)
+class SliceKey:
+    """Which slice of which tensor: it selects the slice's stream of random numbers.
+
+    Attributes:
+        seed: of the conversion.
+        tensor: name.
+        index: number of the slice within the tensor. Slices do not depend on the number of threads.
+    """
+
+    seed: int
+    tensor: str
+    index: int
+
+    def jitter(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Uniform f32 numbers in [-0.5, 0.5) in steps of 2**-16, the same on every device.
+
+        SFC64 is numpy's fastest generator; unpredictability comes from the seed being drawn after the attacker published.
+        """
+        entropy = (self.seed, zlib.crc32(self.tensor.encode()), self.index)
+        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
+        count = int(np.prod(shape))
+        raw = np.frombuffer(bytearray(generator.bytes(2 * count)), np.int16)
+        numbers = torch.from_numpy(raw).to(device).float()
+        return numbers.mul_(2.0**-16).view(*shape)
+
+
+class Defense(ABC, Generic[Options]):
+    """A rule that chooses flips. Subclasses are listed in `qguard_edge.defenses.options`."""
+
+    surveys = False  # whether `survey` must see every slice before `choose` is called
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def survey(self, flips: Flips, key: SliceKey) -> Any:
+        """What the decision needs to know about one slice; only called when `surveys` is true."""
+        raise NotImplementedError
+
+    def settle(self, surveys: Sequence[Any]) -> Sequence[Any]:
+        """From all slices' surveys, in order, what each slice's `choose` is given as `share`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def choose(self, flips: Flips, key: SliceKey, share: Any = None) -> Tensor:
+        """Choose flips.
+
+        Args:
+            flips: of one slice of rows; not modified.
+            key: selects the random numbers.
+            share: this slice's part of what `settle` returned.
+
+        Returns:
+            f32 of the shape of `flips.ratio`: 1 where the flip is taken, else 0.
+        """
+
+
+def make_defense(options: DefenseOptions) -> Defense[Any]:
+    """The defense that a set of options belongs to.
+
+    Raises:
+        UnsupportedError: an option is outside its limits.
+    """
+    options.check()
+    module, _, name = options.implementation.partition(":")
+    defense: Defense[Any] = getattr(importlib.import_module(module), name)(options)
+    return defense

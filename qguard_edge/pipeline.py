@@ -1,0 +1,381 @@
+"""The main job: model in, hardened GGUF out.
+
+    source -> base GGUF -> reference GGUF -> plan + patch -> self-check -> load check -> final name
+
+Everything before the last step happens in a hidden work folder beside the output, so that the final rename stays on one
+file system; the folder goes away however the conversion ends. The library returns a `ConvertReport`; printing is the
+command line's job.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.atomic import PREFIX, OutputError, check_writable, commit
+from convert.compare import compare_files
+from convert.ftypes import FileType
+from convert.gguf_file import GgufFile, GgufModel
+from convert.hf.base import write_base_gguf
+from convert.imatrix import Imatrix, load_imatrix
+from convert.patch import GgufPatch, sha256_of
+from convert.quantizer import QuantizeOptions, QuantizeReport, quantize
+from qguard_edge import __version__
+from qguard_edge.defenses.base import make_defense
+from qguard_edge.defenses.options import DefenseOptions
+from qguard_edge.load_check import LoadCheck, load_check
+from qguard_edge.metadata import qguard_entries
+from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.rounding import (
+    Coverage,
+    TensorRounding,
+    coverage_of,
+    harden,
+    require_coverage,
+    resolve_device,
+)
+from qguard_edge.source import Source, open_base, resolve_source
+from quant_grids.errors import QGuardError
+
+
+class SelfCheckError(QGuardError):
+    """The written file is not what the plan says; it was thrown away."""
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What the user asked for.
+
+    Attributes:
+        model: folder, hub id or .gguf file.
+        options: target type and the options that llama-quantize knows too.
+        defense: the rounding rule and its options.
+        outfile: output file; `{ftype}` and `{FTYPE}` stand for the type's name. None: `NAME-FTYPE.gguf` here.
+        revision: of a hub id.
+        base_type: precision of the base written from a folder; None keeps the checkpoint's.
+        pre: pre-tokenizer name to force.
+        device: auto, cpu or cuda.
+        seed: of the defense's random numbers; None draws a fresh one.
+        keep_reference: also keep llama.cpp's own file, as `NAME.reference.gguf`.
+        overwrite: replace an existing output.
+        allow_unprotected: accept tensors of types without a grid.
+        check_loads: load the result in llama.cpp before it gets its name.
+    """
+
+    model: str
+    options: QuantizeOptions
+    defense: DefenseOptions
+    outfile: str | None = None
+    revision: str | None = None
+    base_type: str | None = None
+    pre: str | None = None
+    device: str = "auto"
+    seed: int | None = None
+    keep_reference: bool = False
+    overwrite: bool = False
+    allow_unprotected: bool = False
+    check_loads: bool = True
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was done.
+
+    Attributes:
+        outfile: the finished file.
+        reference: llama.cpp's own file, if it was kept.
+        file_type: the target.
+        defense: the rounding rule, None for a base file.
+        seed: that was used.
+        coverage: which tensors were protected, None for a base file.
+        roundings: per protected tensor.
+        quantized: what llama.cpp reported.
+        base_bytes: size of the base.
+        out_bytes: size of the output.
+        hashes: SHA-256 of `base`, `reference` and `output`.
+        seconds: wall time of each stage.
+        warnings: one sentence each.
+        loaded: the load check's answer.
+    """
+
+    outfile: Path
+    reference: Path | None
+    file_type: FileType
+    defense: DefenseOptions | None
+    seed: int | None
+    coverage: Coverage | None
+    roundings: tuple[TensorRounding, ...]
+    quantized: QuantizeReport | None
+    base_bytes: int
+    out_bytes: int
+    hashes: Mapping[str, str]
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+    loaded: LoadCheck | None = None
+
+
+@dataclass
+class _Clock:
+    """Wall time per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def convert_model(request: ConvertRequest, progress: Progress | None = None) -> ConvertReport:
+    """Convert a model; on any error nothing is left under the final name.
+
+    Raises:
+        QGuardError: one of its kinds, with a sentence for the user.
+    """
+    progress = progress or NoProgress()
+    request.options.check()
+    request.defense.check()
+    source = resolve_source(request.model, request.revision)
+    outfile = output_path(request, source)
+    _check_output(outfile, source, request)
+    clock = _Clock()
+    with _work_folder(outfile.parent) as work:
+        warnings: list[str] = []
+        with clock.stage("base"):
+            base = _make_base(source, request, work, progress, warnings)
+        if request.options.file_type.base:
+            return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
+        return _Conversion(request, base, outfile, work, clock, progress, warnings).run()
+
+
+def output_path(request: ConvertRequest, source: Source) -> Path:
+    """The final name of the output."""
+    name = request.options.file_type.name
+    template = request.outfile or f"{source.name}-{{FTYPE}}.gguf"
+    return Path(template.replace("{ftype}", name.lower()).replace("{FTYPE}", name)).expanduser()
+
+
+def reference_path(outfile: Path) -> Path:
+    """Where `--keep-reference` puts llama.cpp's own file."""
+    return outfile.with_name(f"{outfile.stem}.reference{outfile.suffix}")
+
+
+def _check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
+    check_writable(outfile)
+    targets = [outfile] + ([reference_path(outfile)] if request.keep_reference else [])
+    for target in targets:
+        if source.is_gguf and target.exists() and target.samefile(source.path):
+            raise OutputError(f"input and output are the same file, {target.name}; choose another with --outfile")
+        if target.exists() and not request.overwrite:
+            raise OutputError(f"{target.name} exists; pass --overwrite to replace it or choose another with --outfile")
+
+
+@contextmanager
+def _work_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, removed at the end."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    except OSError as error:
+        raise OutputError(f"the output folder {parent} cannot be written: {error.strerror}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_base(
+    source: Source, request: ConvertRequest, work: Path, progress: Progress, warnings: list[str]
+) -> GgufModel:
+    """The full-precision GGUF: the input itself, or one written from the folder."""
+    if source.is_gguf:
+        base = open_base(source.path, request.options.allow_requantize)
+        if request.options.allow_requantize:
+            warnings.append("the input is already quantized: only what the second rounding adds is protected")
+        return base
+    path = work / "base.gguf"
+    base_type = request.base_type
+    if request.options.file_type.base:
+        base_type = request.options.file_type.name.lower()
+    progress.stage("Writing the base", 0, "B")
+    done = 0
+
+    def advance(name: str, count: int, total: int) -> None:
+        nonlocal done
+        if done == 0:
+            progress.stage("Writing the base", total, "B")
+        progress.advance(count - done, name)
+        done = count
+
+    report = write_base_gguf(source.path, path, base_type=base_type, pre=request.pre, name=source.name, progress=advance)
+    warnings.extend(report.warnings)
+    return GgufModel(path)
+
+
+def _finish_base(
+    request: ConvertRequest,
+    source: Source,
+    base: GgufModel,
+    outfile: Path,
+    work: Path,
+    clock: _Clock,
+    progress: Progress,
+    warnings: tuple[str, ...],
+) -> ConvertReport:
+    """`--to f32|f16|bf16`: nothing is quantized, so there is nothing to defend."""
+    made = base.path
+    quantized = None
+    if source.is_gguf:
+        made = work / "converted.gguf"
+        with clock.stage("convert"):
+            quantized = _quantize(base.path, made, request.options, progress, len(base.tensors))
+    loaded = _load_check(made, request, clock, progress)
+    with clock.stage("write"):
+        hashes = {"output": sha256_of([made])}
+        commit(made, outfile)
+    return ConvertReport(
+        outfile=outfile,
+        reference=None,
+        file_type=request.options.file_type,
+        defense=None,
+        seed=None,
+        coverage=None,
+        roundings=(),
+        quantized=quantized,
+        base_bytes=outfile.stat().st_size,
+        out_bytes=outfile.stat().st_size,
+        hashes=hashes,
+        seconds=clock.seconds,
+        warnings=warnings,
+        loaded=loaded,
+    )
+
+
+def _quantize(base: Path, out: Path, options: QuantizeOptions, progress: Progress, count: int) -> QuantizeReport:
+    progress.stage(f"Quantizing with llama.cpp to {options.file_type.name}", count, "tensors")
+    return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
+
+
+def _load_check(path: Path, request: ConvertRequest, clock: _Clock, progress: Progress) -> LoadCheck | None:
+    if not request.check_loads:
+        return None
+    progress.stage("Loading the file in llama.cpp", 0, "")
+    with clock.stage("load check"):
+        return load_check(path, threads=request.options.threads)
+
+
+class _Conversion:
+    """One quantizing conversion, stage by stage."""
+
+    def __init__(
+        self,
+        request: ConvertRequest,
+        base: GgufModel,
+        outfile: Path,
+        work: Path,
+        clock: _Clock,
+        progress: Progress,
+        warnings: list[str],
+    ) -> None:
+        self.request, self.base, self.outfile, self.work = request, base, outfile, work
+        self.clock, self.progress, self.warnings = clock, progress, warnings
+        self.seed = secrets.randbits(63) if request.seed is None else request.seed
+        self.imatrix: Imatrix | None = load_imatrix(request.options.imatrix) if request.options.imatrix else None
+
+    def run(self) -> ConvertReport:
+        """All stages; see the module docstring."""
+        request = self.request
+        device = resolve_device(request.device)
+        with ThreadPoolExecutor(1) as pool:
+            # Hashing the base costs a quarter second per gigabyte: do it while llama.cpp works.
+            base_hash = pool.submit(sha256_of, [shard.path for shard in self.base.shards])
+            with self.clock.stage("reference"):
+                reference_file = self.work / "reference.gguf"
+                quantized = _quantize(self.base.path, reference_file, request.options, self.progress, len(self.base.tensors))
+            reference = GgufFile(reference_file)
+            coverage = coverage_of(self.base, reference)
+            require_coverage(coverage, request.allow_unprotected)
+            with self.clock.stage("plan and patch"):
+                made, roundings, hashes = self._patch(reference, coverage, base_hash, device)
+        with self.clock.stage("self-check"):
+            self._self_check(reference, made, roundings)
+        loaded = _load_check(made, request, self.clock, self.progress)
+        kept = reference_path(self.outfile) if request.keep_reference else None
+        with self.clock.stage("write"):
+            hashes["output"] = sha256_of([made])
+            if kept:
+                commit(reference_file, kept)
+            commit(made, self.outfile)
+        return ConvertReport(
+            outfile=self.outfile,
+            reference=kept,
+            file_type=request.options.file_type,
+            defense=request.defense,
+            seed=self.seed,
+            coverage=coverage,
+            roundings=roundings,
+            quantized=quantized,
+            base_bytes=self.base.n_bytes,
+            out_bytes=self.outfile.stat().st_size,
+            hashes=hashes,
+            seconds=self.clock.seconds,
+            warnings=(*self.warnings, *quantized.warnings),
+            loaded=loaded,
+        )
+
+    def _patch(
+        self, reference: GgufFile, coverage: Coverage, base_hash: "Future[str]", device: Any
+    ) -> tuple[Path, tuple[TensorRounding, ...], dict[str, str]]:
+        """Plan and patch in one pass over the tensors."""
+        made = self.work / "hardened.gguf"
+        weights = sum(tensor.n_weights for tensor in coverage.protected)
+        self.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
+        hashes = {"base": "0" * 64, "reference": "0" * 64}
+        patch = GgufPatch(reference, made, qguard_entries(__version__, self.request.defense, self.seed, hashes, ()))
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                reference_hash = pool.submit(sha256_of, [reference.path])
+                roundings = harden(
+                    self.base,
+                    reference,
+                    coverage.protected,
+                    make_defense(self.request.defense),
+                    seed=self.seed,
+                    sink=patch.write_rows,
+                    threads=self.request.options.threads,
+                    device=device,
+                    imatrix=self.imatrix,
+                    progress=self.progress,
+                )
+                patch.copy_rest(tensor.name for tensor in coverage.protected)
+                hashes = {"base": base_hash.result(), "reference": reference_hash.result()}
+            patch.rewrite_metadata(qguard_entries(__version__, self.request.defense, self.seed, hashes, roundings))
+        finally:
+            patch.close()
+        return made, roundings, hashes
+
+    def _self_check(self, reference: GgufFile, made: Path, roundings: tuple[TensorRounding, ...]) -> None:
+        """Read the file back and hold every bit against the reference and the plan."""
+        self.progress.stage("Checking every bit against the reference", len(reference.tensors), "tensors")
+        threads = self.request.options.threads or os.cpu_count() or 1
+        difference = compare_files(
+            reference.path, made, threads=threads, progress=lambda _i, _n, name: self.progress.advance(1, name)
+        )
+        planned = {rounding.name: rounding.outcome.n_changed for rounding in roundings}
+        for tensor in difference.tensors:
+            if tensor.foreign_bytes or tensor.codes_changed != planned.get(tensor.name, 0):
+                raise SelfCheckError(
+                    f"{tensor.name!r} was not written as planned ({tensor.codes_changed} codes changed, "
+                    f"{planned.get(tensor.name, 0)} planned, {tensor.foreign_bytes} other bytes); please report this"
+                )
+        if difference.metadata:
+            raise SelfCheckError(f"the metadata key {difference.metadata[0]!r} changed; please report this")

@@ -1,0 +1,29 @@
+"""How long work reports itself: the library talks to this protocol, the command line draws the bars."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Told about one stage at a time."""
+
+    def stage(self, name: str, total: int, unit: str) -> None:
+        """A stage begins; `total` units will be done (0: unknown)."""
+
+    def advance(self, count: int, detail: str = "") -> None:
+        """`count` more units are done; `detail` says what is being worked on."""
+
+    def note(self, text: str) -> None:
+        """Something the user should read."""
+
+
+class NoProgress:
+    """Says nothing."""
+
+    def stage(self, name: str, total: int, unit: str) -> None:
+        """See `Progress.stage`."""
+
+    def advance(self, count: int, detail: str = "") -> None:
+        """See `Progress.advance`."""
+
+    def note(self, text: str) -> None:
+        """See `Progress.note`."""

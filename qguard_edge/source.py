@@ -1,0 +1,92 @@
+"""Where a model comes from: a Hugging Face folder, a hub id, or a GGUF file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.gguf_file import GgufModel
+from convert.tensor_io import FLOAT_TYPES
+from quant_grids.errors import QGuardError, UnsupportedError
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
+
+
+class SourceError(QGuardError):
+    """The model cannot be found or fetched."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk.
+
+    Attributes:
+        path: folder, or GGUF file (first shard of a split one).
+        name: for file names and metadata, without any path.
+        is_gguf: whether `path` is a GGUF file.
+    """
+
+    path: Path
+    name: str
+    is_gguf: bool
+
+
+def resolve_source(model: str, revision: str | None = None) -> Source:
+    """Find the model that the user named; a hub id is downloaded (safetensors and small text files only).
+
+    Raises:
+        SourceError: no such file or folder, or the hub did not deliver.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceError(f"{path.name} is neither a folder nor a .gguf file; give the model's folder")
+        return Source(path, _stem(path), is_gguf=True)
+    if path.is_dir():
+        return Source(path, path.resolve().name, is_gguf=False)
+    if _looks_like_hub_id(model):
+        return Source(_download(model, revision), model.rpartition("/")[2], is_gguf=False)
+    raise SourceError(f"{model!r} is not a folder, not a .gguf file and not a hub id of the form OWNER/NAME")
+
+
+def _stem(path: Path) -> str:
+    stem = path.stem
+    head, _, tail = stem.rpartition("-of-")
+    if tail.isdigit() and head[-5:].isdigit():
+        stem = head[:-6]
+    for suffix in ("-f32", "-f16", "-bf16", ".f32", ".f16", ".bf16"):
+        if stem.lower().endswith(suffix):
+            return stem[: -len(suffix)]
+    return stem
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    owner, slash, name = model.partition("/")
+    parts = owner and name and slash and "/" not in name
+    return bool(parts) and not model.startswith((".", "~")) and "\\" not in model
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{repo!r} is no local folder and could not be fetched from the hub: {reason}") from error
+
+
+def open_base(path: Path, allow_requantize: bool) -> GgufModel:
+    """Open a base GGUF and refuse one that is quantized already.
+
+    Raises:
+        UnsupportedError: it is quantized and `allow_requantize` is not set.
+        FormatError: it is not a sound GGUF.
+    """
+    base = GgufModel(path)
+    quantized = [tensor for tensor in base.tensors.values() if tensor.ggml_type not in FLOAT_TYPES]
+    if quantized and not allow_requantize:
+        raise UnsupportedError(
+            f"{path.name} is already quantized ({quantized[0].name!r} is {quantized[0].ggml_type.name}); give an F32, F16 or "
+            "BF16 model, or pass --allow-requantize: then only what the second rounding adds can be protected"
+        )
+    return base
