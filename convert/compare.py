@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType
 
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.patch import PREFIX
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from quant_grids import GRIDS
 from quant_grids.errors import FormatError
+from quant_grids.ggml_type import GgmlType
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TensorDifference:
     """
 
     name: str
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     n_weights: int
     codes_changed: int
     largest_step: int

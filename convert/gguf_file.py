@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from quant_grids.errors import FormatError
+from quant_grids.ggml_type import GgmlType, layout_of, type_of
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
@@ -62,7 +63,7 @@ class TensorInfo:
     """
 
     name: str
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     shape: tuple[int, ...]
     offset: int
     n_bytes: int
@@ -169,9 +170,7 @@ class GgufFile:
             where = f"{self.path.name}: tensor {name!r}"
             if name in tensors:
                 raise FormatError(f"{where} is listed twice")
-            if type_number not in KNOWN_TYPES:
-                raise FormatError(f"{where} has type number {type_number}, which gguf does not know")
-            ggml_type = GGMLQuantizationType(type_number)
+            ggml_type = _storage_type(type_number, where)
             n_bytes = stored_bytes(ggml_type, shape, where)
             if offset % self.alignment:
                 raise FormatError(f"{where} starts at {offset}, not a multiple of the alignment {self.alignment}")
@@ -356,16 +355,25 @@ class _Cursor:
         return name, shape, self.number("<I"), self.number("<Q")
 
 
-KNOWN_TYPES = {int(member) for member in GGMLQuantizationType if member in GGML_QUANT_SIZES}
+def _storage_type(number: int, where: str) -> GgmlType:
+    try:
+        ggml_type = type_of(number)
+    except FormatError:
+        raise FormatError(f"{where} has type number {number}, which this version does not know") from None
+    if layout_of(ggml_type) is None:
+        raise FormatError(f"{where} has type {ggml_type.name}, whose layout this version does not know")
+    return ggml_type
 
 
-def stored_bytes(ggml_type: GGMLQuantizationType, shape: Sequence[int], where: str) -> int:
+def stored_bytes(ggml_type: GgmlType, shape: Sequence[int], where: str) -> int:
     """Stored size of a tensor in bytes, computed with Python integers (no wrap-around).
 
     Raises:
         FormatError: an empty or absurd shape, or rows that are not a whole number of blocks.
     """
-    block, size = GGML_QUANT_SIZES[ggml_type]
+    layout = layout_of(ggml_type)
+    assert layout is not None
+    block, size = layout
     total = 1
     for dimension in shape:
         total *= dimension

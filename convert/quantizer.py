@@ -13,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
-
 from convert.ftypes import FileType
-from quant_grids.errors import QGuardError, UnsupportedError
+from quant_grids.errors import FormatError, QGuardError, UnsupportedError
+from quant_grids.ggml_type import type_named
 
 
 class QuantizeError(QGuardError):
@@ -136,11 +135,10 @@ def ggml_type_number(name: str, option: str) -> int:
     Raises:
         UnsupportedError: no such type.
     """
-    for member in GGMLQuantizationType:
-        if member.name == name.upper():
-            return int(member)
-    known = ", ".join(member.name.lower() for member in GGMLQuantizationType)
-    raise UnsupportedError(f"{option}: {name!r} is not a ggml type; choose one of {known}")
+    try:
+        return int(type_named(name))
+    except FormatError as error:
+        raise UnsupportedError(f"{option}: {error}") from None
 
 
 def parse_tensor_type(text: str) -> tuple[str, str]:
@@ -228,7 +226,13 @@ def quantize(
     if code != 0:
         if not dry_run:
             outfile.unlink(missing_ok=True)
-        raise QuantizeError(f"llama.cpp could not quantize {base.name} to {options.file_type.name}: {parser.reason(code)}")
+        reason = parser.reason(code)
+        if "imatrix" in reason or "importance matrix" in reason:
+            raise QuantizeError(
+                f"{options.file_type.name} needs an importance matrix: pass --imatrix FILE, made by llama-imatrix or by "
+                f"`qguard-edge imatrix MODEL --text FILE` (llama.cpp: {reason})"
+            )
+        raise QuantizeError(f"llama.cpp could not quantize {base.name} to {options.file_type.name}: {reason}")
     return parser.report()
 
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from convert.gguf_file import TensorInfo
 from quant_grids import grid_for
 from quant_grids.errors import FormatError
+from quant_grids.ggml_type import GgmlType
 
 SLICE_WEIGHTS = 1 << 17
 """Weights per slice: half a megabyte of f32, so that the few arrays a grid works on stay in the second-level cache."""
 
-FLOAT_TYPES = {
+FLOAT_TYPES: dict[GgmlType, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,

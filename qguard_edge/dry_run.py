@@ -9,15 +9,14 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-from convert.gguf_file import GgufModel, TensorInfo
+from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.quantizer import Fallback, quantize
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
 from qguard_edge.pipeline import ConvertRequest, output_path
 from qguard_edge.source import open_base, resolve_source
 from quant_grids import GRIDS
+from quant_grids.ggml_type import type_named
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
 SLICE_ARRAYS = 40  # f32 arrays of a slice's size that planning a slice touches at most, measured
@@ -104,8 +103,7 @@ def dry_run(request: ConvertRequest) -> DryRun:
 
 
 def _plan(tensor: TensorInfo, target: str, fallback: Fallback | None) -> DryTensor:
-    target_type = GGMLQuantizationType[target]
-    block, size = GGML_QUANT_SIZES[target_type]
+    target_type = type_named(target)
     protection = "float"
     if target_type not in FLOAT_TYPES:
         protection = GRIDS[target_type].kind if target_type in GRIDS else "none"
@@ -114,7 +112,7 @@ def _plan(tensor: TensorInfo, target: str, fallback: Fallback | None) -> DryTens
         shape=tensor.shape,
         source_type=tensor.ggml_type.name,
         target_type=target,
-        n_bytes=tensor.n_weights // block * size,
+        n_bytes=stored_bytes(target_type, tensor.shape, tensor.name),
         protection=protection,
         fallback=fallback,
     )

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
@@ -24,6 +23,7 @@ from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.progress import Progress
 from quant_grids import GRIDS, Flips, Outcome
 from quant_grids.errors import FormatError, QGuardError, UnsupportedError
+from quant_grids.ggml_type import GgmlType
 
 CUDA_SLICE_WEIGHTS = 1 << 24
 Sink = Callable[[TensorInfo, int, Tensor], None]
@@ -39,7 +39,7 @@ class TensorRounding:
     """What the defense did to one tensor."""
 
     name: str
-    ggml_type: GGMLQuantizationType
+    ggml_type: GgmlType
     n_weights: int
     outcome: Outcome
     seconds: float

@@ -32,6 +32,7 @@ from quant_grids.errors import FormatError, UnsupportedError
 from quant_grids.ggml_type import GgmlType, layout_of
 
 GRIDS: dict[GgmlType, "Grid"] = {}
+LARGEST_SQUARE = 1e30  # a squared error beyond this comes from a weight that is not one, and would drown all others
 
 
 @dataclass(frozen=True)
@@ -299,10 +300,12 @@ class ScalarGrid(Grid, abstract=True):
         if bool(dead.any()):
             error.masked_fill_(dead, 0.0)
             step.masked_fill_(dead, 0.0)
-        if not math.isfinite(float(error.sum())):
-            broken = ~torch.isfinite(error)
-            error.masked_fill_(broken, 0.0)
-            step.masked_fill_(broken, 0.0)
+        squared = (error * error).mul_(square)
+        if not math.isfinite(float(squared.sum())):
+            # Weights that are not finite, or whose square is not.
+            broken = ~(squared < LARGEST_SQUARE)
+            for part in (squared, error, step):
+                part.masked_fill_(broken, 0.0)
         rows = len(weights)
         product = (error * step).neg_()
         if distance is not None:
@@ -314,11 +317,10 @@ class ScalarGrid(Grid, abstract=True):
             ratio = product.div_((distance * distance).clamp_(min=1e-30)).clamp_(max=1.0)
         if importance is not None:
             ratio = _weighted_ratio(ratio.view(rows, -1), importance)
-        energy = (error * error).mul_(square).view(rows, -1).sum(-1)
         return ScalarFlips(
             ratio=ratio.view(rows, -1),
             gain=gain.view(rows, -1),
-            energy=energy,
+            energy=squared.view(rows, -1).sum(-1),
             step=step.view(rows, -1),
             error=error.view(rows, -1),
             square=square,
@@ -357,7 +359,7 @@ class ScalarGrid(Grid, abstract=True):
         cross = float(torch.dot(weighted.view(-1), flips.error.view(-1)))
         added = float(torch.dot(weighted.view(-1), moved.view(-1)))
         energy = float(flips.energy.double().sum())
-        count = int(torch.count_nonzero(change))
+        count = int(change.abs().sum(dtype=torch.float64))  # every step is one code
         return self.pack(blocks, codes), Outcome(count, energy, energy + cross, energy + 2.0 * cross + added)
 
     def _level_change(self, before: Tensor, after: Tensor, change: Tensor) -> Tensor:

@@ -39,6 +39,19 @@ def type_of(number: int) -> GgmlType:
     raise FormatError(f"{number} is not a ggml storage type known to this version")
 
 
+def type_named(name: str) -> GgmlType:
+    """The storage type of a name, any case.
+
+    Raises:
+        FormatError: no type has it; the message lists those that do.
+    """
+    for kind in (GGMLQuantizationType, NewerType):
+        if name.upper() in kind.__members__:
+            return type_of(int(kind[name.upper()]))
+    known = ", ".join(member.name.lower() for kind in (GGMLQuantizationType, NewerType) for member in kind)
+    raise FormatError(f"{name!r} is not a ggml type; choose one of {known}")
+
+
 def layout_of(ggml_type: GgmlType) -> tuple[int, int] | None:
     """Weights and bytes per block, or None for a type without a listed layout."""
     if isinstance(ggml_type, NewerType):

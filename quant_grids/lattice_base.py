@@ -48,7 +48,7 @@ import torch
 from gguf import quants
 from torch import Tensor
 
-from quant_grids.base import Flips, Grid, Outcome
+from quant_grids.base import LARGEST_SQUARE, Flips, Grid, Outcome
 
 GROUP = 8  # weights that share a code
 GROUPS = 32  # per block of 256
@@ -219,7 +219,7 @@ class LatticeGrid(Grid, abstract=True):
         book = code_book(self.book, index.device)
         return book.points.index_select(0, index.reshape(-1)).view(-1, GROUP)
 
-    @property
+    @functools.cached_property
     def code_mask(self) -> Tensor:
         """See `Grid.code_mask`: index and mark bits all set, all clear, and what differs."""
         zero = torch.zeros(1, self.type_size, dtype=torch.uint8)
@@ -269,9 +269,9 @@ class LatticeGrid(Grid, abstract=True):
         if codes.shift is not None:
             position -= codes.shift
         error = vector - position
-        # One sum finds everything that is not finite, or whose square is not.
-        if not bool(torch.isfinite((error * error).sum() + square.sum())):
-            usable = torch.isfinite((error * error).sum(1, keepdim=True)) & torch.isfinite(square)
+        energy = (error * error).sum(1, keepdim=True) * square
+        if not bool(torch.isfinite(energy.sum())):
+            usable = energy < LARGEST_SQUARE
             error = torch.where(usable, error, 0.0)
             square = torch.where(usable, square, 0.0)
         return error, square

@@ -14,6 +14,7 @@ from rich.markup import escape
 from qguard_edge import __version__
 from qguard_edge.cli import convert as _convert
 from qguard_edge.cli import files as _files
+from qguard_edge.cli import imatrix as _imatrix
 from qguard_edge.cli import lists as _lists
 from qguard_edge.cli.console import err, print_json
 from quant_grids.errors import QGuardError
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 _convert.register(app)
 _files.register(app)
+_imatrix.register(app)
 _lists.register(app)
 
 FAILED = 2

@@ -43,6 +43,41 @@ def defenses(json_output: JsonFlag = False) -> None:
     out.print(rows)
 
 
+def types(json_output: JsonFlag = False) -> None:
+    """List the file types that `--to` accepts, and how the rounding of each is protected."""
+    from convert.ftypes import ALIASES, FILE_TYPES
+    from quant_grids import GRIDS
+    from quant_grids.ggml_type import layout_of, type_named
+
+    listed = []
+    for file_type in FILE_TYPES:
+        main = type_named(file_type.main)
+        layout = layout_of(main)
+        assert layout is not None
+        grid = GRIDS.get(main)
+        listed.append(
+            {
+                "name": file_type.name,
+                "aliases": [alias for alias, name in ALIASES.items() if name == file_type.name],
+                "main_type": file_type.main,
+                "bits_per_weight": round(layout[1] * 8 / layout[0], 4),
+                "needs_imatrix": file_type.needs_imatrix,
+                "protection": "not rounded" if file_type.base else grid.kind if grid else "none",
+            }
+        )
+    if json_output:
+        print_json({"status": "ok", "types": listed})
+        return
+    rows = table("File types (mixtures give some tensors another type)", "name", "most tensors", ">bits", "imatrix", "protection")
+    for entry in listed:
+        name = " = ".join([str(entry["name"]), *entry["aliases"]])  # type: ignore[misc]
+        needs = "needed" if entry["needs_imatrix"] else ""
+        rows.add_row(name, str(entry["main_type"]), f"{entry['bits_per_weight']:.2f}", needs, str(entry["protection"]))
+    out.print(rows)
+    out.print("scalar: each weight's code is chosen; lattice: codes shared by 4 or 8 weights are chosen together")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("defenses")(defenses)
+    app.command("types")(types)

@@ -43,8 +43,8 @@ class SliceKey:
         """
         entropy = (self.seed, zlib.crc32(self.tensor.encode()), self.index)
         generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
-        count = int(np.prod(shape))
-        raw = np.frombuffer(bytearray(generator.bytes(2 * count)), np.int16)
+        whole = np.iinfo(np.int16)
+        raw = generator.integers(whole.min, whole.max, size=int(np.prod(shape)), dtype=np.int16, endpoint=True)
         numbers = torch.from_numpy(raw).to(device).float()
         return numbers.mul_(2.0**-16).view(*shape)
 

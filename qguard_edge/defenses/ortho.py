@@ -72,15 +72,15 @@ class Ortho(Defense[OrthoOptions]):
         self.surveys = options.group == "tensor"
 
     def _bins(self, flips: Flips, key: SliceKey, count: int) -> Tensor:
-        """Bin of each flip's shifted error: int32 of the shape of `flips.ratio`, values 0..count-1."""
+        """Bin of each flip's shifted error: whole f32 numbers 0..count-1 of the shape of `flips.ratio`."""
         score = flips.ratio * float(count)
         if self.options.width > 0:
             score.add_(key.jitter(flips.ratio.shape, flips.ratio.device), alpha=self.options.width * count)
-        return score.clamp_(0, count - 1).int()
+        return score.clamp_(0, count - 1).floor_()
 
     def survey(self, flips: Flips, key: SliceKey) -> Survey:
         """See `Defense.survey`."""
-        bins = self._bins(flips, key, TENSOR_BINS).view(-1)
+        bins = self._bins(flips, key, TENSOR_BINS).view(-1).int()
         histogram = torch.bincount(bins, flips.gain.view(-1).double(), TENSOR_BINS)
         return Survey(histogram.cpu(), float(flips.energy.double().sum()))
 
@@ -102,14 +102,15 @@ class Ortho(Defense[OrthoOptions]):
             return torch.zeros_like(flips.ratio)
         if isinstance(share, Share):
             bins = self._bins(flips, key, TENSOR_BINS)
-            boundary = torch.tensor([[share.boundary]], dtype=torch.int32, device=bins.device)
+            boundary = torch.tensor([[float(share.boundary)]], device=bins.device)
             rest = torch.tensor([[share.rest]], device=bins.device)
             return _take(bins.view(1, -1), flips.gain.view(1, -1), boundary, rest).view(bins.shape)
         bins = self._bins(flips, key, ROW_BINS)
         rows = len(bins)
         # Every row has a histogram of its own: shift row r's bins to r * ROW_BINS.
         offsets = torch.arange(0, rows * ROW_BINS, ROW_BINS, dtype=torch.int32, device=bins.device).view(-1, 1)
-        histogram = torch.bincount((bins + offsets).view(-1), flips.gain.view(-1), rows * ROW_BINS).view(rows, ROW_BINS)
+        index = bins.int().add_(offsets).view(-1)
+        histogram = torch.bincount(index, flips.gain.view(-1), rows * ROW_BINS).view(rows, ROW_BINS)
         boundary, rest = _boundary(histogram, (1.0 - self.options.target) * flips.energy)
         return _take(bins, flips.gain, boundary.view(-1, 1), rest.view(-1, 1))
 
@@ -128,12 +129,18 @@ def _boundary(histogram: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
     boundary = (collected >= need.unsqueeze(-1)).sum(-1).sub_(1)
     above = torch.cat((collected, torch.zeros_like(collected[:, :1])), dim=-1)
     rest = need - above.gather(-1, (boundary + 1).unsqueeze(-1)).squeeze(-1)
-    return boundary.int(), rest
+    return boundary.to(need.dtype), rest
 
 
 def _take(bins: Tensor, gain: Tensor, boundary: Tensor, rest: Tensor) -> Tensor:
-    """1.0 for flips above the boundary bin, and for those in it, in storage order, until `rest` is met to half a flip."""
-    inside = gain * (bins == boundary)
-    collected = inside.cumsum(-1)
-    partly = (inside > 0) & (collected - 0.5 * inside <= rest)
-    return ((bins > boundary) | partly).float()
+    """1.0 for flips above the boundary bin, and for those in it, in storage order, until `rest` is met to half a flip.
+
+    All masks are floats made by clamping whole numbers: torch's comparisons are five times slower than its arithmetic.
+    """
+    distance = bins - boundary
+    above = distance.clamp(0.0, 1.0)
+    inside = distance.abs_().clamp_(max=1.0).neg_().add_(1.0)
+    gains = gain * inside
+    # A flip in the boundary bin is taken while more than half of its gain is still missing when its turn comes.
+    missing = gains.mul(0.5).sub_(gains.cumsum(-1)).add_(rest)
+    return missing.sign_().clamp_(min=0.0).mul_(inside).add_(above)
