@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
+from typing_extensions import Buffer
 
 from convert.gguf_file import GgufFile, TensorInfo, encode_key_value
 
@@ -60,7 +61,7 @@ class GgufPatch:
     def write_rows(self, tensor: TensorInfo, row: int, blocks: Tensor) -> None:
         """Write new blocks from row `row` on; safe to call from several threads."""
         position = tensor.offset - self.reference.data_start + self._data_start + row * tensor.row_bytes
-        self._write(blocks.contiguous().cpu().numpy().reshape(-1), position)
+        self._write(blocks.contiguous().cpu().numpy().reshape(-1).data, position)
 
     def copy_rest(self, written: Iterable[str]) -> None:
         """Copy every byte of the data section that does not belong to one of the `written` tensors."""
@@ -78,17 +79,22 @@ class GgufPatch:
                 if tensor is not None:
                     position = tensor.offset + tensor.n_bytes
 
-    def _write(self, data: object, position: int) -> None:
-        view = memoryview(data)  # type: ignore[arg-type]
-        while len(view):
-            count = os.pwrite(self._file, view, position)
-            view, position = view[count:], position + count
+    def _write(self, data: Buffer, position: int) -> None:
+        write_all(self._file, data, position)
 
     def close(self) -> None:
         """Close the file; safe to call twice."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def write_all(descriptor: int, data: Buffer, position: int) -> None:
+    """Write every byte of a buffer at a position of a file, however many calls it takes."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
 
 
 def _infos_length(infos: bytes, count: int) -> int:

@@ -33,6 +33,7 @@ from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.load_check import LoadCheck, load_check
 from qguard_edge.metadata import qguard_entries
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.requantize import measure_requantized, write_moved_base
 from qguard_edge.rounding import (
     Coverage,
     TensorRounding,
@@ -289,6 +290,7 @@ class _Conversion:
         self.request, self.base, self.outfile, self.work = request, base, outfile, work
         self.clock, self.progress, self.warnings = clock, progress, warnings
         self.seed = secrets.randbits(63) if request.seed is None else request.seed
+        self.defense = make_defense(request.defense)
         self.imatrix: Imatrix | None = load_imatrix(request.options.imatrix) if request.options.imatrix else None
 
     def run(self) -> ConvertReport:
@@ -304,10 +306,14 @@ class _Conversion:
             reference = GgufFile(reference_file)
             coverage = coverage_of(self.base, reference)
             require_coverage(coverage, request.allow_unprotected)
-            with self.clock.stage("plan and patch"):
-                made, roundings, hashes = self._patch(reference, coverage, base_hash, device)
-        with self.clock.stage("self-check"):
-            self._self_check(reference, made, roundings)
+            if self.defense.requantizes:
+                with self.clock.stage("requantize"):
+                    made, roundings, hashes, quantized = self._requantize(reference, coverage, base_hash)
+            else:
+                with self.clock.stage("plan and patch"):
+                    made, roundings, hashes = self._patch(reference, coverage, base_hash, device)
+                with self.clock.stage("self-check"):
+                    self._self_check(reference, made, roundings)
         loaded = _load_check(made, request, self.clock, self.progress)
         kept = reference_path(self.outfile) if request.keep_reference else None
         with self.clock.stage("write"):
@@ -348,7 +354,7 @@ class _Conversion:
                     self.base,
                     reference,
                     coverage.protected,
-                    make_defense(self.request.defense),
+                    self.defense,
                     seed=self.seed,
                     sink=patch.write_rows,
                     threads=self.request.options.threads,
@@ -362,6 +368,32 @@ class _Conversion:
         finally:
             patch.close()
         return made, roundings, hashes
+
+    def _requantize(
+        self, reference: GgufFile, coverage: Coverage, base_hash: "Future[str]"
+    ) -> tuple[Path, tuple[TensorRounding, ...], dict[str, str], QuantizeReport]:
+        """Move the weights, let llama.cpp quantize again, and measure the result against the first reference."""
+        threads, defense = self.request.options.threads, self.request.defense
+        weights = sum(tensor.n_weights for tensor in coverage.protected)
+        self.progress.stage(f"Moving the weights ({defense.name})", weights, "weights")
+        moved, again, made = self.work / "moved.gguf", self.work / "requantized.gguf", self.work / "hardened.gguf"
+        write_moved_base(
+            self.base, reference, coverage.protected, self.defense, moved, seed=self.seed, threads=threads, progress=self.progress
+        )
+        quantized = _quantize(moved, again, self.request.options, self.progress, len(self.base.tensors))
+        moved.unlink()
+        result = GgufFile(again)
+        self.progress.stage("Measuring the result", weights, "weights")
+        roundings = measure_requantized(
+            self.base, reference, result, coverage.protected, threads=threads, progress=self.progress
+        )
+        hashes = {"base": base_hash.result(), "reference": sha256_of([reference.path])}
+        patch = GgufPatch(result, made, qguard_entries(__version__, defense, self.seed, hashes, roundings))
+        try:
+            patch.copy_rest(())
+        finally:
+            patch.close()
+        return made, roundings, hashes, quantized
 
     def _self_check(self, reference: GgufFile, made: Path, roundings: tuple[TensorRounding, ...]) -> None:
         """Read the file back and hold every bit against the reference and the plan."""

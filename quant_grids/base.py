@@ -57,7 +57,7 @@ class Flips:
     Attributes:
         ratio: f32 `[rows, m]`, normalised error in [0, 1]; 0 where there is no flip. Rises with gain per cost.
         gain: f32 `[rows, m]`, what the flip takes off the projection `<t', t>`; 0 where there is no flip.
-        energy: f32 `[rows]`, the squared error `<t, t>` of the reference.
+        energy: f32 `[rows, blocks]`, the squared error `<t, t>` of each block of the reference.
 
     Grids return a subclass that also carries what their `apply` needs; a defense looks at these three only.
     """
@@ -215,6 +215,10 @@ class Grid(ABC):
             New blocks that differ from `blocks` in code bits only, and what the change did.
         """
 
+    @abstractmethod
+    def steps(self, blocks: Tensor) -> Tensor:
+        """Typical distance of neighbouring levels, in units of a weight: f32, one number per sub-block or group."""
+
     def changed_codes(self, before: Tensor, after: Tensor) -> tuple[int, int]:
         """How many codes differ between two versions of the same blocks, and by how many levels at most."""
         raise UnsupportedError(f"{self.name} cannot count changed codes")
@@ -251,6 +255,11 @@ class ScalarGrid(Grid, abstract=True):
         masks = [self.pack(zero, low + code) ^ self.pack(zero, low) for code in range(len(self.levels))]
         return functools.reduce(torch.bitwise_or, masks)[0]
 
+    def steps(self, blocks: Tensor) -> Tensor:
+        """See `Grid.steps`: the scale times the median gap of the level table."""
+        table = self.level_table(blocks.device)
+        return self.unpack(blocks).scale.abs() * table.diff().median()
+
     def level_table(self, device: torch.device) -> Tensor:
         """f32 `[n_levels]`, ascending."""
         return torch.tensor(self.levels, dtype=torch.float32, device=device)
@@ -279,7 +288,7 @@ class ScalarGrid(Grid, abstract=True):
         inverse = 1.0 / scale
         square = scale * scale
         shift = None if parts.offset is None else parts.offset.reshape(-1, 1) * inverse
-        usable = torch.isfinite(inverse) & torch.isfinite(square)
+        usable = torch.isfinite(inverse) & (square < LARGEST_SQUARE)
         if shift is not None:
             usable &= torch.isfinite(shift)
         if not bool(usable.all()):
@@ -291,7 +300,7 @@ class ScalarGrid(Grid, abstract=True):
             position -= shift
         return position, square
 
-    def flips(self, blocks: Tensor, weights: Tensor, importance: Tensor | None = None) -> Flips:
+    def flips(self, blocks: Tensor, weights: Tensor, importance: Tensor | None = None) -> ScalarFlips:
         """See `Grid.flips`."""
         parts = self.unpack(blocks)
         position, square = self.position(parts, weights)
@@ -320,7 +329,7 @@ class ScalarGrid(Grid, abstract=True):
         return ScalarFlips(
             ratio=ratio.view(rows, -1),
             gain=gain.view(rows, -1),
-            energy=squared.view(rows, -1).sum(-1),
+            energy=squared.view(rows, -1, self.block_size).sum(-1),
             step=step.view(rows, -1),
             error=error.view(rows, -1),
             square=square,

@@ -238,6 +238,12 @@ class LatticeGrid(Grid, abstract=True):
             vectors += codes.shift
         return vectors.mul_(codes.scale).view(len(blocks), self.block_size)
 
+    def steps(self, blocks: Tensor) -> Tensor:
+        """See `Grid.steps`: the scale of each group times the median gap between the values that coordinates take."""
+        codes = self.unpack(blocks)
+        gaps = self.vectors(codes.index, codes.mark).unique().diff()
+        return codes.scale.abs() * (gaps.median() if gaps.numel() else 0.0)
+
     def flips(self, blocks: Tensor, weights: Tensor, importance: Tensor | None = None) -> LatticeFlips:
         """See `Grid.flips`. Groups with a weight, or a scale, that is not finite or too small to divide by offer none."""
         codes = self.unpack(blocks)
@@ -255,7 +261,7 @@ class LatticeGrid(Grid, abstract=True):
         return LatticeFlips(
             ratio=torch.stack(stages.ratio, dim=1).view(rows, -1),
             gain=(total_gain[:, 1:] - total_gain[:, :-1]).view(rows, -1),
-            energy=(error * error).sum(1, keepdim=True).mul_(square).view(rows, -1).sum(1),
+            energy=(error * error).sum(1).mul_(square.view(-1)).view(rows, -1, self.block_size // GROUP).sum(-1),
             total_gain=total_gain,
             total_cost=torch.stack(stages.cost, dim=1).mul_(square),
             index=torch.stack(index, dim=1),

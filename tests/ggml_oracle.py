@@ -1,7 +1,7 @@
 """libggml itself, through ctypes: the oracle that the grids are held against.
 
-llama-cpp-python ships `libggml-base`, which exports the quantizers and a table of type traits with the dequantizers. A missing
-or changed library is an error, never a skipped test.
+llama-cpp-python ships `libggml-base`, which exports the quantizers and a table of type traits with the dequantizers. A
+missing or changed library is an error, never a skipped test.
 """
 
 import ctypes

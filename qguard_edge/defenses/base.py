@@ -36,23 +36,32 @@ class SliceKey:
     tensor: str
     index: int
 
-    def jitter(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Uniform f32 numbers in [-0.5, 0.5) in steps of 2**-16, the same on every device.
-
-        SFC64 is numpy's fastest generator; unpredictability comes from the seed being drawn after the attacker published.
-        """
+    def _generator(self) -> np.random.Generator:
+        # SFC64 is numpy's fastest generator; unpredictability comes from the seed being drawn after the attacker published.
         entropy = (self.seed, zlib.crc32(self.tensor.encode()), self.index)
-        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
+        return np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
+
+    def normal(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Standard normal f32 numbers, the same on every device."""
+        return torch.from_numpy(self._generator().standard_normal(tuple(shape), dtype=np.float32)).to(device)
+
+    def jitter(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Uniform f32 numbers in [-0.5, 0.5) in steps of 2**-16, the same on every device."""
         whole = np.iinfo(np.int16)
-        raw = generator.integers(whole.min, whole.max, size=int(np.prod(shape)), dtype=np.int16, endpoint=True)
+        raw = self._generator().integers(whole.min, whole.max, size=int(np.prod(shape)), dtype=np.int16, endpoint=True)
         numbers = torch.from_numpy(raw).to(device).float()
         return numbers.mul_(2.0**-16).view(*shape)
 
 
 class Defense(ABC, Generic[Options]):
-    """A rule that chooses flips. Subclasses are listed in `qguard_edge.defenses.options`."""
+    """A rule that chooses flips. Subclasses are listed in `qguard_edge.defenses.options`.
+
+    A defense may instead *move* the full-precision weights and leave the rounding to the unmodified quantizer, as some
+    papers do: then `requantizes` is true, `move` is called in place of `choose`, and scales are fitted anew.
+    """
 
     surveys = False  # whether `survey` must see every slice before `choose` is called
+    requantizes = False  # whether the defense moves weights instead of choosing flips
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -77,6 +86,17 @@ class Defense(ABC, Generic[Options]):
         Returns:
             f32 of the shape of `flips.ratio`: 1 where the flip is taken, else 0.
         """
+
+    def move(self, weights: Tensor, reference: Tensor, half_width: float, key: SliceKey) -> Tensor:
+        """Weights that the unmodified quantizer is to round; only called when `requantizes` is true.
+
+        Args:
+            weights: f32 `[rows, columns]`, full precision; not modified.
+            reference: f32 `[rows, columns]`, what plain quantization made of them.
+            half_width: half the median distance of two levels in this tensor, in units of a weight.
+            key: selects the random numbers.
+        """
+        raise NotImplementedError
 
 
 def make_defense(options: DefenseOptions) -> Defense[Any]:

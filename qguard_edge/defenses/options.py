@@ -59,7 +59,7 @@ class OrthoOptions(DefenseOptions):
     summary = "orthogonal rounding: no error component left along the direction the attacker relied on (data-free)"
     implementation = "qguard_edge.defenses.ortho:Ortho"
 
-    group: str = option("row", "weights over which the projection is balanced", choices=("row", "tensor"))
+    group: str = option("row", "weights over which the projection is balanced", choices=("row", "block", "tensor"))
     target: float = option(
         0.0, "share c of the old error direction that is left: 1 none removed, 0 orthogonal, below 0 over-corrected",
         minimum=-1.0, maximum=1.0,
@@ -70,7 +70,57 @@ class OrthoOptions(DefenseOptions):
     )
 
 
-DEFENSE_OPTIONS: Mapping[str, type[DefenseOptions]] = {cls.name: cls for cls in (NoneOptions, OrthoOptions)}
+@dataclass(frozen=True)
+class NoiseOptions(DefenseOptions):
+    """Gaussian noise before rounding, see `qguard_edge.defenses.noise`."""
+
+    name = "noise"
+    summary = "Gaussian noise on the weights before they are rounded (data-free; arXiv 2405.18137)"
+    implementation = "qguard_edge.defenses.noise:Noise"
+
+    mode: str = option(
+        "requantize",
+        "requantize: llama.cpp quantizes the noised model; fixed-grid: keep the reference's scales",
+        choices=("requantize", "fixed-grid"),
+    )
+    relative: float = option(0.3, "sigma in units of half the tensor's median rounding step", minimum=0.0, maximum=10.0)
+    sigma: float = option(0.0, "absolute sigma in place of the relative one; 0 means relative", minimum=0.0, maximum=10.0)
+
+
+@dataclass(frozen=True)
+class FlipGuardOptions(DefenseOptions):
+    """FlipGuard, see `qguard_edge.defenses.flipguard`."""
+
+    name = "flipguard"
+    summary = "flip the weights with the largest normalised error of each block (data-free; arXiv 2606.28962)"
+    implementation = "qguard_edge.defenses.flipguard:FlipGuard"
+
+    share: float = option(0.1, "share of each block's weights to flip", minimum=0.0, maximum=1.0)
+    bound: float = option(
+        0.25, "squared error the flips may add to a block, relative to the block's own", minimum=0.0, maximum=10.0
+    )
+    extremes: bool = option(False, "also flip the weights that hold a sub-block's lowest and highest code")
+
+
+@dataclass(frozen=True)
+class QVecOptions(DefenseOptions):
+    """QVec, see `qguard_edge.defenses.qvec`."""
+
+    name = "qvec"
+    summary = "subtract a multiple of the quantization vector, then round (data-free; arXiv 2606.20254)"
+    implementation = "qguard_edge.defenses.qvec:QVec"
+
+    mode: str = option(
+        "requantize",
+        "requantize: llama.cpp quantizes the moved model; fixed-grid: keep the reference's scales",
+        choices=("requantize", "fixed-grid"),
+    )
+    strength: float = option(0.25, "lambda: how much of the quantization vector is subtracted", minimum=0.0, maximum=2.0)
+
+
+DEFENSE_OPTIONS: Mapping[str, type[DefenseOptions]] = {
+    cls.name: cls for cls in (NoneOptions, OrthoOptions, FlipGuardOptions, QVecOptions, NoiseOptions)
+}
 DEFAULT_DEFENSE = "ortho"
 
 

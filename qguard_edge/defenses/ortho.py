@@ -22,9 +22,8 @@ The seed is drawn when the conversion runs, after the attacker has published. `w
 
 How it runs
 -----------
-Per group (each row, or the whole tensor): a histogram of the shifted errors, weighted by gain; walk down from the top until
-the gain is enough; take every flip above that bin, and as many of the bin's own, in storage order, as are still missing.
-No sorting; the result is exact to one flip.
+Per group (each row, each block, or the whole tensor): `qguard_edge.defenses.greedy` takes flips from the top of the shifted
+errors until their gain is `(1 - c) <t, t>`. No sorting; the result is exact to half a flip.
 
 When it fails
 -------------
@@ -41,10 +40,11 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.base import Defense, SliceKey
+from qguard_edge.defenses.greedy import bins_of, boundary_of, histogram_of, take, take_from_top
 from qguard_edge.defenses.options import OrthoOptions
 from quant_grids import Flips
 
-ROW_BINS = 128
+GROUP_BINS = 128
 TENSOR_BINS = 4096
 
 
@@ -72,23 +72,23 @@ class Ortho(Defense[OrthoOptions]):
         self.surveys = options.group == "tensor"
 
     def _bins(self, flips: Flips, key: SliceKey, count: int) -> Tensor:
-        """Bin of each flip's shifted error: whole f32 numbers 0..count-1 of the shape of `flips.ratio`."""
-        score = flips.ratio * float(count)
+        """Bin of each flip's shifted error, f32 of the shape of `flips.ratio`."""
+        score = flips.ratio.clone()
         if self.options.width > 0:
-            score.add_(key.jitter(flips.ratio.shape, flips.ratio.device), alpha=self.options.width * count)
-        return score.clamp_(0, count - 1).floor_()
+            score.add_(key.jitter(flips.ratio.shape, flips.ratio.device), alpha=self.options.width)
+        return bins_of(score, count)
 
     def survey(self, flips: Flips, key: SliceKey) -> Survey:
         """See `Defense.survey`."""
-        bins = self._bins(flips, key, TENSOR_BINS).view(-1).int()
-        histogram = torch.bincount(bins, flips.gain.view(-1).double(), TENSOR_BINS)
+        bins = self._bins(flips, key, TENSOR_BINS).view(1, -1)
+        histogram = histogram_of(bins, flips.gain.view(1, -1).double(), TENSOR_BINS)[0]
         return Survey(histogram.cpu(), float(flips.energy.double().sum()))
 
     def settle(self, surveys: Sequence[Survey]) -> list[Share]:
         """See `Defense.settle`; the boundary bin's missing gain is spread in proportion to what each slice has in it."""
         total = torch.stack([survey.histogram for survey in surveys]).sum(0)
         need = (1.0 - self.options.target) * sum(survey.energy for survey in surveys)
-        boundary, rest = _boundary(total.view(1, -1), torch.tensor([need], dtype=torch.float64))
+        boundary, rest = boundary_of(total.view(1, -1), torch.tensor([need], dtype=torch.float64))
         index, missing = int(boundary), float(rest)
         if index < 0:
             return [Share(-1, 0.0) for _ in surveys]
@@ -100,47 +100,15 @@ class Ortho(Defense[OrthoOptions]):
         """See `Defense.choose`."""
         if self.options.target >= 1.0:
             return torch.zeros_like(flips.ratio)
+        shape = flips.ratio.shape
         if isinstance(share, Share):
-            bins = self._bins(flips, key, TENSOR_BINS)
+            bins = self._bins(flips, key, TENSOR_BINS).view(1, -1)
             boundary = torch.tensor([[float(share.boundary)]], device=bins.device)
             rest = torch.tensor([[share.rest]], device=bins.device)
-            return _take(bins.view(1, -1), flips.gain.view(1, -1), boundary, rest).view(bins.shape)
-        bins = self._bins(flips, key, ROW_BINS)
-        rows = len(bins)
-        # Every row has a histogram of its own: shift row r's bins to r * ROW_BINS.
-        offsets = torch.arange(0, rows * ROW_BINS, ROW_BINS, dtype=torch.int32, device=bins.device).view(-1, 1)
-        index = bins.int().add_(offsets).view(-1)
-        histogram = torch.bincount(index, flips.gain.view(-1), rows * ROW_BINS).view(rows, ROW_BINS)
-        boundary, rest = _boundary(histogram, (1.0 - self.options.target) * flips.energy)
-        return _take(bins, flips.gain, boundary.view(-1, 1), rest.view(-1, 1))
-
-
-def _boundary(histogram: Tensor, need: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin at which the gain, collected from the top, reaches what is needed.
-
-    Args:
-        histogram: `[groups, bins]`, gain per bin.
-        need: `[groups]`, gain wanted.
-
-    Returns:
-        int32 `[groups]` bin index (-1: all bins together are not enough) and `[groups]` gain still missing above it.
-    """
-    collected = histogram.flip(-1).cumsum(-1).flip(-1)  # gain of this bin and all above
-    boundary = (collected >= need.unsqueeze(-1)).sum(-1).sub_(1)
-    above = torch.cat((collected, torch.zeros_like(collected[:, :1])), dim=-1)
-    rest = need - above.gather(-1, (boundary + 1).unsqueeze(-1)).squeeze(-1)
-    return boundary.to(need.dtype), rest
-
-
-def _take(bins: Tensor, gain: Tensor, boundary: Tensor, rest: Tensor) -> Tensor:
-    """1.0 for flips above the boundary bin, and for those in it, in storage order, until `rest` is met to half a flip.
-
-    All masks are floats made by clamping whole numbers: torch's comparisons are five times slower than its arithmetic.
-    """
-    distance = bins - boundary
-    above = distance.clamp(0.0, 1.0)
-    inside = distance.abs_().clamp_(max=1.0).neg_().add_(1.0)
-    gains = gain * inside
-    # A flip in the boundary bin is taken while more than half of its gain is still missing when its turn comes.
-    missing = gains.mul(0.5).sub_(gains.cumsum(-1)).add_(rest)
-    return missing.sign_().clamp_(min=0.0).mul_(inside).add_(above)
+            return take(bins, flips.gain.view(1, -1), boundary, rest).view(shape)
+        by_row = self.options.group == "row"
+        width = shape[1] if by_row else shape[1] // flips.energy.shape[1]
+        bins = self._bins(flips, key, GROUP_BINS).view(-1, width)
+        limit = flips.energy.sum(-1) if by_row else flips.energy.view(-1)
+        chosen = take_from_top(bins, flips.gain.view(-1, width), (1.0 - self.options.target) * limit, GROUP_BINS)
+        return chosen.view(shape)

@@ -46,8 +46,10 @@ def lattice(name: str) -> LatticeGrid:
 def trained_rows(rows: int = 16, columns: int = 1024, seed: int = 0) -> Floats:
     """Rows as training leaves them: heavier tails than a Gaussian, and every row with its own scale."""
     rng = np.random.default_rng(seed)
-    weights = rng.standard_t(6, (rows, columns)) * 0.02 * np.exp(0.3 * rng.standard_normal((rows, 1)))
-    return weights.astype(np.float32)
+    weights: Floats = (rng.standard_t(6, (rows, columns)) * 0.02 * np.exp(0.3 * rng.standard_normal((rows, 1)))).astype(
+        np.float32
+    )
+    return weights
 
 
 @functools.cache
@@ -69,11 +71,13 @@ def odd_rows(columns: int = 512) -> Floats:
 def importance(columns: int, seed: int = 2) -> Floats:
     """Importance of the columns: spread over two orders of magnitude, mean 1."""
     values = np.exp(np.random.default_rng(seed).standard_normal(columns))
-    return (values / values.mean()).astype(np.float32)
+    relative: Floats = (values / values.mean()).astype(np.float32)
+    return relative
 
 
 def rows_of(kind: str) -> Floats:
-    return {"trained": trained_rows, "odd": odd_rows}[kind]()
+    rows: Floats = trained_rows() if kind == "trained" else odd_rows()
+    return rows
 
 
 @functools.cache
@@ -96,7 +100,8 @@ def quantized(grid: Grid, kind: str = "trained", weighted: bool = False) -> tupl
 
 
 def random_blocks(grid: Grid, count: int, seed: int = 3) -> Bytes:
-    return np.random.default_rng(seed).integers(0, 256, (count, grid.type_size), dtype=np.uint8)
+    blocks: Bytes = np.random.default_rng(seed).integers(0, 256, (count, grid.type_size), dtype=np.uint8)
+    return blocks
 
 
 def hostile_blocks(grid: Grid) -> Bytes:

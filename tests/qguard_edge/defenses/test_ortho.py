@@ -21,7 +21,8 @@ def uniform_flips(rows: int, columns: int, seed: int = 0, *, scales: bool = Fals
     generator = torch.Generator().manual_seed(seed)
     ratio = torch.rand(rows, columns, generator=generator) * 0.5
     square = torch.rand(rows, columns, generator=generator) + 0.5 if scales else torch.ones(rows, columns)
-    return Flips(ratio=ratio, gain=ratio * square, energy=(ratio**2 * square).sum(-1))
+    block = 256 if columns % 256 == 0 else columns
+    return Flips(ratio=ratio, gain=ratio * square, energy=(ratio**2 * square).view(rows, -1, block).sum(-1))
 
 
 def effect(flips: Flips, chosen: torch.Tensor) -> tuple[float, float]:
@@ -31,7 +32,7 @@ def effect(flips: Flips, chosen: torch.Tensor) -> tuple[float, float]:
     return 1.0 - float((chosen * flips.gain).sum()) / energy, float((chosen * cost).sum()) / energy
 
 
-@pytest.mark.parametrize("group", ["row", "tensor"])
+@pytest.mark.parametrize("group", ["row", "block", "tensor"])
 @pytest.mark.parametrize("target", [0.9, 0.5, 0.0, -0.3])
 @pytest.mark.parametrize("width", [0.0, 0.1, 0.5])
 def test_target_is_met(group: str, target: float, width: float) -> None:
@@ -75,22 +76,22 @@ def test_no_choice_of_flips_is_cheaper(seed: int, count: int, target: float) -> 
 
 
 def test_unreachable_target_takes_every_flip() -> None:
-    flips = Flips(torch.full((2, 4), 0.1), torch.full((2, 4), 0.1), torch.full((2,), 100.0))
-    for group in ("row", "tensor"):
+    flips = Flips(torch.full((2, 4), 0.1), torch.full((2, 4), 0.1), torch.full((2, 1), 100.0))
+    for group in ("row", "block", "tensor"):
         assert choose(flips, OrthoOptions(group=group, width=0.0)).sum() == 8
 
 
 def test_nothing_to_do() -> None:
-    zero = Flips(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2))
-    for group in ("row", "tensor"):
+    zero = Flips(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 1))
+    for group in ("row", "block", "tensor"):
         assert choose(zero, OrthoOptions(group=group, width=0.0)).sum() == 0
     assert choose(uniform_flips(2, 64), OrthoOptions(target=1.0)).sum() == 0
 
 
 def test_pile_up_at_one_error_is_cut_exactly() -> None:
     """An attacked tensor may have every error at the edge of its box: one bin holds everything and must be split."""
-    flips = Flips(torch.full((8, 512), 0.45), torch.full((8, 512), 0.45), torch.full((8,), 512 * 0.45**2))
-    for group in ("row", "tensor"):
+    flips = Flips(torch.full((8, 512), 0.45), torch.full((8, 512), 0.45), torch.full((8, 1), 512 * 0.45**2))
+    for group in ("row", "block", "tensor"):
         alignment, _ = effect(flips, choose(flips, OrthoOptions(group=group, width=0.0)))
         assert alignment == pytest.approx(0.0, abs=0.005)
 
