@@ -16,6 +16,7 @@ from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
 from qguard_edge.pipeline import ConvertRequest, output_path
 from qguard_edge.source import open_base, resolve_source
 from quant_grids import GRIDS
+from quant_grids.errors import UnsupportedError
 from quant_grids.ggml_type import type_named
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
@@ -80,6 +81,8 @@ def dry_run(request: ConvertRequest) -> DryRun:
             base = open_base(source.path, request.options.allow_requantize)
         else:
             outline = Path(folder) / "base.gguf"
+            if request.converter is not None:
+                raise UnsupportedError("--dry-run cannot plan with --converter: make the base first with --to bf16")
             write_base_outline(source.path, outline, base_type=request.base_type, pre=request.pre, name=source.name)
             base = GgufModel(outline)
         options = replace(request.options, imatrix=None)

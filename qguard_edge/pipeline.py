@@ -23,7 +23,8 @@ from convert.atomic import PREFIX, OutputError, check_writable, commit
 from convert.compare import compare_files
 from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
-from convert.hf.base import write_base_gguf
+from convert.hf.base import describe_folder, write_base_gguf
+from convert.hf.external import find_converter, run_converter
 from convert.imatrix import Imatrix, load_imatrix
 from convert.patch import GgufPatch, sha256_of
 from convert.quantizer import QuantizeOptions, QuantizeReport, quantize
@@ -43,7 +44,7 @@ from qguard_edge.rounding import (
     resolve_device,
 )
 from qguard_edge.source import Source, open_base, resolve_source
-from quant_grids.errors import QGuardError
+from quant_grids.errors import QGuardError, UnsupportedError
 
 
 class SelfCheckError(QGuardError):
@@ -62,6 +63,8 @@ class ConvertRequest:
         revision: of a hub id.
         base_type: precision of the base written from a folder; None keeps the checkpoint's.
         pre: pre-tokenizer name to force.
+        converter: llama.cpp's convert_hf_to_gguf.py (or its checkout), for architectures that are not built in; None
+            looks at LLAMA_CPP_ROOT.
         device: auto, cpu or cuda.
         seed: of the defense's random numbers; None draws a fresh one.
         keep_reference: also keep llama.cpp's own file, as `NAME.reference.gguf`.
@@ -77,6 +80,7 @@ class ConvertRequest:
     revision: str | None = None
     base_type: str | None = None
     pre: str | None = None
+    converter: Path | None = None
     device: str = "auto"
     seed: int | None = None
     keep_reference: bool = False
@@ -207,6 +211,25 @@ def _make_base(
     base_type = request.base_type
     if request.options.file_type.base:
         base_type = request.options.file_type.name.lower()
+    warnings += write_base(source, path, request, base_type, progress)
+    return GgufModel(path)
+
+
+def write_base(
+    source: Source, path: Path, request: ConvertRequest, base_type: str | None, progress: Progress
+) -> tuple[str, ...]:
+    """Write the full-precision GGUF of a folder: built in, or by llama.cpp's own converter where one was named.
+
+    `--converter` is always followed; LLAMA_CPP_ROOT only for architectures that are not built in.
+
+    Returns:
+        Warnings, one sentence each.
+    """
+    script = find_converter(request.converter)
+    if script is not None and (request.converter is not None or not is_built_in(source.path)):
+        progress.stage(f"Writing the base with {script.name}", 0, "lines")
+        run_converter(script, source.path, path, base_type=base_type, on_line=lambda line: progress.advance(1, line[:60]))
+        return (f"the base was made by {script.name}, which was not checked by qguard-edge",)
     progress.stage("Writing the base", 0, "B")
     done = 0
 
@@ -218,8 +241,16 @@ def _make_base(
         done = count
 
     report = write_base_gguf(source.path, path, base_type=base_type, pre=request.pre, name=source.name, progress=advance)
-    warnings.extend(report.warnings)
-    return GgufModel(path)
+    return report.warnings
+
+
+def is_built_in(folder: Path) -> bool:
+    """Whether a folder's architecture is one that `convert.hf` knows."""
+    try:
+        describe_folder(folder)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _finish_base(

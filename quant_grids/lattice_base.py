@@ -134,7 +134,8 @@ class CodeBook:
             parts = [slice(start, start + CHUNK) for start in range(0, len(target), CHUNK)]
             return torch.cat([self.nearest(target[i], None if weight is None else weight[i], tilt) for i in parts])
         digits = ((target - self.first) * (1.0 / self.step)).round_().clamp_(0, self.n_values - 1)
-        cell = (digits @ self.powers).int()
+        # A sum, not a matrix product: those may round on a GPU.
+        cell = (digits * self.powers).sum(1).int()
         near = self.near.index_select(0, cell)
         # Half the squared distance, up to what all candidates share, with the sign turned.
         if weight is None:

@@ -27,10 +27,15 @@ def make_folder(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = package_gguf()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers rebuilds the tokenizer without SmolLM2's first step, which keeps digits apart.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # The loaded model remembers that it came from a quantized file: forget that, and copy it into a fresh one.
     if hasattr(loaded.config, "quantization_config"):

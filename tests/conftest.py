@@ -1,14 +1,12 @@
 """Shared models: a tiny random Llama with k-quant widths, and the real SmolLM2 from its package."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from convert.hf.base import write_base_gguf
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,

@@ -62,6 +62,10 @@ def convert(
         str | None, typer.Option(help="Precision of the base made from a folder: f32, f16 or bf16. Default: the model's own.")
     ] = None,
     pre: Annotated[str | None, typer.Option(help="Force llama.cpp's pre-tokenizer name.")] = None,
+    converter: Annotated[
+        Path | None,
+        typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for other architectures. Default: looks in LLAMA_CPP_ROOT."),
+    ] = None,
     keep_reference: Annotated[
         bool, typer.Option("--keep-reference", help="Also keep llama.cpp's own file, as NAME.reference.gguf.")
     ] = False,
@@ -142,6 +146,7 @@ def convert(
         revision=revision,
         base_type=base_type,
         pre=pre,
+        converter=converter,
         device=device,
         seed=seed,
         keep_reference=keep_reference,

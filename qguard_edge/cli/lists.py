@@ -77,7 +77,32 @@ def types(json_output: JsonFlag = False) -> None:
     out.print("scalar: each weight's code is chosen; lattice: codes shared by 4 or 8 weights are chosen together")
 
 
+def architectures(json_output: JsonFlag = False) -> None:
+    """List the Hugging Face architectures that are converted without llama.cpp's own converter."""
+    from gguf import MODEL_ARCH_NAMES
+
+    from convert.hf.families import WAYS_OUT, built_in
+
+    listed = [
+        {
+            "family": family.title,
+            "architectures": list(family.architectures),
+            "llama_cpp": MODEL_ARCH_NAMES[family.target],
+        }
+        for family in built_in()
+    ]
+    if json_output:
+        print_json({"status": "ok", "architectures": listed})
+        return
+    rows = table("Built-in architectures", "family", "architectures in config.json", "llama.cpp")
+    for entry in listed:
+        rows.add_row(str(entry["family"]), ", ".join(entry["architectures"]), str(entry["llama_cpp"]))
+    out.print(rows)
+    out.print(f"Anything else: {WAYS_OUT}", highlight=False)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("defenses")(defenses)
     app.command("types")(types)
+    app.command("architectures")(architectures)

@@ -46,10 +46,9 @@ def lattice(name: str) -> LatticeGrid:
 def trained_rows(rows: int = 16, columns: int = 1024, seed: int = 0) -> Floats:
     """Rows as training leaves them: heavier tails than a Gaussian, and every row with its own scale."""
     rng = np.random.default_rng(seed)
-    weights: Floats = (rng.standard_t(6, (rows, columns)) * 0.02 * np.exp(0.3 * rng.standard_normal((rows, 1)))).astype(
-        np.float32
-    )
-    return weights
+    weights = rng.standard_t(6, (rows, columns)) * 0.02 * np.exp(0.3 * rng.standard_normal((rows, 1)))
+    narrow: Floats = weights.astype(np.float32)
+    return narrow
 
 
 @functools.cache
