@@ -69,6 +69,8 @@ class LlamaModel:
         n_seq: sequences decoded side by side.
         n_gpu_layers: layers to offload, 0 for none.
         vocab_only: load the tokenizer alone (no decoding).
+        exact: keep keys and values in f32 and use plain attention. llama.cpp's default half-precision cache alone moves logits
+            by some 1e-3; exact is for comparing files with other programs, the default is what users run.
 
     Raises:
         LlamaRuntimeError: llama.cpp could not load the file.
@@ -83,6 +85,7 @@ class LlamaModel:
         n_seq: int = 1,
         n_gpu_layers: int = 0,
         vocab_only: bool = False,
+        exact: bool = False,
     ) -> None:
         self._model: Any = None
         self._context: Any = None
@@ -108,6 +111,9 @@ class LlamaModel:
         ctx_params.n_seq_max = n_seq
         ctx_params.kv_unified = False
         ctx_params.n_threads = ctx_params.n_threads_batch = threads
+        if exact:
+            ctx_params.type_k = ctx_params.type_v = llama_cpp.GGML_TYPE_F32
+            ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._n_batch = int(ctx_params.n_batch)
         self._context = llama_cpp.llama_init_from_model(self._model, ctx_params)
         if not self._context:

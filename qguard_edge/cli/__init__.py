@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from qguard_edge import __version__
+from qguard_edge.cli import compare as _compare
 from qguard_edge.cli import convert as _convert
 from qguard_edge.cli import files as _files
 from qguard_edge.cli import imatrix as _imatrix
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _convert.register(app)
+_compare.register(app)
 _files.register(app)
 _imatrix.register(app)
 _lists.register(app)

@@ -48,6 +48,12 @@ def with_defense_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def given_for(defense: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of one defense, for commands that take several."""
+    mine = {_keyword(defense, item.name) for item in fields(options_class(defense))}
+    return {name: value for name, value in flags.items() if name in mine}
+
+
 def options_from(defense: str, flags: Mapping[str, Any]) -> DefenseOptions:
     """The chosen defense's options, from the flags that were given.
 

@@ -6,10 +6,9 @@ import torch
 from grid_data import LATTICE, errors, greedy, importance, lattice, quantized
 from torch import Tensor
 
-from quant_grids.lattice_base import STRENGTHS, LatticeGrid, SignedGrid, code_book
+from quant_grids.lattice_base import LatticeGrid, SignedGrid, code_book
 
 CPU = torch.device("cpu")
-STAGES = len(STRENGTHS)
 
 
 def every_point(grid: LatticeGrid, target: Tensor) -> Tensor:
@@ -80,14 +79,15 @@ def test_stages_by_brute_force(name: str, weighted: bool) -> None:
     blocks, weights = quantized(grid, weighted=weighted)
     h = importance(weights.shape[1]) if weighted else np.ones(weights.shape[1], np.float32)
     flips = grid.flips(blocks, weights, torch.from_numpy(h) if weighted else None)
-    ratio = flips.ratio.view(-1, STAGES).numpy()
-    gain = flips.gain.view(-1, STAGES).numpy()
+    stages = len(grid.strengths)
+    ratio = flips.ratio.view(-1, stages).numpy()
+    gain = flips.gain.view(-1, stages).numpy()
     weight = np.tile(h, len(weights)).reshape(-1, 8).astype(np.float64)
     old = errors(grid, blocks, weights).view(-1, 8).numpy()
     energy = (old * old).sum(1)
     last_gain, last_cost = np.zeros(len(old)), np.zeros(len(old))
-    for stage in range(1, STAGES + 1):
-        chosen = torch.zeros(len(old), STAGES)
+    for stage in range(1, stages + 1):
+        chosen = torch.zeros(len(old), stages)
         chosen[:, :stage] = 1.0
         after, _ = grid.apply(blocks, flips, chosen.view(flips.ratio.shape))
         new = errors(grid, after, weights).view(-1, 8).numpy()
