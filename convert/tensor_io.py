@@ -3,7 +3,9 @@
 A memory map of a model would count towards the process's resident size page by page; `pread` into a buffer does not.
 """
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,8 +20,12 @@ from quant_grids import grid_for
 from quant_grids.errors import FormatError
 from quant_grids.ggml_type import GgmlType
 
-SLICE_WEIGHTS = 1 << 17
-"""Weights per slice: half a megabyte of f32, so that the few arrays a grid works on stay in the second-level cache."""
+SLICE_WEIGHTS = 1 << 18
+"""Weights per slice: one megabyte of f32. Smaller ones lose to Python's overhead per operation, larger ones to the cache
+(measured: 30, 51, 82, 104, 90 M weights/s on two cores for slices of 2^15 ... 2^19)."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_KEPT_BYTES = 1 << 28
 
 FLOAT_TYPES: dict[GgmlType, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
@@ -106,11 +112,24 @@ def open_reader(*paths: Path) -> Iterator[TensorReader]:
         yield reader
 
 
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep freed buffers instead of handing each back to the system.
+
+    A slice frees and takes a dozen one-megabyte arrays; with the default thresholds every one of them is mapped and zeroed
+    anew (556,000 page faults and a quarter of the time for 151 M weights). Elsewhere than on glibc nothing is done.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+
+
 @contextmanager
 def single_threaded_torch() -> Iterator[None]:
     """Let torch use one thread per operation: slices are spread over threads instead, each staying in its core's cache."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    _keep_freed_memory()
     try:
         yield
     finally:
