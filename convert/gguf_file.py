@@ -336,8 +336,21 @@ class _Cursor:
                 self.position += size
             else:
                 self.check_count(count, 8, f"strings in {key!r}")
-                for _ in range(count):
-                    self._skip_string(key)
+                self._skip_strings(count, key)
+
+    def _skip_strings(self, count: int, key: str) -> None:
+        """Walk over an array of strings: a vocabulary has some 100,000, so this loop is kept tight."""
+        view, position, last = self.view, self.position, self.limit - 8
+        size_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if position > last:
+                break
+            position += 8 + size_at(view, position)[0]
+        else:
+            if position <= self.limit:
+                self.position = position
+                return
+        raise FormatError(f"{self.name}: the strings of {key!r} run past the end of the file")
 
     def _skip_string(self, key: str) -> None:
         size = self.number("<Q")

@@ -46,6 +46,14 @@ HOSTILE = {
     "huge key": (gguf([struct.pack("<Q", 1 << 62) + b"k"], [], bytes(64)), "needs"),
     "huge array": (gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQ", 6, 1 << 61))], [], bytes(64)), "array"),
     "huge string array": (gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQ", 8, 1 << 50))], [], bytes(64)), "claims"),
+    "string in an array past the end": (
+        gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQQ", 8, 1, 1 << 40))], [], bytes(64)),
+        "run past the end",
+    ),
+    "fewer strings than claimed": (
+        gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQ", 8, 9) + text("a" * 30))], [], bytes(32)),
+        "run past the end",
+    ),
     "array of arrays": (gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQ", 9, 1))], [], bytes(64)), "array of arrays"),
     "unknown value type": (gguf([field("x", 77, b"")], [], bytes(64)), "value type 77"),
     "key twice": (gguf([ARCHITECTURE, ARCHITECTURE], [], bytes(64)), "twice"),
