@@ -175,9 +175,7 @@ def _compare_slice(
         weights = reader.weights(base, part).view(-1)
         before = grid.dequantize(first).view(-1) - weights
         after = grid.dequantize(second).view(-1) - weights
-        return _SliceDifference(
-            codes, step, foreign, float(torch.dot(before, before)), float(torch.dot(before, after))
-        )
+        return _SliceDifference(codes, step, foreign, float(torch.dot(before, before)), float(torch.dot(before, after)))
 
 
 def qguard_metadata(file: GgufFile) -> dict[str, object]:

@@ -122,7 +122,13 @@ def _load_legacy(path: Path) -> Imatrix:
 
 
 def write_imatrix(
-    path: Path, sums: Mapping[str, FloatArray], counts: Mapping[str, FloatArray], *, dataset: str, chunks: int, chunk_size: int
+    path: Path,
+    sums: Mapping[str, FloatArray],
+    counts: Mapping[str, FloatArray],
+    *,
+    dataset: str,
+    chunks: int,
+    chunk_size: int,
 ) -> None:
     """Write an importance matrix in llama.cpp's GGUF format.
 

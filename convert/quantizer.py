@@ -290,4 +290,3 @@ class _LogParser:
 
     def report(self) -> QuantizeReport:
         return QuantizeReport(tuple(self.tensors), tuple(self.fallbacks), tuple(self.warnings), *self.usage)
-

@@ -70,7 +70,13 @@ def compare_defenses(
         for defense in defenses:
             out = work / "candidate.gguf"
             asked = replace(
-                request, model=str(base), outfile=str(out), defense=defense, overwrite=True, keep_reference=False, check_loads=False
+                request,
+                model=str(base),
+                outfile=str(out),
+                defense=defense,
+                overwrite=True,
+                keep_reference=False,
+                check_loads=False,
             )
             report = convert_model(asked, progress)
             progress.stage(f"Measuring {defense.name} in llama.cpp", len(texts), "texts")

@@ -71,8 +71,9 @@ def read_texts(path: Path) -> list[str]:
 def log_softmax(logits: FloatArray) -> FloatArray:
     """Along the last axis; sums in f64."""
     shifted = logits - logits.max(-1, keepdims=True)
-    total = np.exp(shifted, dtype=np.float64).sum(-1, keepdims=True)
-    return (shifted - np.log(total)).astype(np.float32)
+    total = np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)
+    normalised: FloatArray = shifted - np.log(total).astype(np.float32)
+    return normalised
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ from qguard_edge.source import resolve_source
 from quant_grids.errors import QGuardError
 
 # Where the name of an architecture in transformers differs from llama.cpp's.
-_ARCHITECTURES = {"mistral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "phi": "phi2", "gpt_bigcode": "starcoder"}
+_ARCHITECTURES = {
+    "mistral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "phi": "phi2",
+    "gpt_bigcode": "starcoder",
+}
 _ARCHITECTURES |= {"gemma3_text": "gemma3"}
 
 

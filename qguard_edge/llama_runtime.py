@@ -124,9 +124,7 @@ class LlamaModel:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
@@ -267,9 +265,7 @@ class LlamaModel:
 
     def _check_fits(self, length: int) -> None:
         if length > self.n_ctx:
-            raise LlamaRuntimeError(
-                f"{length} tokens do not fit a context of {self.n_ctx}; give LlamaModel a larger n_ctx"
-            )
+            raise LlamaRuntimeError(f"{length} tokens do not fit a context of {self.n_ctx}; give LlamaModel a larger n_ctx")
 
 
 def _last_error() -> str:
@@ -277,5 +273,3 @@ def _last_error() -> str:
     errors = [line for line in _recent_log if "error" in line.lower() or "failed" in line.lower()]
     lines = errors or list(_recent_log)
     return " / ".join(lines[:2]) if lines else "it gave no reason"
-
-

@@ -198,9 +198,7 @@ def _work_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_base(
-    source: Source, request: ConvertRequest, work: Path, progress: Progress, warnings: list[str]
-) -> GgufModel:
+def _make_base(source: Source, request: ConvertRequest, work: Path, progress: Progress, warnings: list[str]) -> GgufModel:
     """The full-precision GGUF: the input itself, or one written from the folder."""
     if source.is_gguf:
         base = open_base(source.path, request.options.allow_requantize)
@@ -409,7 +407,14 @@ class _Conversion:
         self.progress.stage(f"Moving the weights ({defense.name})", weights, "weights")
         moved, again, made = self.work / "moved.gguf", self.work / "requantized.gguf", self.work / "hardened.gguf"
         write_moved_base(
-            self.base, reference, coverage.protected, self.defense, moved, seed=self.seed, threads=threads, progress=self.progress
+            self.base,
+            reference,
+            coverage.protected,
+            self.defense,
+            moved,
+            seed=self.seed,
+            threads=threads,
+            progress=self.progress,
         )
         quantized = _quantize(moved, again, self.request.options, self.progress, len(self.base.tensors))
         moved.unlink()

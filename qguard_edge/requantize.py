@@ -64,7 +64,9 @@ def write_moved_base(
                 steps = list(pool.map(lambda part, t=tensor: _half_width(reader, t, part), parts))
                 half_width = float(torch.tensor(steps).median())
 
-                def move(part: RowSlice, tensor: TensorInfo = tensor, source: TensorInfo = source, h: float = half_width) -> None:
+                def move(
+                    part: RowSlice, tensor: TensorInfo = tensor, source: TensorInfo = source, h: float = half_width
+                ) -> None:
                     with torch.inference_mode():
                         key = SliceKey(seed, tensor.name, part.index)
                         moved = defense.move(reader.weights(source, part), reader.weights(tensor, part), h, key)

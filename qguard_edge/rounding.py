@@ -77,7 +77,9 @@ def coverage_of(base: GgufModel, reference: GgufFile) -> Coverage:
         source = base.tensors.get(tensor.name)
         if source is None or source.shape != tensor.shape:
             found = "is not in" if source is None else f"has the shape {list(source.shape)} in"
-            raise FormatError(f"{tensor.name!r} of {reference.path.name} {found} {base.path.name}: these do not belong together")
+            raise FormatError(
+                f"{tensor.name!r} of {reference.path.name} {found} {base.path.name}: these do not belong together"
+            )
         if tensor.ggml_type in FLOAT_TYPES or tensor.ggml_type == source.ggml_type:
             untouched.append(tensor)
         elif tensor.ggml_type in GRIDS:

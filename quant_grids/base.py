@@ -440,4 +440,3 @@ def _weighted_ratio(ratio: Tensor, importance: Tensor) -> Tensor:
     doubled = 2.0 * ratio
     bottom = (importance * (1.0 - doubled)).add_(doubled)
     return torch.where(ratio > 0, ratio / bottom.clamp_(min=1e-9), 0.0).clamp_(0.0, 1.0)
-

@@ -193,10 +193,14 @@ def main() -> None:
             model = smollm2 if name == "smollm2" else random_llama(work / "llama-150m", smollm2)
             base = work / f"{name}-bf16.gguf"
             write_base_gguf(model, base)
-            for file_type in arguments.types.split(","):
-                rows.append(measure(name, base, file_type, work, arguments.threads, arguments.repeat))
+            types = arguments.types.split(",")
+            rows += [measure(name, base, file_type, work, arguments.threads, arguments.repeat) for file_type in types]
     show(rows)
-    machine: dict[str, object] = {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version()}
+    machine: dict[str, object] = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
     machine |= {"threads": arguments.threads}
     print(json.dumps({"rows": [asdict(row) for row in rows], **machine}))
 

@@ -6,8 +6,6 @@ import pytest
 
 from convert.hf.base import write_base_gguf
 
-
-
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",

@@ -88,4 +88,3 @@ def _fail(message: str, arguments: list[str]) -> int:
     if "--json" in arguments:
         print_json({"status": "error", "error": message})
     return FAILED
-

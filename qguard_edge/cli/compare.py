@@ -25,7 +25,8 @@ def compare(
     to: Annotated[str, typer.Option("--to", metavar="TYPE", help="llama.cpp file type.")],
     defenses: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 texts separated by empty lines. Default: a short built-in set.")
+        Path | None,
+        typer.Option(metavar="FILE", help="UTF-8 texts separated by empty lines. Default: a short built-in set."),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot KL against alignment (.svg or .png).")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each text at most.")] = 512,

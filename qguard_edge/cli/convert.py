@@ -59,7 +59,8 @@ def convert(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     base_type: Annotated[
-        str | None, typer.Option(help="Precision of the base made from a folder: f32, f16 or bf16. Default: the model's own.")
+        str | None,
+        typer.Option(help="Precision of the base made from a folder: f32, f16 or bf16. Default: the model's own."),
     ] = None,
     pre: Annotated[str | None, typer.Option(help="Force llama.cpp's pre-tokenizer name.")] = None,
     converter: Annotated[
@@ -111,9 +112,7 @@ def convert(
         bool,
         typer.Option("--allow-requantize", help="Accept an already quantized input.", rich_help_panel=QUANTIZE_PANEL),
     ] = False,
-    threads: Annotated[
-        int, typer.Option(min=0, help="Threads; 0 means all cores.", rich_help_panel=QUANTIZE_PANEL)
-    ] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.", rich_help_panel=QUANTIZE_PANEL)] = 0,
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
@@ -294,7 +293,13 @@ def _show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
             fell = f"wanted {tensor.fallback.wanted}" if tensor.fallback else ""
             shape = " x ".join(map(str, tensor.shape))
             rows.add_row(
-                tensor.name, shape, tensor.source_type, tensor.target_type, size_text(tensor.n_bytes), tensor.protection, fell
+                tensor.name,
+                shape,
+                tensor.source_type,
+                tensor.target_type,
+                size_text(tensor.n_bytes),
+                tensor.protection,
+                fell,
             )
         out.print(rows)
         _show_fallbacks([tensor.fallback for tensor in plan.tensors if tensor.fallback])

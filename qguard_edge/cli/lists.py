@@ -68,7 +68,9 @@ def types(json_output: JsonFlag = False) -> None:
     if json_output:
         print_json({"status": "ok", "types": listed})
         return
-    rows = table("File types (mixtures give some tensors another type)", "name", "most tensors", ">bits", "imatrix", "protection")
+    rows = table(
+        "File types (mixtures give some tensors another type)", "name", "most tensors", ">bits", "imatrix", "protection"
+    )
     for entry in listed:
         name = " = ".join([str(entry["name"]), *entry["aliases"]])  # type: ignore[misc]
         needs = "needed" if entry["needs_imatrix"] else ""

@@ -4,6 +4,7 @@ Each defense has one frozen dataclass of options. Its fields become `--NAME-FIEL
 that stands in the field's metadata.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -36,9 +37,9 @@ class DefenseOptions:
             choices = item.metadata.get("choices")
             if choices and value not in choices:
                 raise UnsupportedError(f"{flag} {value!r}: choose one of {', '.join(map(str, choices))}")
-            low, high = item.metadata.get("minimum"), item.metadata.get("maximum")
             if isinstance(value, int | float) and not isinstance(value, bool):
-                if value != value or (low is not None and value < low) or (high is not None and value > high):
+                low, high = item.metadata.get("minimum", -math.inf), item.metadata.get("maximum", math.inf)
+                if not low <= value <= high:
                     raise UnsupportedError(f"{flag} {value}: must lie between {low} and {high}")
 
 
@@ -61,12 +62,16 @@ class OrthoOptions(DefenseOptions):
 
     group: str = option("row", "weights over which the projection is balanced", choices=("row", "block", "tensor"))
     target: float = option(
-        0.0, "share c of the old error direction that is left: 1 none removed, 0 orthogonal, below 0 over-corrected",
-        minimum=-1.0, maximum=1.0,
+        0.0,
+        "share c of the old error direction that is left: 1 none removed, 0 orthogonal, below 0 over-corrected",
+        minimum=-1.0,
+        maximum=1.0,
     )
     width: float = option(
-        0.1, "width of the soft threshold, in units of a rounding step; 0 is the predictable greedy rule",
-        minimum=0.0, maximum=1.0,
+        0.1,
+        "width of the soft threshold, in units of a rounding step; 0 is the predictable greedy rule",
+        minimum=0.0,
+        maximum=1.0,
     )
 
 

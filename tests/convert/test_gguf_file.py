@@ -123,7 +123,7 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     fields = [field("split.count", 2, struct.pack("<H", 2)), field("split.no", 2, struct.pack("<H", 0))]
     path = tmp_path / "m-00001-of-00002.gguf"
     path.write_bytes(gguf(fields, [], bytes(32)))
-    with pytest.raises(FormatError, match="m-00002-of-00002.gguf is missing"):
+    with pytest.raises(FormatError, match=r"m-00002-of-00002.gguf is missing"):
         GgufModel(path)
 
 

@@ -107,7 +107,7 @@ def test_bad_override(text: str) -> None:
 def test_failure_quotes_llama_cpp_and_leaves_nothing(tmp_path: Path) -> None:
     broken, out = tmp_path / "broken.gguf", tmp_path / "q.gguf"
     broken.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64))
-    with pytest.raises(QuantizeError, match="could not quantize broken.gguf"):
+    with pytest.raises(QuantizeError, match=r"could not quantize broken.gguf"):
         quantize(broken, out, Q4)
     assert not out.exists()
 

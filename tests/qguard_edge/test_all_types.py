@@ -55,7 +55,9 @@ def check(base: Path, made: ConvertRequest) -> set[str]:
 
 @pytest.mark.parametrize("file_type", QUANTIZED, ids=lambda file_type: file_type.name)
 def test_every_type(tiny_base: Path, tmp_path: Path, imatrix: Path, file_type: FileType) -> None:
-    types = check(tiny_base, request(tiny_base, tmp_path / "out.gguf", file_type, imatrix if file_type.needs_imatrix else None))
+    types = check(
+        tiny_base, request(tiny_base, tmp_path / "out.gguf", file_type, imatrix if file_type.needs_imatrix else None)
+    )
     if file_type.name != "MXFP4_MOE":  # which only touches experts; see below
         assert file_type.main in types
 
@@ -128,7 +130,9 @@ def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Pat
 
 
 def test_types_command_lists_them_all() -> None:
-    done = subprocess.run([sys.executable, "-m", "qguard_edge", "types", "--json"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "qguard_edge", "types", "--json"], capture_output=True, text=True, check=True
+    )
     listed = {entry["name"]: entry for entry in json.loads(done.stdout)["types"]}
     assert listed.keys() == {file_type.name for file_type in FILE_TYPES}
     assert all(entry["protection"] in ("scalar", "lattice", "not rounded") for entry in listed.values())

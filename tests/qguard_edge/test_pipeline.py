@@ -152,7 +152,9 @@ def test_split_input(tiny_base: Path, tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=10)
     for key, entry in source.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, entry.contents(), entry.types[0], sub_type=entry.types[-1] if len(entry.types) > 1 else None)
+            writer.add_key_value(
+                key, entry.contents(), entry.types[0], sub_type=entry.types[-1] if len(entry.types) > 1 else None
+            )
     for tensor in source.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -186,7 +188,7 @@ def test_unwritable_and_missing_folders(tiny_base: Path, tmp_path: Path) -> None
     with pytest.raises(SourceError, match="hub id"):
         convert(request(tmp_path / "no" / "such" / "model", tmp_path / "out.gguf"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(QGuardError, match="config.json"):
+    with pytest.raises(QGuardError, match=r"config.json"):
         convert(request(tmp_path / "empty", tmp_path / "out.gguf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
@@ -211,7 +213,7 @@ def test_a_file_that_does_not_load_gets_no_name(tiny_base: Path, tmp_path: Path)
     """The override makes a file that quantizes but cannot be loaded: its feed-forward width is not what the metadata says."""
     what = request(tiny_base, tmp_path / "out.gguf")
     broken = replace(what.options, override_kv=("llama.feed_forward_length=int:100",))
-    with pytest.raises(LoadCheckError, match="llama.cpp"):
+    with pytest.raises(LoadCheckError, match=r"llama.cpp"):
         convert_model(replace(what, options=broken))
     assert list(tmp_path.iterdir()) == []
 
