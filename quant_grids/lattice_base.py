@@ -342,9 +342,8 @@ class _Stages:
         gain = (move * self.error).sum(1).neg_()
         norm = (move * move).sum(1)
         self.cost.append(norm - 2.0 * gain)
-        if self.importance is None:
-            bottom = norm
-        else:
+        bottom = norm
+        if self.importance is not None:
             bottom = (move * self.importance * (move + 2.0 * self.error)).sum(1) + 2.0 * gain
         more_gain = (gain - self.gain[-1]).clamp_(min=0.0)
         taken = more_gain.sign()  # 1 or 0
