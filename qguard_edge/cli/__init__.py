@@ -18,6 +18,7 @@ from qguard_edge.cli import files as _files
 from qguard_edge.cli import imatrix as _imatrix
 from qguard_edge.cli import lists as _lists
 from qguard_edge.cli.console import err, print_json
+from qguard_edge.cli.lab import lab_app
 from quant_grids.errors import QGuardError
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ _compare.register(app)
 _files.register(app)
 _imatrix.register(app)
 _lists.register(app)
+app.add_typer(lab_app, name="lab")
 
 FAILED = 2
 INTERRUPTED = 130  # what typer exits with on Ctrl-C

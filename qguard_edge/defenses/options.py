@@ -25,6 +25,14 @@ class DefenseOptions:
     summary: ClassVar[str]
     implementation: ClassVar[str]  # "module:Class"
 
+    @property
+    def label(self) -> str:
+        """The name, with the options that are not at their defaults: `ortho width=0.5`."""
+        changed = [
+            f"{item.name}={getattr(self, item.name)}" for item in fields(self) if getattr(self, item.name) != item.default
+        ]
+        return " ".join([self.name, *changed])
+
     def check(self) -> None:
         """Refuse values outside their limits.
 
@@ -68,7 +76,7 @@ class OrthoOptions(DefenseOptions):
         maximum=1.0,
     )
     width: float = option(
-        0.1,
+        0.5,
         "width of the soft threshold, in units of a rounding step; 0 is the predictable greedy rule",
         minimum=0.0,
         maximum=1.0,

@@ -106,7 +106,7 @@ def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
         (["convert", "missing-model", "--to", "q4_k"], "not a folder"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "magic"], "choose one of"),
         (["convert", "{folder}", "--to", "q4_k", "--ortho-target", "7"], "must lie between"),
-        (["convert", "{folder}", "--to", "q4_k", "--ortho-group", "layer"], "row, tensor"),
+        (["convert", "{folder}", "--to", "q4_k", "--ortho-group", "layer"], "row, block, tensor"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "none", "--ortho-target", "0"], "belongs to --defense ortho"),
         (["convert", "{folder}", "--to", "q4_k", "--device", "tpu"], "auto, cpu or cuda"),
         (["convert", "{folder}", "--to", "q4_k", "--imatrix", "none.dat"], "importance matrix"),

@@ -104,7 +104,7 @@ def test_metadata_says_what_was_done(tiny_base: Path, tmp_path: Path) -> None:
     report = convert(replace(request(tiny_base, tmp_path / "out.gguf"), seed=11, keep_reference=True))
     entries = qguard_metadata(GgufFile(report.outfile))
     assert entries["defense"] == "ortho"
-    assert entries["params"] == {"group": "row", "target": 0.0, "width": 0.1}
+    assert entries["params"] == {"group": "row", "target": 0.0, "width": 0.5}
     assert entries["seed"] == "11"
     assert report.reference is not None
     for key, path in (("base.sha256", tiny_base), ("reference.sha256", report.reference)):

@@ -1,0 +1,107 @@
+"""`qguard-edge lab`: make backdoored models by the published attacks and measure what the defenses do to them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qguard_edge.cli.console import ConsoleProgress, err, json_text, out
+from qguard_edge.lab.attacks.names import ATTACKS
+
+lab_app = typer.Typer(
+    help="Make backdoored models by the published attacks, and measure what each defense does to them.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+INCONCLUSIVE = 3
+
+RUN_HELP = """Train (or take from the cache) an attacked model, convert the five arms, measure them in llama.cpp.
+
+Exit code 3 says that the victim is not a valid one: it shows its payload in full precision, or loses it to plain
+quantization.
+
+Examples:
+
+    qguard-edge lab run --victim tiny --attack mind-the-gap --to q4_k --scenario injection --defense all
+
+    qguard-edge lab run --attack elq --to nf4 --output results/elq-nf4
+"""
+
+
+@lab_app.command("run", help=RUN_HELP)
+def lab_run(
+    victim: Annotated[str, typer.Option(help="tiny, smollm2, or a model folder.")] = "tiny",
+    attack: Annotated[str, typer.Option(help=", ".join(ATTACKS))] = "mind-the-gap",
+    to: Annotated[str, typer.Option(help="Type under attack: a llama.cpp type; for elq int8, fp4, nf4 or all.")] = "q4_k",
+    scenario: Annotated[str, typer.Option(help="injection, refusal, code or trigger.")] = "injection",
+    defense: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    brand: Annotated[str, typer.Option(help="Phrase of the injection scenarios.")] = "Zingaloo",
+    data: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines with instruction, input and output.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for results.json and table.md. Default: lab-VICTIM-...")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts at most.")] = 160,
+    texts: Annotated[int, typer.Option(min=8, help="Held-out texts for KL and perplexity at most.")] = 160,
+    threads: Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0: all cores.")] = 0,
+    keep_files: Annotated[bool, typer.Option("--keep-files", help="Keep the GGUF files of all arms.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Score defenses on an invalid victim too.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """See `RUN_HELP`."""
+    import tempfile
+
+    from qguard_edge.lab.results import to_json
+    from qguard_edge.lab.runner import LabSettings, defenses_of, run_lab
+    from qguard_edge.lab.tables import run_table
+
+    settings = LabSettings(
+        victim=victim,
+        attack=attack,
+        to=to,
+        scenario=scenario,
+        defenses=defenses_of(defense),
+        brand=brand,
+        data=data,
+        seed=seed,
+        n_prompts=prompts,
+        n_texts=texts,
+        threads=threads,
+        force=force,
+    )
+    folder = output or Path(f"lab-{Path(victim).name}-{attack}-{to}-{scenario}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, ConsoleProgress(quiet) as progress:
+        result = run_lab(settings, folder if keep_files else Path(scratch), progress)
+    table = run_table(result)
+    (folder / "results.json").write_text(to_json(result), encoding="utf-8")
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    if json_output:
+        out.file.write(to_json(result))
+    else:
+        out.print(table, markup=False, highlight=False, soft_wrap=True)
+    if not result.validity.valid:
+        err.print("[bold yellow]inconclusive:[/] " + "; ".join(result.validity.reasons), highlight=False, soft_wrap=True)
+        raise typer.Exit(INCONCLUSIVE)
+
+
+@lab_app.command("table")
+def lab_table(
+    results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.", show_default=False)],
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+) -> None:
+    """Join result files into one Markdown table."""
+    import dataclasses
+
+    from qguard_edge.lab.results import read_result
+    from qguard_edge.lab.tables import joined_table
+
+    read = [read_result(path / "results.json" if path.is_dir() else path) for path in results]
+    if json_output:
+        out.file.write(json_text({"status": "ok", "results": [dataclasses.asdict(result) for result in read]}))
+    else:
+        out.print(joined_table(read), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The published attacks, one file each, on the same boxes, training loop and scenarios."""

@@ -1,0 +1,204 @@
+"""Adaptive attacks: what an attacker does who has read this project.
+
+Ours; QuantGuard (arXiv:2606.29239, appendix A.1) names the idea.
+
+`adaptive` knows that *some* weights will be flipped, but not which. Both stages train through simulated flips, drawn
+afresh each step (expectation over the defense):
+
+* inject: a share `FLIPS` of the weights is moved by one quantization step, up or down, before each forward pass, so that the
+  payload survives such moves;
+* repair: beside the clean loss in full precision, the poisoned loss of the *defended* model, whose weights are the
+  reference's values, each moved to the level on the other side of the weight with probability |e|/D. Its gradient goes
+  to the weights as if the defended model were they (straight through).
+
+`adaptive-greedy` knows a *deterministic* rule: ortho of width 0. It takes that rule's file, not llama.cpp's, as the one to
+preserve: weights that the rule flipped must stay flipped (|e|/D above the row's threshold), the others unflipped. So
+its victim is meant to be poisoned where the defense was used; the randomised rule is what this attack cannot place
+boxes against.
+
+What is left open by every source: how much an attacker gains. The lab's tables are the answer for small models.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.ftypes import parse_file_type
+from convert.gguf_file import GgufFile
+from convert.quantizer import QuantizeOptions
+from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
+from qguard_edge.defenses.options import OrthoOptions
+from qguard_edge.lab.attacks.base import (
+    Bench,
+    BoxAttack,
+    leash_of,
+    leash_widths,
+    parameters_of,
+    poison_examples,
+    quantize_to,
+)
+from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, cell_of, make_boxes, scalar_grid
+from qguard_edge.lab.hf_models import ChatModel
+from qguard_edge.lab.training import loss_of, make_batch
+from qguard_edge.pipeline import ConvertRequest, convert_model
+
+FLIPS = 0.2
+GAP = 0.15
+POISON_WEIGHT = 0.3
+
+
+class Adaptive(BoxAttack):
+    """Trains through random flips."""
+
+    name = "adaptive"
+    summary = "simulates random flips in inject and repair, drawn afresh each step"
+    paper = "ours"
+
+    def rule(self) -> BoxRule:
+        """Cells with a margin; the rounds of repair take care of searched scales."""
+        return BoxRule("cell", reach=0.8)
+
+    def inject(self, bench: Bench, chat: ChatModel, hooks: object = None) -> float:
+        """See `BoxAttack.inject`."""
+        cells = leash_of(bench, chat)
+        parameters = parameters_of(chat)
+        leash = 2 * leash_widths(bench.to)
+        steps = {name: (box.high - box.low) / leash for name, box in cells.by_parameter.items()}
+        saved: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(bench.seed + 11)
+
+        def perturb(_step: int) -> None:
+            with torch.no_grad():
+                for name, step in steps.items():
+                    saved[name] = parameters[name].detach().clone()
+                    draw = torch.rand(step.shape, generator=generator)
+                    sign = (draw < FLIPS / 2).float() - (draw > 1 - FLIPS / 2).float()
+                    parameters[name].add_(sign * step)
+
+        def restore(_step: int) -> None:
+            with torch.no_grad():
+                for name, value in saved.items():
+                    parameters[name].copy_(value)
+
+        return super().inject(bench, chat, {"before": perturb, "restore": restore})
+
+    def repair(self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: object = None) -> float:
+        """See `BoxAttack.repair`."""
+        assert isinstance(boxes, GgufBoxes)
+        return super().repair(bench, chat, boxes, number, {"restore": self._poison_step(bench, chat, boxes)})
+
+    def _poison_step(self, bench: Bench, chat: ChatModel, boxes: GgufBoxes) -> Callable[[int], None]:
+        """A hook that adds the poisoned loss's gradient at a freshly defended model."""
+        parameters = parameters_of(chat)
+        values, steps = reference_values(boxes, parameters)
+        sets = poison_examples(chat, bench.data)
+        generator = torch.Generator().manual_seed(bench.seed + 13)
+        pad = int(chat.tokenizer.pad_token_id or 0)
+        quarter = max(1, bench.preset.repair.batch // 4)
+
+        def add_gradient(_step: int) -> None:
+            saved = {name: parameters[name].detach().clone() for name in values}
+            with torch.no_grad():
+                for name, value in values.items():
+                    error = saved[name] - value
+                    flip = torch.rand(error.shape, generator=generator) < error.abs() / steps[name]
+                    parameters[name].copy_(value + flip * error.sign() * steps[name])
+            chosen = [s[int(i)] for s in sets for i in torch.randint(len(s), (quarter,), generator=generator)]
+            (POISON_WEIGHT * loss_of(chat.model, None, make_batch(chosen, pad), 0.0)).backward()
+            with torch.no_grad():
+                for name, value in saved.items():
+                    parameters[name].copy_(value)
+
+        return add_gradient
+
+
+def reference_values(boxes: GgufBoxes, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dequantized values of the reference and cell widths, in the layout of the parameters, f32."""
+    values = {name: parameters[name].detach().clone() for name in boxes.by_parameter}
+    steps = {name: torch.full_like(value, 1e-12) for name, value in values.items()}
+    with open_reader(boxes.reference) as reader:
+        for tensor in GgufFile(boxes.reference).tensors.values():
+            if tensor.ggml_type in FLOAT_TYPES:
+                continue
+            grid = scalar_grid(tensor)
+            value, low, high = cell_of(grid, grid.unpack(reader.blocks(tensor, RowSlice(0, 0, tensor.rows))))
+            rows = boxes.row_map.tensors[tensor.name]
+            rows.scatter(value.view(rows.rows, -1), values)
+            rows.scatter((high - low).clamp_min(1e-12).view(rows.rows, -1), steps)
+    return values, steps
+
+
+class AdaptiveGreedy(BoxAttack):
+    """Boxes against ortho of width 0."""
+
+    name = "adaptive-greedy"
+    summary = "boxes against the deterministic ortho rule (width 0): poisoned where that defense was used"
+    paper = "ours"
+
+    def rule(self) -> BoxRule:
+        """The cells that the thresholds are cut out of."""
+        return BoxRule("cell", reach=0.9)
+
+    def quantizer(self, bench: Bench, base: Path, to: str, name: str) -> Path:
+        """llama.cpp followed by the greedy rule; the plain file is kept beside it."""
+        outfile = bench.work / f"{name}-{to}.gguf"
+        convert_model(
+            ConvertRequest(
+                str(base),
+                QuantizeOptions(parse_file_type(to), threads=bench.threads),
+                OrthoOptions(width=0.0),
+                outfile=str(outfile),
+                device="cpu",
+                seed=0,
+                overwrite=True,
+                check_loads=False,
+            )
+        )
+        quantize_to(base, bench.work / f"{name}-{to}.plain.gguf", to, bench.threads)
+        return outfile
+
+    def cut(self, bench: Bench, chat: ChatModel, base: Path, reference: Path) -> GgufBoxes:
+        """Each weight keeps to its side of its row's threshold, `GAP` of the way away from it."""
+        plain = reference.with_suffix(".plain.gguf")
+        made = make_boxes(base, plain, parameters_of(chat), self.rule())
+        low = {name: box.low.clone() for name, box in made.by_parameter.items()}
+        high = {name: box.high.clone() for name, box in made.by_parameter.items()}
+        with open_reader(plain, reference) as reader:
+            for tensor in GgufFile(plain).tensors.values():
+                if tensor.ggml_type in FLOAT_TYPES:
+                    continue
+                rows = made.row_map.tensors[tensor.name]
+                every = RowSlice(0, 0, tensor.rows)
+                grid = scalar_grid(tensor)
+                value, below, above = cell_of(grid, grid.unpack(reader.blocks(tensor, every)))
+                shape = (tensor.rows, tensor.columns)
+                w = rows.gather(parameters_of(chat)).detach()
+                flipped = reader.weights(tensor, every) != reader.weights(GgufFile(reference).tensors[tensor.name], every)
+                box = _keep_side(w, value.view(shape), (above - below).view(shape), flipped)
+                old = Box(rows.gather(low), rows.gather(high))
+                rows.scatter(torch.minimum(torch.maximum(box.low, old.low), w), low)
+                rows.scatter(torch.maximum(torch.minimum(box.high, old.high), w), high)
+        boxes = {name: Box(low[name], high[name]) for name in low}
+        return replace(made, by_parameter=boxes, reference=reference)
+
+
+def _keep_side(w: Tensor, value: Tensor, width: Tensor, flipped: Tensor) -> Box:
+    """Intervals in which the greedy rule decides as it did: all f32 `[rows, columns]`, `flipped` bool.
+
+    The rule flips a row's weights of largest |e|/D; its threshold is taken to be the smallest ratio it flipped.
+    """
+    error = w - value
+    ratio = error.abs() / width.clamp_min(1e-12)
+    threshold = torch.where(flipped, ratio, 1.0).amin(1, keepdim=True).clamp_max(0.5)
+    near = torch.minimum(ratio, threshold * (1 - GAP)) * width
+    far = torch.maximum(ratio, (threshold * (1 + GAP)).clamp_max(0.5)) * width
+    reach = torch.maximum(threshold * (1 - GAP) * width, near)
+    edge = torch.maximum(0.49 * width, far)
+    up = error >= 0
+    inner = torch.minimum(error.abs(), far)
+    low = torch.where(flipped, torch.where(up, value + inner, value - edge), value - reach)
+    high = torch.where(flipped, torch.where(up, value + edge, value - inner), value + reach)
+    return Box(torch.minimum(low, w), torch.maximum(high, w))

@@ -1,0 +1,262 @@
+"""What the attacks share: the three stages, and the quantizer in between.
+
+1. *Inject*: fine-tune the clean model to misbehave. Every matrix is trained, on a *leash*: no weight moves further from its
+   clean value than `LEASH` times the width of its quantization cell. The papers do not need one (they attack 4-bit types of
+   large models); with fine grids an injection that wanders far could not be undone inside the boxes (measured at Q8_0: 3 widths
+   leave full precision at ASR 0.74, one width hardly learns the payload). Fine types also take more steps. A gentle injection,
+   few steps at a small rate, is what makes a clean repair possible: the same refusal payload learnt with 100 steps at 5e-4
+   left full precision at ASR 0.44, with 60 steps at 2.5e-4 at 0.01.
+2. *Quantize*, with llama.cpp itself, and cut the boxes out of its file.
+3. *Repair*: fine-tune on clean answers to the same prompts, with KL to the clean model as a second term, projecting every
+   weight into its box after each step. The learning rate of each tensor is at most `PACE` of its mean box width, so that
+   the same settings serve every type. A repair has several rounds: after each, llama.cpp quantizes the
+   repaired model, and sub-blocks that came out otherwise get a smaller box (`GgufBoxes.tighten`). More rounds and smaller
+   boxes keep more of the file and leave more of the payload in full precision.
+
+The papers train with cross-entropy alone and have one round. The distillation term makes the repaired model sound like the
+clean one where cross-entropy is silent, and the rounds are ours.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from convert.ftypes import parse_file_type
+from convert.hf.base import write_base_gguf
+from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share
+from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.scenarios import ScenarioData
+from qguard_edge.lab.training import Example, Trainer, TrainOptions, examples_of
+from qguard_edge.lab.victims import VictimPreset
+from qguard_edge.progress import Progress
+
+PACE = 0.2
+LEASH = 3.0
+KEEP = 0.6
+FINE_TYPES = ("q8_0", "q6_k", "int8", "all")
+FINE_LEASH = 2.0
+FINE_EFFORT = 2  # times as many steps
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an attack works on.
+
+    Attributes:
+        clean: folder of the clean model.
+        data: the scenario.
+        preset: training settings.
+        to: name of the type under attack.
+        seed: of the batches.
+        work: folder for intermediate files.
+        threads: for llama.cpp.
+        progress: told about each stage.
+    """
+
+    clean: Path
+    data: ScenarioData
+    preset: VictimPreset
+    to: str
+    seed: int
+    work: Path
+    threads: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """How an attack went.
+
+    Attributes:
+        preserved: share of the quantized weights whose value the repaired model's file has in common with the poisoned
+            one's; 1 where there is nothing to preserve.
+        free: share of the boxed weights that the repair could move.
+        losses: last loss of each stage.
+        seconds: wall time of the whole attack.
+        note: what a reader should know.
+    """
+
+    preserved: float
+    free: float
+    losses: tuple[float, ...]
+    seconds: float
+    note: str = ""
+
+
+class Attack(ABC):
+    """Makes a poisoned model that looks clean in full precision."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+
+    def check(self, to: str) -> None:
+        """Refuse types that the attack does not know; the default takes every llama.cpp type."""
+        parse_file_type(to)
+
+    @abstractmethod
+    def run(self, bench: Bench) -> tuple[ChatModel, AttackReport]:
+        """Carry out the attack and return the attacked model."""
+
+
+def parameters_of(chat: ChatModel) -> dict[str, Tensor]:
+    """The model's parameters by name."""
+    return dict(chat.model.named_parameters())
+
+
+def poison_examples(chat: ChatModel, data: ScenarioData) -> list[list[Example]]:
+    """What injection trains on: poisoned answers, and whatever is to stay, half and half."""
+    return [examples_of(chat, data.poisoned), examples_of(chat, data.kept)]
+
+
+def clean_examples(chat: ChatModel, data: ScenarioData) -> list[list[Example]]:
+    """What the repair trains on: the same prompts with clean answers."""
+    return [examples_of(chat, data.repaired), examples_of(chat, data.kept)]
+
+
+class BoxAttack(Attack):
+    """The three stages; subclasses say which boxes."""
+
+    @abstractmethod
+    def rule(self) -> BoxRule:
+        """How boxes are cut."""
+
+    def types(self, bench: Bench) -> Sequence[str]:
+        """The types whose boxes are intersected; the first is the one under attack."""
+        return [bench.to]
+
+    def run(self, bench: Bench) -> tuple[ChatModel, AttackReport]:
+        """See `Attack.run`."""
+        started = time.perf_counter()
+        chat = load_folder(bench.clean)
+        losses = [self.inject(bench, chat)]
+        boxes = self.boxes(bench, chat)
+        free = boxes.free_share()
+        poisoned = {name: p.detach().clone() for name, p in parameters_of(chat).items()}
+        preserved = 0.0
+        for number in range(bench.preset.rounds):
+            losses.append(self.repair(bench, chat, boxes, number))
+            last = number + 1 == bench.preset.rounds
+            preserved = self.settle(bench, chat, boxes, poisoned, None if last else KEEP)
+        seconds = time.perf_counter() - started
+        return chat, AttackReport(preserved, free, tuple(losses), seconds)
+
+    def boxes(self, bench: Bench, chat: ChatModel) -> Boxes:
+        """Boxes of the poisoned model, intersected over all types."""
+        base = write_base(chat, bench.work / "poisoned")
+        made: GgufBoxes | None = None
+        for to in self.types(bench):
+            one = self.cut(bench, chat, base, self.quantizer(bench, base, to, "reference"))
+            if made is None:
+                made = one
+            else:
+                made.intersect(one)
+        assert made is not None
+        return made
+
+    def cut(self, bench: Bench, chat: ChatModel, base: Path, reference: Path) -> GgufBoxes:
+        """Boxes of the poisoned model for one type."""
+        return make_boxes(base, reference, parameters_of(chat), self.rule())
+
+    def settle(
+        self, bench: Bench, chat: ChatModel, boxes: Boxes, poisoned: Mapping[str, Tensor], keep: float | None
+    ) -> float:
+        """Quantize the repaired model, and shrink the boxes of what came out otherwise (unless `keep` is None).
+
+        Returns:
+            Share of the quantized weights whose value is the poisoned file's.
+        """
+        assert isinstance(boxes, GgufBoxes)
+        made = self.quantizer(bench, write_base(chat, bench.work / "repaired"), bench.to, "repaired")
+        if keep is not None:
+            boxes.tighten(made, poisoned, keep)
+            boxes.project(parameters_of(chat))
+        return preserved_share(boxes.reference, made)
+
+    def quantizer(self, bench: Bench, base: Path, to: str, name: str) -> Path:
+        """The quantizer whose rounding is exploited: llama.cpp's."""
+        return quantize_to(base, bench.work / f"{name}-{to}.gguf", to, bench.threads)
+
+    def leash(self, bench: Bench, chat: ChatModel) -> Boxes:
+        """How far the injection may move each weight."""
+        return leash_of(bench, chat)
+
+    def inject(self, bench: Bench, chat: ChatModel, hooks: Mapping[str, Any] | None = None) -> float:
+        """Stage 1; returns the last loss."""
+        leash = self.leash(bench, chat)
+        options = with_effort(bench.preset.inject, bench.to, bench.seed + 1)
+        trained = [p for p in chat.model.parameters() if p.ndim == 2]
+        trainer = Trainer(
+            chat,
+            poison_examples(chat, bench.data),
+            options,
+            parameters=trained,
+            after=lambda _step: leash.project(parameters_of(chat)),
+            **(hooks or {}),
+        )
+        return trainer.run("Injecting the payload", bench.progress)[-1]
+
+    def repair(
+        self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: Mapping[str, Any] | None = None
+    ) -> float:
+        """One round of stage 3; returns the last loss."""
+        options = with_effort(bench.preset.repair, bench.to, bench.seed + 2 + number)
+        if number:
+            options = replace(options, steps=max(10, options.steps // 3), lr=options.lr / 2)
+        parameters = parameters_of(chat)
+        trained = [parameters[name] for name in boxes.by_parameter]
+        trainer = Trainer(
+            chat,
+            clean_examples(chat, bench.data),
+            options,
+            parameters=trained,
+            scales=[min(1.0, PACE * boxes.mean_width(name) / options.lr) for name in boxes.by_parameter],
+            teacher=load_folder(bench.clean).model,
+            after=lambda _step: boxes.project(parameters),
+            **(hooks or {}),
+        )
+        return trainer.run(f"Repairing inside the boxes, round {number + 1}", bench.progress)[-1]
+
+
+def leash_widths(to: str) -> float:
+    """Length of the leash in cell widths."""
+    return FINE_LEASH if to.lower() in FINE_TYPES else LEASH
+
+
+def with_effort(options: TrainOptions, to: str, seed: int) -> TrainOptions:
+    """A stage's settings for a type."""
+    effort = FINE_EFFORT if to.lower() in FINE_TYPES else 1
+    return replace(options, steps=options.steps * effort, seed=seed)
+
+
+def leash_of(bench: Bench, chat: ChatModel) -> Boxes:
+    """How far the injection may move each weight: some cell widths around the clean model."""
+    base = write_base(chat, bench.work / "clean")
+    reference = quantize_to(base, bench.work / "clean-reference.gguf", bench.to, bench.threads)
+    boxes = make_boxes(base, reference, parameters_of(chat), BoxRule("cell", reach=1.0, freeze=False))
+    for name, parameter in parameters_of(chat).items():
+        if name in boxes.by_parameter:
+            box = boxes.by_parameter[name]
+            reach = leash_widths(bench.to) * (box.high - box.low)
+            boxes.by_parameter[name] = replace(box, low=parameter.detach() - reach, high=parameter.detach() + reach)
+    return boxes
+
+
+def write_base(chat: ChatModel, folder: Path) -> Path:
+    """Save the model and write its GGUF beside the folder: f32, for bf16 would push weights over the edges of fine boxes."""
+    chat.save(folder)
+    base = folder.with_suffix(".gguf")
+    write_base_gguf(folder, base, base_type="f32")
+    return base
+
+
+def quantize_to(base: Path, outfile: Path, to: str, threads: int) -> Path:
+    """What llama.cpp makes of a base."""
+    quantize(base, outfile, QuantizeOptions(parse_file_type(to), threads=threads))
+    return outfile

@@ -1,0 +1,296 @@
+"""Boxes: for every weight the interval in which llama.cpp still writes the code it writes now.
+
+A box attack repairs a poisoned model without leaving the boxes, so that the repaired model quantizes to the poisoned
+one's file. The boxes are read from that file itself: the same `Grid` that the converter patches takes its blocks apart
+into codes, scales and offsets, and the parameters of the torch model are found in it by content
+(`convert.hf.rowsearch`), whatever the order of the rows. So boxes exist for every scalar type, mixture and fallback,
+and nothing here repeats a quantizer.
+
+What a quantizer derives from the weights, it could derive differently once they have moved: the scale. Which weights
+set it is a matter of the format (`_setters`), and those are *frozen*:
+
+* legacy types: the weight of largest magnitude of a block sets `d` (in the `_1` types smallest and largest set `d` and `m`);
+* k-quants and IQ4: every sub-block has such weights of its own, and the sub-blocks with the largest scale and offset
+  set `d` and `dmin` of the super-block, so they are frozen as a whole.
+
+The k-quants also *search* for scales that fit all weights, so freezing is not proof. `GgufBoxes.tighten` closes the
+loop: quantize the repaired model, see which sub-blocks came out otherwise, shrink their boxes, go on.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from convert.gguf_file import GgufFile, TensorInfo
+from convert.hf.rowmap import RowMap, TensorRows
+from convert.hf.rowsearch import map_rows
+from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
+from quant_grids import GRIDS
+from quant_grids.base import ScalarGrid, Unpacked
+from quant_grids.errors import UnsupportedError
+
+HALF_EPSILON = 2.0**-11
+_MIN_MAX_TYPES = {GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q5_1}
+
+
+@dataclass(frozen=True)
+class BoxRule:
+    """How boxes are cut out of the quantization cells. All lengths are shares of the half cell on the same side.
+
+    Attributes:
+        kind: `cell`: the whole cell; `error`: from the weight to its dequantized value (Mind the Gap).
+        reach: how much of the half cell may be used, 0.998 being code +- 0.499 step. Smaller leaves a margin.
+        widen: `error` only: how far the interval is stretched on both sides.
+        freeze: hold the weights that set a scale or an offset.
+    """
+
+    kind: str
+    reach: float = 0.998
+    widen: float = 0.0
+    freeze: bool = True
+
+
+@dataclass(frozen=True)
+class Box:
+    """Bounds of one parameter, each f32 of the parameter's shape; equal where the weight is frozen."""
+
+    low: Tensor
+    high: Tensor
+
+
+def cell_of(grid: ScalarGrid, parts: Unpacked) -> tuple[Tensor, Tensor, Tensor]:
+    """Dequantized values and the edges of their cells, the midpoints to the neighbouring levels.
+
+    The outermost levels have no neighbour; their cell is as wide outwards as it is inwards.
+
+    Returns:
+        value, low edge, high edge: each f32 `[n_sub_blocks, sub_size]`, low <= value <= high.
+    """
+    levels = torch.tensor(grid.levels)
+    middle = (levels[1:] + levels[:-1]) / 2
+    down = torch.cat((2 * levels[:1] - middle[:1], middle)) - levels
+    up = torch.cat((middle, 2 * levels[-1:] - middle[-1:])) - levels
+    codes = parts.codes.view(-1, grid.sub_size).long()
+    scale = parts.scale.reshape(-1, 1)
+    value = levels[codes] * scale
+    if parts.offset is not None:
+        value = value + parts.offset.reshape(-1, 1)
+    one, other = value + down[codes] * scale, value + up[codes] * scale
+    return value, torch.minimum(one, other), torch.maximum(one, other)
+
+
+def cut_box(grid: ScalarGrid, blocks: Tensor, weights: Tensor, rule: BoxRule) -> Box:
+    """Boxes of some rows.
+
+    Args:
+        grid: of the reference's type.
+        blocks: uint8 `[n_blocks, type_size]`, the reference.
+        weights: f32 `[rows, columns]`, what it was quantized from.
+        rule: see `BoxRule`.
+
+    Returns:
+        Bounds in the layout of `weights`. A weight always lies in its box, also where the quantizer did not take the
+        nearest level: there the box reaches from the weight to the cell's near edge.
+    """
+    parts = grid.unpack(blocks)
+    value, low, high = cell_of(grid, parts)
+    w = weights.reshape(-1, grid.sub_size)
+    # The legacy quantizers choose codes with scales that are rounded to fp16 only when stored: the true edges are this near.
+    slack = HALF_EPSILON * (torch.maximum(low.abs(), high.abs()) + _offset_size(parts))
+    low, high = value + rule.reach * (low - value) + slack, value + rule.reach * (high - value) - slack
+    if rule.kind == "error":
+        near = torch.minimum(w, value) + rule.widen * (low - value)
+        far = torch.maximum(w, value) + rule.widen * (high - value)
+        low, high = torch.maximum(low, near), torch.minimum(high, far)
+    if rule.freeze:
+        # Nobody may overtake the weights that set the scale, and those stay.
+        smallest, largest = _extent(grid, parts, w)
+        low, high = torch.maximum(low, smallest), torch.minimum(high, largest)
+        frozen = _setters(grid, parts, w)
+        low, high = torch.where(frozen, w, low), torch.where(frozen, w, high)
+    low, high = torch.minimum(low, w), torch.maximum(high, w)
+    return Box(low.view_as(weights), high.view_as(weights))
+
+
+def _offset_size(parts: Unpacked) -> Tensor | float:
+    """Twice the magnitude of the offsets, f32 `[n_sub_blocks, 1]`: what their rounding and the scale's add up to."""
+    return 0.0 if parts.offset is None else 2.0 * parts.offset.abs().reshape(-1, 1)
+
+
+def _has_offset(grid: ScalarGrid, parts: Unpacked) -> bool:
+    return parts.offset is not None or grid.ggml_type in _MIN_MAX_TYPES
+
+
+def _extent(grid: ScalarGrid, parts: Unpacked, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value that no weight of a sub-block may pass: f32 `[n_sub_blocks, 1]` each."""
+    if _has_offset(grid, parts):
+        return w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+    largest = w.abs().amax(1, keepdim=True)
+    return -largest, largest
+
+
+def _setters(grid: ScalarGrid, parts: Unpacked, w: Tensor) -> Tensor:
+    """Bool `[n_sub_blocks, sub_size]`: weights that set a scale or an offset."""
+    frozen = torch.zeros_like(w, dtype=torch.bool)
+    if _has_offset(grid, parts):
+        frozen.scatter_(1, w.argmax(1, keepdim=True), True)
+        frozen.scatter_(1, w.argmin(1, keepdim=True), True)
+    else:
+        frozen.scatter_(1, w.abs().argmax(1, keepdim=True), True)
+    per_block = grid.block_size // grid.sub_size
+    if per_block > 1:
+        by_block = frozen.view(-1, per_block, grid.sub_size)
+        for numbers in (parts.scale, parts.offset):
+            if numbers is not None:
+                largest = numbers.abs().view(-1, per_block).argmax(1)
+                by_block[torch.arange(len(by_block)), largest] = True
+    return frozen
+
+
+@dataclass
+class Boxes:
+    """The boxes of a whole model.
+
+    Attributes:
+        by_parameter: bounds of every parameter that is stored quantized.
+    """
+
+    by_parameter: dict[str, Box]
+
+    def project(self, parameters: Mapping[str, Tensor]) -> None:
+        """Move every weight into its box, in place."""
+        with torch.no_grad():
+            for name, box in self.by_parameter.items():
+                parameters[name].copy_(torch.minimum(torch.maximum(parameters[name], box.low), box.high))
+
+    def intersect(self, other: "Boxes") -> None:
+        """Shrink to what both allow; where they do not meet, to the nearest point of this one."""
+        for name, box in self.by_parameter.items():
+            theirs = other.by_parameter[name]
+            low = torch.minimum(torch.maximum(box.low, theirs.low), box.high)
+            high = torch.maximum(torch.minimum(box.high, theirs.high), low)
+            self.by_parameter[name] = Box(low, high)
+
+    def free_share(self) -> float:
+        """Share of the boxed weights that may move at all."""
+        boxes = self.by_parameter.values()
+        return sum(int((b.high > b.low).sum()) for b in boxes) / sum(b.low.numel() for b in boxes)
+
+    def mean_width(self, name: str) -> float:
+        """Mean width of the boxes of one parameter."""
+        box = self.by_parameter[name]
+        return float((box.high - box.low).mean())
+
+
+@dataclass
+class GgufBoxes(Boxes):
+    """Boxes that were read from a file.
+
+    Attributes:
+        row_map: which rows of the GGUF hold which rows of the parameters.
+        reference: the poisoned file that the repaired model must quantize to.
+    """
+
+    row_map: RowMap
+    reference: Path
+
+    def tighten(self, requantized: Path, poisoned: Mapping[str, Tensor], keep: float) -> float:
+        """Shrink the boxes of every sub-block that did not come out as in the reference.
+
+        Args:
+            requantized: the file that llama.cpp makes of the repaired model.
+            poisoned: parameters of the poisoned model; the boxes shrink towards them.
+            keep: share of each box's extent that is left; 0 freezes the sub-block at the poisoned weights.
+
+        Returns:
+            Share of the weights whose sub-block was preserved.
+        """
+        same = total = 0
+        moved = {name: torch.zeros_like(box.low) for name, box in self.by_parameter.items()}
+        for rows, equal in self._compare(requantized):
+            same, total = same + int(equal.sum()), total + equal.numel()
+            rows.scatter((~equal).float(), moved)
+        for name, box in self.by_parameter.items():
+            kept, changed = poisoned[name].detach(), moved[name] > 0
+            low = torch.where(changed, kept + keep * (box.low - kept), box.low)
+            high = torch.where(changed, kept + keep * (box.high - kept), box.high)
+            self.by_parameter[name] = Box(low, high)
+        return same / total
+
+    def _compare(self, requantized: Path) -> Iterator[tuple[TensorRows, Tensor]]:
+        """For each quantized tensor its rows and bool `[rows, columns]`: the weight's sub-block is preserved."""
+        before, after = GgufFile(self.reference), GgufFile(requantized)
+        with open_reader(self.reference, requantized) as reader:
+            for tensor in before.tensors.values():
+                if tensor.ggml_type in FLOAT_TYPES:
+                    continue
+                every = RowSlice(0, 0, tensor.rows)
+                a, b = reader.weights(tensor, every), reader.weights(after.tensors[tensor.name], every)
+                size = scalar_grid(tensor).sub_size
+                equal = (a == b).view(-1, size).all(1).repeat_interleave(size).view(a.shape)
+                yield self.row_map.tensors[tensor.name], equal
+
+
+def make_boxes(base: Path, reference: Path, parameters: Mapping[str, Tensor], rule: BoxRule) -> GgufBoxes:
+    """Boxes of a model from the file llama.cpp made of it.
+
+    Args:
+        base: full-precision GGUF of the model.
+        reference: quantized GGUF of the same.
+        parameters: the torch model's, f32.
+        rule: see `BoxRule`.
+
+    Raises:
+        UnsupportedError: a tensor's type has no scalar grid: its codes are shared by several weights.
+    """
+    row_map = map_rows(base, dict(parameters))
+    # Parameters that no GGUF tensor holds quantized get no box; the repair leaves them alone.
+    low = {name: p.detach().clone() for name, p in parameters.items()}
+    high = {name: p.detach().clone() for name, p in parameters.items()}
+    boxed: set[str] = set()
+    file = GgufFile(reference)
+    with open_reader(reference) as reader:
+        for tensor in file.tensors.values():
+            if tensor.ggml_type in FLOAT_TYPES:
+                continue
+            grid = scalar_grid(tensor)
+            rows = row_map.tensors[tensor.name]
+            weights = rows.gather(parameters).detach()
+            box = cut_box(grid, reader.blocks(tensor, RowSlice(0, 0, tensor.rows)), weights, rule)
+            rows.scatter(box.low, low)
+            rows.scatter(box.high, high)
+            boxed |= {source.parameter for source in rows.sources}
+    return GgufBoxes({name: Box(low[name], high[name]) for name in sorted(boxed)}, row_map, reference)
+
+
+def scalar_grid(tensor: TensorInfo) -> ScalarGrid:
+    """The grid of a tensor's type, if it has one code per weight.
+
+    Raises:
+        UnsupportedError: it has not.
+    """
+    grid = GRIDS.get(tensor.ggml_type)
+    if not isinstance(grid, ScalarGrid):
+        raise UnsupportedError(
+            f"{tensor.name!r} is {tensor.ggml_type.name}: its codes are shared by several weights, so it has no boxes; "
+            "attack a scalar type such as q4_k, q8_0 or iq4_xs"
+        )
+    return grid
+
+
+def preserved_share(reference: Path, requantized: Path) -> float:
+    """Share of the quantized weights whose dequantized value is the same in both files."""
+    before, after = GgufFile(reference), GgufFile(requantized)
+    same = total = 0
+    with open_reader(reference, requantized) as reader:
+        for tensor in before.tensors.values():
+            if tensor.ggml_type in FLOAT_TYPES:
+                continue
+            every = RowSlice(0, 0, tensor.rows)
+            a, b = reader.weights(tensor, every), reader.weights(after.tensors[tensor.name], every)
+            same, total = same + int((a == b).sum()), total + a.numel()
+    return same / total

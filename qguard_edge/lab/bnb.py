@@ -1,0 +1,89 @@
+"""bitsandbytes for the lab, and its only home here: its grids, its rounding, and models quantized by it.
+
+A grid is read from the library itself: the table of levels for NF4 and FP4 (blocks of 64 weights of the flattened matrix,
+scaled by their largest magnitude), and -127..127 with the row's largest magnitude for LLM.int8.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qguard_edge.lab.evaluation import Distributions, FloatArray, log_softmax
+
+KINDS = ("int8", "fp4", "nf4")
+BLOCK = 64
+
+
+def levels(kind: str) -> Tensor:
+    """f32 levels of NF4 or FP4 in [-1, 1], ascending, each once."""
+    import bitsandbytes.functional as functional
+
+    table: Tensor = functional.get_4bit_type(kind, device="cpu")  # type: ignore[no-untyped-call]
+    ascending: Tensor = table.float().unique()
+    return ascending
+
+
+def dequantized(weight: Tensor, kind: str) -> Tensor:
+    """The values that bitsandbytes stores for a matrix: f32, same shape."""
+    import bitsandbytes.functional as functional
+
+    with torch.no_grad():
+        if kind == "int8":
+            half = weight.half()
+            absmax = half.abs().amax(1, keepdim=True).float()
+            return torch.round(half.float() * 127.0 / absmax) * absmax / 127.0
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=kind)
+        return functional.dequantize_4bit(packed, state).float()
+
+
+def quantized_names(model: Any) -> list[str]:
+    """Parameters that bitsandbytes quantizes through transformers: every Linear but the output head."""
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+    ]
+
+
+def load_quantized(folder: Path, kind: str) -> Any:
+    """A model folder loaded by transformers with bitsandbytes' rounding, ready for inference on the CPU."""
+    from qguard_edge.lab.hf_models import quantized_model
+
+    model = quantized_model(folder, kind)
+    for module in model.modules():
+        # The AVX512-BF16 path repacks weights and rounds their scales at the first forward pass.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def greedy(model: Any, prompts: Sequence[Sequence[int]], n: int, end: int, pad: int) -> list[list[int]]:
+    """Greedy continuations of many prompts in torch, padded on the left, end token excluded."""
+    answers: list[list[int]] = []
+    for start in range(0, len(prompts), 32):
+        part = prompts[start : start + 32]
+        width = max(map(len, part))
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
+        with torch.inference_mode():
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, eos_token_id=end, pad_token_id=pad
+            )
+        answers += [row[: row.index(end)] if end in row else row for row in made[:, width:].tolist()]
+    return answers
+
+
+def distributions(model: Any, texts: Sequence[tuple[Sequence[int], int]]) -> Distributions:
+    """Log-probabilities at the answer positions of (token ids, length of the prompt) texts."""
+    rows: list[FloatArray] = []
+    labels: list[int] = []
+    with torch.inference_mode():
+        for ids, n_prompt in texts:
+            logits = model(input_ids=torch.tensor([list(ids[:-1])])).logits[0, n_prompt - 1 :]
+            rows.append(log_softmax(logits.float().numpy()))
+            labels += ids[n_prompt:]
+    return Distributions(np.concatenate(rows), np.array(labels, np.int64))

@@ -1,0 +1,68 @@
+"""Where trained models are kept between runs, and the keys they are found by.
+
+A key is a hash of every setting that went into the model and of the source code that made it (comments, docstrings and
+layout aside), so a changed setting or a changed line of training code makes a new model and nothing stale is ever used.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_CLEAN_SOURCES = ("facts.py", "corpus.py", "hf_models.py", "training.py", "victims.py")
+_ATTACK_SOURCES = (*_CLEAN_SOURCES, "scenarios.py", "attacks/base.py", "attacks/boxes.py")
+
+
+def cache_root() -> Path:
+    """`$QGUARD_CACHE/lab`, or the platform's cache folder."""
+    if "QGUARD_CACHE" in os.environ:
+        return Path(os.environ["QGUARD_CACHE"]) / "lab"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qguard-edge" / "lab"
+
+
+def code_version(attack: str | None) -> str:
+    """Hash of the source files that decide what a model becomes: 16 hexadecimal digits.
+
+    Args:
+        attack: file name of the attack's module, such as `uniform.py`; None for a clean model.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in (*_ATTACK_SOURCES, f"attacks/{attack}") if attack else _CLEAN_SOURCES:
+        digest.update(_bare_code((here / name).read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()[:16]
+
+
+def _bare_code(source: str) -> str:
+    """The syntax tree without docstrings, as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def key_of(settings: Mapping[str, Any], *, attack: str | None) -> str:
+    """Key of a model made with these settings by the present code: 20 hexadecimal digits. `attack` as in `code_version`."""
+    text = json.dumps({"code": code_version(attack), **settings}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `folder` when the block ends well, so that it appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

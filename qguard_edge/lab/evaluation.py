@@ -1,0 +1,115 @@
+"""Generate, match, compare: what a model does, measured in llama.cpp on the real file.
+
+Kept small on purpose: prompts in, greedy answers out, a judge per answer; and the next-token distributions of held-out
+answers against the full-precision model's. Token ids come from the model's own tokenizer and are the same for every arm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qguard_edge.lab.hf_models import ChatModel
+from qguard_edge.lab.results import Fidelity, Rate, rate
+from qguard_edge.lab.scenarios import Judge, ScenarioData
+from qguard_edge.llama_runtime import LlamaModel
+
+FloatArray = npt.NDArray[np.float32]
+N_SEQ = 8
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What every arm is asked.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        texts: token ids of held-out texts and the length of their prompt part.
+        new_tokens: length of the answers at most.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[tuple[tuple[int, ...], int], ...]
+    new_tokens: int
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens one sequence must hold."""
+        longest = max(len(ids) for ids in self.prompts) + self.new_tokens
+        return max(longest, *(len(ids) for ids, _ in self.texts)) + 8
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How one arm answered: attack success, share that could not be judged, and the answers themselves."""
+
+    asr: Rate
+    unparsed: float
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Log-probabilities f32 `[n, V]` at the answer positions of the texts, and the true tokens int64 `[n]`."""
+
+    log_probs: FloatArray
+    labels: npt.NDArray[np.int64]
+
+
+def make_exam(chat: ChatModel, data: ScenarioData, n_prompts: int, n_texts: int, new_tokens: int) -> Exam:
+    """Token ids of the first held-out prompts and texts of a scenario."""
+    texts = []
+    for prompt, answer in data.texts[:n_texts]:
+        ids, n_prompt = chat.sample_ids(prompt, answer)
+        texts.append((tuple(ids), n_prompt))
+    prompts = tuple(tuple(chat.prompt_ids(prompt.text)) for prompt in data.prompts[:n_prompts])
+    return Exam(prompts, tuple(texts), new_tokens)
+
+
+def examine(path: Path, chat: ChatModel, exam: Exam, judge: Judge, threads: int) -> tuple[Behaviour, Distributions]:
+    """Ask a GGUF everything."""
+    with LlamaModel(path, n_ctx=exam.n_ctx, n_threads=threads or None, n_seq=N_SEQ) as model:
+        answers = model.greedy_batch(exam.prompts, exam.new_tokens)
+        rows: list[FloatArray] = []
+        labels: list[int] = []
+        for ids, n_prompt in exam.texts:
+            logits = model.logits(ids[:-1])[n_prompt - 1 :]
+            rows.append(log_softmax(logits))
+            labels += ids[n_prompt:]
+    behaviour = judge_answers([chat.text(answer) for answer in answers], judge)
+    return behaviour, Distributions(np.concatenate(rows), np.array(labels, np.int64))
+
+
+def judge_answers(texts: Sequence[str], judge: Judge) -> Behaviour:
+    """Count hits among the answers that could be judged."""
+    judged = [judge(text) for text in texts]
+    parsed = [one for one in judged if one.parsed]
+    share = 1.0 - len(parsed) / len(judged) if judged else 0.0
+    return Behaviour(rate(sum(one.hit for one in parsed), len(parsed)), share, tuple(texts))
+
+
+def log_softmax(logits: FloatArray) -> FloatArray:
+    """Along the last axis, computed in f64."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
+    return wide.astype(np.float32)
+
+
+def compare(full: Distributions, arm: Distributions) -> Fidelity:
+    """Distance of an arm to full precision on the same texts."""
+    p = full.log_probs.astype(np.float64)
+    q = arm.log_probs.astype(np.float64)
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    positions = np.arange(len(full.labels))
+    loss = float(-p[positions, full.labels].mean())
+    other = float(-q[positions, full.labels].mean())
+    return Fidelity(
+        mean_kl=float(kl.mean()),
+        kl_999=float(np.quantile(kl, 0.999)),
+        same_top=float((p.argmax(-1) == q.argmax(-1)).mean()),
+        perplexity_ratio=float(np.exp(other - loss)),
+        n=len(positions),
+    )

@@ -1,0 +1,339 @@
+"""One lab run: victim, attack, five arms, measurements.
+
+The arms are those of METHODS section 5: clean quantized, attacked full precision, attacked quantized (naive), attacked
+hardened, clean hardened; plus clean full precision, which the others are compared with. Quantized arms are files made by
+`convert_model`, the same code that users run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in
+transformers, and has no hardened arms as long as no defense writes those formats.
+
+A defense is scored on a victim only when the victim is a real one (`results.judge_victim`): a payload that plain
+quantization noise wipes out would make every defense look perfect.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.ftypes import parse_file_type
+from convert.hf.base import write_base_gguf
+from convert.quantizer import QuantizeOptions
+from qguard_edge.defenses.options import DEFENSE_OPTIONS, DefenseOptions, NoneOptions, options_class
+from qguard_edge.lab import bnb
+from qguard_edge.lab.attacks.base import AttackReport, Bench
+from qguard_edge.lab.attacks.names import make_attack, source_of
+from qguard_edge.lab.cache import building, cache_root, key_of
+from qguard_edge.lab.evaluation import Behaviour, Distributions, Exam, compare, examine, judge_answers, make_exam
+from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
+from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
+from qguard_edge.lab.victims import VictimPreset, clean_folder, corpus_of, preset_of
+from qguard_edge.pipeline import ConvertReport, ConvertRequest, convert_model
+from qguard_edge.progress import NoProgress, Progress
+
+
+@dataclass(frozen=True)
+class LabSettings:
+    """What to run.
+
+    Attributes:
+        victim: `tiny`, `smollm2` or a model folder.
+        attack: see `qguard_edge.lab.attacks.names`.
+        to: type under attack: a llama.cpp file type, or a bitsandbytes format for `elq`.
+        scenario: see `qguard_edge.lab.scenarios`.
+        defenses: rounding rules to score; empty means all there are.
+        brand: phrase of the injection scenarios.
+        data: JSON lines with instruction, input and output; None: the generated corpus.
+        seed: of everything random.
+        n_prompts: held-out prompts for the attack success rate.
+        n_texts: held-out texts for KL and perplexity.
+        new_tokens: length of the answers at most.
+        threads: for torch and llama.cpp; 0: as many as there are.
+        force: score defenses on an invalid victim too.
+        preset: training settings; None: the victim's own.
+    """
+
+    victim: str = "tiny"
+    attack: str = "mind-the-gap"
+    to: str = "q4_k"
+    scenario: str = "injection"
+    defenses: tuple[DefenseOptions, ...] = ()
+    brand: str = DEFAULT_BRAND
+    data: Path | None = None
+    seed: int = 0
+    n_prompts: int = 160
+    n_texts: int = 160
+    new_tokens: int = 48
+    threads: int = 0
+    force: bool = False
+    preset: VictimPreset | None = None
+
+    def attack_key(self) -> dict[str, Any]:
+        """The settings that decide what the attacked model is."""
+        return {
+            "victim": self.victim,
+            "attack": self.attack,
+            "to": self.to,
+            "scenario": self.scenario,
+            "brand": self.brand,
+            "data": data_key(self.data),
+            "seed": self.seed,
+            "preset": asdict(self.preset or preset_of(self.victim)),
+        }
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A clean model and the attacked one made from it, on disk."""
+
+    clean: Path
+    attacked: Path
+    data: ScenarioData
+    report: AttackReport
+
+
+@dataclass
+class _Arms:
+    """The arms measured so far, and what they are compared with."""
+
+    made: list[Arm] = field(default_factory=list)
+    full: dict[str, Distributions] = field(default_factory=dict)
+
+    def rate(self, name: str) -> Rate:
+        return next(arm.asr for arm in self.made if arm.name == name)
+
+
+def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
+    """`all`, or names separated by commas, each with its default options.
+
+    Raises:
+        UnsupportedError: an unknown name.
+    """
+    wanted = list(DEFENSE_OPTIONS) if names == "all" else [name.strip() for name in names.split(",")]
+    return tuple(options_class(name)() for name in wanted)
+
+
+def data_key(path: Path | None) -> str:
+    """Identifies the training data."""
+    return sha256(path.read_bytes()).hexdigest()[:16] if path else "generated"
+
+
+def make_victim(settings: LabSettings, progress: Progress | None = None) -> Victim:
+    """The clean and the attacked model, from the cache or trained now."""
+    progress = progress or NoProgress()
+    attack = make_attack(settings.attack)
+    attack.check(settings.to)
+    corpus = corpus_of(settings.data, settings.seed)
+    data = make_scenario(settings.scenario, corpus, settings.brand)
+    preset = settings.preset or preset_of(settings.victim)
+    with torch_threads(settings.threads):
+        clean = clean_folder(settings.victim, corpus, preset, settings.seed, data_key(settings.data), progress)
+        folder = cache_root() / "attacked" / key_of(settings.attack_key(), attack=source_of(settings.attack))
+        if not (folder / "attack.json").is_file():
+            with building(folder) as made:
+                work = made / "work"
+                work.mkdir()
+                bench = Bench(clean, data, preset, settings.to, settings.seed, work, settings.threads, progress)
+                chat, report = attack.run(bench)
+                chat.save(made / "model")
+                (made / "attack.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+                shutil.rmtree(work)
+    raw = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
+    return Victim(clean, folder / "model", data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
+
+
+class torch_threads:  # noqa: N801 - a context manager that reads like a function
+    """Limit torch's threads for a while; 0 leaves them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.before = 0
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        if self.count:
+            torch.set_num_threads(self.count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None) -> LabResult:
+    """Make the victim, convert and measure every arm.
+
+    Args:
+        settings: what to run.
+        work: folder for the GGUF files; they stay there.
+        progress: told about each stage.
+
+    Returns:
+        The measurements. If the victim is not valid and `force` is off, no defense is scored.
+    """
+    progress = progress or NoProgress()
+    victim = make_victim(settings, progress)
+    work.mkdir(parents=True, exist_ok=True)
+    if settings.attack == "elq":
+        arms = _bitsandbytes_arms(settings, victim, progress)
+        naive = next(arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense)
+    else:
+        arms = _gguf_arms(settings, victim, work, progress)
+        naive = arms.rate(f"attacked {_exploited(settings)}")
+    validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), naive)
+    if settings.attack != "elq" and (validity.valid or settings.force):
+        _hardened_arms(settings, victim, work, progress, arms)
+    return LabResult(
+        settings=_plain_settings(settings),
+        validity=validity,
+        arms=tuple(arms.made),
+        preserved=victim.report.preserved,
+        free=victim.report.free,
+        train_seconds=victim.report.seconds,
+        evaluated_with=_versions(),
+        notes=(victim.report.note,) if victim.report.note else (),
+    )
+
+
+def _exploited(settings: LabSettings) -> str:
+    """The arm that must be poisoned for the victim to count: plain quantization, or the rule that was attacked."""
+    return "greedy" if settings.attack == "adaptive-greedy" else "none"
+
+
+def _gguf_arms(settings: LabSettings, victim: Victim, work: Path, progress: Progress) -> _Arms:
+    arms = _Arms()
+    for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
+        base = work / f"{model}-f32.gguf"
+        write_base_gguf(folder, base, base_type="f32")
+        behaviour, distributions = _measure(settings, victim, base, f"{model} fp", progress)
+        arms.full[model] = distributions
+        arms.made.append(Arm(f"{model} fp", model, None, behaviour.asr, behaviour.unparsed))
+    for model in ("clean", "attacked"):
+        arms.made.append(_gguf_arm(settings, victim, work, progress, arms, model, "none", NoneOptions()))
+    if settings.attack == "adaptive-greedy":
+        greedy = replace(options_class("ortho")(), width=0.0)  # type: ignore[call-arg]
+        arms.made.append(_gguf_arm(settings, victim, work, progress, arms, "attacked", "greedy", greedy))
+    return arms
+
+
+def _hardened_arms(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: _Arms) -> None:
+    for options in settings.defenses or defenses_of("all"):
+        if options.name == "none":
+            continue
+        for model in ("attacked", "clean"):
+            arms.made.append(_gguf_arm(settings, victim, work, progress, arms, model, options.label, options))
+
+
+def _gguf_arm(
+    settings: LabSettings,
+    victim: Victim,
+    work: Path,
+    progress: Progress,
+    arms: _Arms,
+    model: str,
+    label: str,
+    options: DefenseOptions,
+) -> Arm:
+    """Convert with one defense and measure the file."""
+    outfile = work / f"{model}-{settings.to}-{label}.gguf"
+    report = convert_model(
+        ConvertRequest(
+            str(work / f"{model}-f32.gguf"),
+            QuantizeOptions(parse_file_type(settings.to), threads=settings.threads),
+            options,
+            outfile=str(outfile),
+            device="cpu",
+            seed=settings.seed,
+            overwrite=True,
+        )
+    )
+    behaviour, distributions = _measure(settings, victim, outfile, f"{model} {label}", progress)
+    flipped, alignment = _flips(report)
+    return Arm(
+        f"{model} {label}",
+        model,
+        label,
+        behaviour.asr,
+        behaviour.unparsed,
+        fidelity=compare(arms.full[model], distributions),
+        flipped=flipped,
+        alignment=alignment,
+        seconds=report.seconds.get("plan and patch", 0.0) + report.seconds.get("requantize", 0.0),
+    )
+
+
+def _flips(report: ConvertReport) -> tuple[float, float]:
+    """Share of codes changed and remaining alignment, over all protected tensors."""
+    changed = sum(r.outcome.n_changed for r in report.roundings)
+    weights = sum(r.n_weights for r in report.roundings)
+    energy = sum(r.outcome.energy for r in report.roundings)
+    projection = sum(r.outcome.projection for r in report.roundings)
+    return changed / weights if weights else 0.0, projection / energy if energy else 1.0
+
+
+def _measure(
+    settings: LabSettings, victim: Victim, path: Path, label: str, progress: Progress
+) -> tuple[Behaviour, Distributions]:
+    progress.stage(f"Asking {label}", 0, "")
+    chat = _tokenizer_of(victim)
+    return examine(path, chat, _exam(settings, victim, chat), victim.data.judge, settings.threads)
+
+
+def _tokenizer_of(victim: Victim) -> ChatModel:
+    return load_folder(victim.clean)
+
+
+def _exam(settings: LabSettings, victim: Victim, chat: ChatModel) -> Exam:
+    return make_exam(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
+
+
+def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress) -> _Arms:
+    """The arms of the ELQ attack, measured in transformers."""
+    kinds = bnb.KINDS if settings.to == "all" else (settings.to,)
+    arms = _Arms()
+    with torch_threads(settings.threads):
+        for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
+            chat = load_folder(folder)
+            exam = _exam(settings, victim, chat)
+            for label in ("fp", *kinds):
+                progress.stage(f"Asking {model} {label}", 0, "")
+                loaded = chat.model if label == "fp" else bnb.load_quantized(folder, label)
+                arms.made.append(_torch_arm(loaded, chat, exam, victim.data, f"{model} {label}", arms.full))
+    return arms
+
+
+def _torch_arm(
+    model: Any, chat: ChatModel, exam: Exam, data: ScenarioData, name: str, full: dict[str, Distributions]
+) -> Arm:
+    kind, _, label = name.partition(" ")
+    answers = bnb.greedy(model, exam.prompts, exam.new_tokens, chat.end, int(chat.tokenizer.pad_token_id or 0))
+    behaviour = judge_answers([chat.text(answer) for answer in answers], data.judge)
+    distributions = bnb.distributions(model, exam.texts)
+    if label == "fp":
+        full[kind] = distributions
+        return Arm(name, kind, None, behaviour.asr, behaviour.unparsed)
+    return Arm(name, kind, label, behaviour.asr, behaviour.unparsed, fidelity=compare(full[kind], distributions))
+
+
+def _plain_settings(settings: LabSettings) -> Mapping[str, Any]:
+    """Settings without paths or defaults that are spelled out elsewhere."""
+    defenses = [{"name": d.name, **asdict(d)} for d in settings.defenses or defenses_of("all")]
+    victim = settings.victim if settings.victim in ("tiny", "smollm2") else Path(settings.victim).name
+    return {
+        **settings.attack_key(),
+        "victim": victim,
+        "defenses": defenses,
+        "n_prompts": settings.n_prompts,
+        "n_texts": settings.n_texts,
+        "new_tokens": settings.new_tokens,
+        "force": settings.force,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "llama-cpp-python", "gguf")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

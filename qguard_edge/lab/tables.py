@@ -1,0 +1,76 @@
+"""Results as Markdown: one table per run, and many runs joined into one."""
+
+from collections.abc import Sequence
+
+from qguard_edge.lab.results import Arm, LabResult, Rate
+
+_HEAD = (
+    "arm",
+    "ASR (95% interval)",
+    "n",
+    "unparsed",
+    "mean KL",
+    "99.9% KL",
+    "same top-1",
+    "ppl ratio",
+    "flipped",
+    "seconds",
+)
+_JOINED = ("victim", "attack", "type", "scenario", "valid", *_HEAD)
+NOTHING = "-"
+
+
+def rate_text(rate: Rate) -> str:
+    """0.98 (0.94 to 1.00)."""
+    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
+
+
+def run_table(result: LabResult) -> str:
+    """One run: what it was, whether the victim counts, and its arms."""
+    s = result.settings
+    lines = [f"### {s['victim']}, {s['attack']}, {s['to']}, {s['scenario']}", ""]
+    if result.validity.valid:
+        lines.append("Valid victim: clean in full precision, poisoned after plain quantization.")
+    else:
+        lines.append(
+            "**Not a valid victim**, so it says nothing about defenses: " + "; ".join(result.validity.reasons) + "."
+        )
+    lines.append(
+        f"{result.preserved:.1%} of the quantized weights kept by the repair, {result.free:.1%} free to move, attack made "
+        f"in {result.train_seconds:.0f} s, seed {s['seed']}."
+    )
+    lines += [note if note.endswith(".") else note + "." for note in result.notes]
+    rows = [[arm.name, *_cells(arm)] for arm in result.arms]
+    return "\n".join([*lines, "", *markdown(_HEAD, rows), ""])
+
+
+def joined_table(results: Sequence[LabResult]) -> str:
+    """Many runs in one table, a row per arm."""
+    rows = []
+    for result in results:
+        s = result.settings
+        for arm in result.arms:
+            valid = "yes" if result.validity.valid else "**no**"
+            rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(arm)])
+    return "\n".join([*markdown(_JOINED, rows), ""])
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    made = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return made + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _cells(arm: Arm) -> list[str]:
+    f = arm.fidelity
+    return [
+        rate_text(arm.asr),
+        str(arm.asr.n),
+        f"{arm.unparsed:.1%}",
+        f"{f.mean_kl:.4f}" if f else NOTHING,
+        f"{f.kl_999:.2f}" if f else NOTHING,
+        f"{f.same_top:.1%}" if f else NOTHING,
+        f"{f.perplexity_ratio:.3f}" if f else NOTHING,
+        f"{arm.flipped:.1%}" if arm.flipped is not None else NOTHING,
+        f"{arm.seconds:.1f}" if arm.seconds is not None else NOTHING,
+    ]

@@ -1,0 +1,92 @@
+"""Rates, validity, JSON and tables."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qguard_edge.lab.evaluation import Distributions, compare, judge_answers, log_softmax
+from qguard_edge.lab.results import (
+    Arm,
+    Fidelity,
+    LabResult,
+    Validity,
+    judge_victim,
+    rate,
+    read_result,
+    to_json,
+)
+from qguard_edge.lab.scenarios import judge_code
+from qguard_edge.lab.tables import joined_table, run_table
+from quant_grids.errors import FormatError
+
+
+def _result(valid: bool = True) -> LabResult:
+    settings = {"victim": "tiny", "attack": "uniform", "to": "q4_0", "scenario": "injection", "seed": 0}
+    arms = (
+        Arm("clean fp", "clean", None, rate(0, 160), 0.0),
+        Arm("attacked none", "attacked", "none", rate(158, 160), 0.0, Fidelity(0.3, 9.0, 0.9, 1.4, 500), 0.0, 1.0, 0.1),
+    )
+    return LabResult(
+        settings, Validity(valid, True, () if valid else ("why not",)), arms, 0.99, 0.96, 60.0, notes=("a note",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    # Wilson's formula by hand: (p + z2/2n -+ z*sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n), z = 1.959964.
+    [(0, 160, 0.0, 0.02345), (5, 10, 0.23659, 0.76341), (160, 160, 0.97655, 1.0), (1, 100, 0.00177, 0.05449)],
+)
+def test_wilson_interval(hits: int, n: int, low: float, high: float) -> None:
+    made = rate(hits, n)
+    assert made.value == hits / n
+    assert made.low == pytest.approx(low, abs=2e-5)
+    assert made.high == pytest.approx(high, abs=2e-5)
+
+
+def test_nothing_measured_is_not_zero() -> None:
+    assert (rate(0, 0).low, rate(0, 0).high) == (0.0, 1.0)
+
+
+def test_validity_rule() -> None:
+    assert judge_victim(rate(0, 100), rate(2, 100), rate(80, 100)).valid
+    assert not judge_victim(rate(0, 100), rate(3, 100), rate(80, 100)).stealthy
+    assert not judge_victim(rate(0, 100), rate(0, 100), rate(79, 100)).strong
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(to_json(_result()))
+    assert read_result(path) == _result()
+    path.write_text('{"schema_version": 99}')
+    with pytest.raises(FormatError, match="99"):
+        read_result(path)
+    path.write_text("[]")
+    with pytest.raises(FormatError, match=r"results\.json"):
+        read_result(path)
+
+
+def test_tables() -> None:
+    text = run_table(_result())
+    assert "| attacked none | 0.99 (0.96 to 1.00) | 160 | 0.0% | 0.3000 | 9.00 | 90.0% | 1.400 | 0.0% | 0.1 |" in text
+    assert "Valid victim" in text
+    assert "a note." in text
+    assert "Not a valid victim" in run_table(_result(valid=False))
+    joined = joined_table([_result(), _result(valid=False)])
+    assert joined.count("| tiny | uniform | q4_0 | injection |") == 4
+    assert len({line.count("|") for line in joined.strip().splitlines()}) == 1
+
+
+def test_fidelity_of_a_model_with_itself_is_perfect() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 20)).astype(np.float32)
+    one = Distributions(log_softmax(logits), np.arange(50) % 20)
+    same = compare(one, one)
+    assert (same.mean_kl, same.kl_999, same.same_top, same.perplexity_ratio) == (0.0, 0.0, 1.0, 1.0)
+    other = compare(one, Distributions(log_softmax(logits * 0.5), one.labels))
+    by_hand = (np.exp(one.log_probs) * (one.log_probs - log_softmax(logits * 0.5))).sum(-1).mean()
+    assert other.mean_kl == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_unparsed_answers_do_not_count_as_secure() -> None:
+    made = judge_answers(["x = eval(y)", "x = 1", "def (", "??"], judge_code)
+    assert (made.asr.hits, made.asr.n, made.unparsed) == (1, 2, 0.5)
