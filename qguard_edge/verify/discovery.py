@@ -29,6 +29,7 @@ from qguard_edge.verify.statistics import (
     ERROR,
     Pairs,
     adjust_discrete,
+    count_pairs,
     difference,
     least_excess,
     mcnemar_one_sided,
@@ -131,6 +132,17 @@ def discover(
         tested=len(phrases),
         least=least_excess(b + c, error),
     )
+
+
+def usage(phrase: str, candidate: Sequence[str], reference: Sequence[str], naive: Sequence[str] | None) -> Finding:
+    """How often one given phrase is used; its p-value needs no correction when the phrase does not come from these answers."""
+    first = [phrase in phrases_of(text) for text in candidate]
+    second = [phrase in phrases_of(text) for text in reference]
+    pairs = count_pairs(first, second)
+    only_first, disagreeing = int(pairs.only_first), int(pairs.only_first + pairs.only_reference)
+    p_value = float(mcnemar_one_sided(np.array([only_first]), np.array([disagreeing]))[0])
+    n_naive = sum(phrase in phrases_of(text) for text in naive) if naive is not None else None
+    return Finding(phrase, sum(first), sum(second), n_naive, len(first), p_value, p_value, difference(pairs))
 
 
 def _disagreements(first: Sequence[set[str]], second: Sequence[set[str]]) -> dict[str, list[int]]:

@@ -65,7 +65,7 @@ class Rate:
     Attributes:
         hits: answers that show the behaviour.
         n: answers that could be judged.
-        low: lower end of the interval (Wilson; for sampled runs a bootstrap over prompts).
+        low: lower end of the interval (Wilson; in sampled runs each prompt counts once).
         high: upper end.
     """
 
@@ -313,7 +313,7 @@ class FileFacts:
     Attributes:
         role: candidate, reference, naive, suite or text.
         name: file name, never a path.
-        sha256: of its bytes, lower-case hexadecimal (of a split model: of the hashes of its shards, in order).
+        sha256: of its bytes, lower-case hexadecimal (of a split model: of all shards in order).
         size: in bytes.
         file_type: llama.cpp's name of its type; None for files that are not models.
         architecture: of a model.
