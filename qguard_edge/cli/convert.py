@@ -77,6 +77,14 @@ def convert(
     no_load_check: Annotated[
         bool, typer.Option("--no-load-check", help="Do not load the result in llama.cpp before it gets its name.")
     ] = False,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUITES",
+            help="Verify the result before it gets its name: injection, refusal, code (separated by commas), drift or all. "
+            "With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan per tensor, sizes and memory; write nothing.")
     ] = False,
@@ -163,7 +171,7 @@ def convert(
 
         check_writable(report_file)
     with ConsoleProgress(quiet) as progress:
-        report = convert_model(request, progress)
+        report = convert_model(request, progress, _gate(verify, options, progress))
     document = report_document(report)
     if report_file:
         from convert.atomic import atomic_path
@@ -174,6 +182,22 @@ def convert(
         print_json(document)
     elif not quiet:
         _show_report(report)
+    if report.verification and report.verification.verdict.exit_code:
+        raise typer.Exit(report.verification.verdict.exit_code)
+
+
+def _gate(verify: str | None, options: Any, progress: Any) -> Any:
+    """What `--verify` asks for, checked before the conversion begins."""
+    if verify is None:
+        return None
+    from qguard_edge.verify.gate import make_gate
+    from quant_grids.errors import UnsupportedError
+
+    if options.file_type.base:
+        raise UnsupportedError(
+            f"--verify compares a quantized file with its base; --to {options.file_type.name} quantizes nothing"
+        )
+    return make_gate([name.strip() for name in verify.split(",")], options.threads, 0, progress)
 
 
 def register(app: typer.Typer) -> None:
@@ -183,8 +207,15 @@ def register(app: typer.Typer) -> None:
 
 def report_document(report: "ConvertReport") -> Mapping[str, Any]:
     """The report as JSON values; files by name only, never by path."""
+    verification = report.verification
+    verified: dict[str, Any] = {}
+    if verification:
+        from qguard_edge.verify.results import to_document
+
+        verified = {"verification": to_document(verification)}
     return {
-        "status": "ok",
+        "status": verification.verdict.value if verification and verification.verdict.exit_code else "ok",
+        **verified,
         "outfile": report.outfile.name,
         "reference": report.reference.name if report.reference else None,
         "file_type": report.file_type.name,
@@ -246,6 +277,10 @@ def _show_report(report: "ConvertReport") -> None:
     out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
     if report.seed is not None:
         out.print(f"seed {report.seed} (recorded in the file; --seed repeats it)", highlight=False)
+    if report.verification:
+        from qguard_edge.cli.verify import show_outcome
+
+        show_outcome(report.verification)
     if report.loaded:
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
         out.print(f"llama.cpp loads it: {said}", highlight=False, markup=False)
