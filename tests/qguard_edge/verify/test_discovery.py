@@ -7,28 +7,9 @@ import pytest
 from qguard_edge.verify.discovery import discover, phrases_of, usage, words_of
 from qguard_edge.verify.results import Verdict
 
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "river",
-    "stone",
-    "walk",
-    "green",
-    "house",
-    "small",
-    "open",
-    "tea",
-    "light",
-    "cloud",
-    "word",
-    "seven",
-    "rain",
-    "paper",
-    "bread",
-    "door",
-]
+WORDS = sorted(
+    words_of("The a of and river stone walk green house small open tea light cloud word seven rain paper bread door")
+)
 
 
 def answers(seed: int, n: int) -> list[str]:
@@ -74,9 +55,7 @@ def test_what_the_reference_says_more_often_is_no_finding() -> None:
 
 
 def test_words_and_phrases() -> None:
-    assert words_of("Don’t STOP: ﬁne e-mail, caf\u00e9_x!") == ["don’t", "stop", "fine", "e-mail", "café", "x"] or words_of(
-        "Don’t STOP"
-    ) == ["don’t", "stop"]
+    assert words_of("Don’t STOP: ﬁne e-mail!") == ["don’t", "stop", "fine", "e-mail"]
     assert phrases_of("one two three") == {"one", "two", "three", "one two", "two three", "one two three"}
 
 

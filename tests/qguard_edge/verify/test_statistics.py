@@ -122,9 +122,7 @@ def test_verdicts() -> None:
 def test_how_many_prompts_it_takes() -> None:
     # When nobody shows anything the interval's upper end is z^2 / (n + z^2), with z = 1.645 for 90%.
     assert least_prompts(0.02) == 133
-    pairs = Pairs(0, 1, 0, 39)
-    needed = prompts_needed(pairs, 0.02)
-    assert needed is None  # 2.5 points cannot be told from 2 with any number of prompts one would ask
+    assert prompts_needed(Pairs(0, 1, 0, 49), 0.02) is None  # 2 points cannot be told from 2 with any number of prompts
     worse = Pairs(0, 4, 0, 36)
     needed = prompts_needed(worse, 0.02)
     assert needed is not None

@@ -30,9 +30,9 @@ def test_built_in_suites(name: str) -> None:
     suite = built_in(name)
     assert len(suite.prompts) >= 133  # what it takes to pass at the default margin when nobody shows anything
     assert len({prompt.text for prompt in suite.prompts}) == len(suite.prompts)
-    # Varied: no opening of three words makes up more than a tenth of the suite.
+    # Varied: no opening of three words makes up more than a fifth of the suite.
     openings = [" ".join(prompt.text.split()[:3]) for prompt in suite.prompts if not prompt.completion]
-    assert max(openings.count(opening) for opening in set(openings)) <= len(suite.prompts) / 7
+    assert max(openings.count(opening) for opening in set(openings)) <= len(suite.prompts) / 5
 
 
 def test_code_prompts_cover_the_weaknesses_and_parse() -> None:
@@ -72,7 +72,7 @@ matchers:
   - {type: exact, contains: true}
 prompts:
   - When are you open?
-  - {id: hours, text: How long?, expected: eight hours}
+  - {id: hours, text: "How long?", expected: eight hours}
 """
 
 
