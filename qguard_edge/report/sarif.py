@@ -1,0 +1,91 @@
+"""SARIF 2.1.0 for code scanning: a rule per check, a result per check that does not pass.
+
+A failed check has kind `fail` and level `error`. An inconclusive one has kind `open`, SARIF's word for "not enough
+information to decide", and so the level `none` that the standard wants for every kind but `fail`. Checks that pass are
+rules without a result, because some services show every result as an alert, whatever its kind.
+"""
+
+import hashlib
+import json
+from typing import Any
+from urllib.parse import quote
+
+from qguard_edge import __version__
+from qguard_edge.report.text import numbers_of, one_line, printable
+from qguard_edge.verify.results import Check, FileFacts, Outcome, Verdict
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+
+
+def to_sarif(outcome: Outcome) -> str:
+    """The outcome as a SARIF document."""
+    return json.dumps(sarif_document(outcome), indent=2, ensure_ascii=False) + "\n"
+
+
+def sarif_document(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as SARIF's JSON values."""
+    indices = {facts.role: i for i, facts in reversed(list(enumerate(outcome.files)))}
+    driver = {
+        "name": "qguard-edge",
+        "version": __version__,
+        "semanticVersion": __version__,
+        "rules": [_rule(check) for check in outcome.checks],
+    }
+    run: dict[str, Any] = {
+        "tool": {"driver": driver},
+        "automationDetails": {"id": "qguard-edge/verify/"},
+        "invocations": [
+            {
+                "executionSuccessful": True,
+                "exitCode": outcome.verdict.exit_code,
+                "properties": {"verdict": str(outcome.verdict), "summary": printable(outcome.summary)},
+            }
+        ],
+        "artifacts": [_artifact(facts) for facts in outcome.files],
+        "results": [
+            _result(check, number, outcome, indices.get("candidate"))
+            for number, check in enumerate(outcome.checks)
+            if check.verdict is not Verdict.PASS
+        ],
+        "columnKind": "unicodeCodePoints",
+    }
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _rule(check: Check) -> dict[str, Any]:
+    return {
+        "id": one_line(check.id),
+        "shortDescription": {"text": one_line(check.title)},
+        "fullDescription": {"text": f"{one_line(check.title)}: the candidate must be no worse than its reference."},
+        "defaultConfiguration": {"level": "error"},
+        "properties": {"tags": [str(check.kind)], "verdict": str(check.verdict)},
+    }
+
+
+def _artifact(facts: FileFacts) -> dict[str, Any]:
+    found: dict[str, Any] = {"location": _location(facts), "length": facts.size, "properties": {"role": facts.role}}
+    if facts.sha256:
+        found["hashes"] = {"sha-256": facts.sha256}
+    return found
+
+
+def _location(facts: FileFacts) -> dict[str, Any]:
+    return {"uri": quote(facts.name.encode("utf-8", "replace"), safe="")}
+
+
+def _result(check: Check, rule: int, outcome: Outcome, artifact: int | None) -> dict[str, Any]:
+    failed = check.verdict is Verdict.FAIL
+    numbers = [f"{name}: {text}" for name, text in numbers_of(check, outcome)]
+    result: dict[str, Any] = {
+        "ruleId": one_line(check.id),
+        "ruleIndex": rule,
+        "kind": "fail" if failed else "open",
+        "level": "error" if failed else "none",
+        "message": {"text": printable("\n".join([check.reason, *numbers]))},
+        "partialFingerprints": {"qguardCheck/v1": hashlib.sha256(check.id.encode("utf-8", "replace")).hexdigest()},
+    }
+    if artifact is not None:
+        location = {**_location(outcome.files[artifact]), "index": artifact}
+        # A model has no lines, but code scanning refuses a result without one.
+        result["locations"] = [{"physicalLocation": {"artifactLocation": location, "region": {"startLine": 1}}}]
+    return result

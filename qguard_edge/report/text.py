@@ -1,0 +1,92 @@
+"""Words and numbers that every report shares, and what is done to text that a model wrote.
+
+Answers of a model under suspicion are hostile input for whatever shows them. Each format escapes them in its own way;
+before that, `printable` replaces what would change the meaning of the text around it: control characters, lone
+surrogates, and the marks that turn the direction of writing.
+"""
+
+import re
+
+from qguard_edge.verify.results import Check, Difference, Outcome, Rate, Verdict
+
+WORDS = {Verdict.PASS: "pass", Verdict.FAIL: "fail", Verdict.INCONCLUSIVE: "inconclusive"}
+HEADLINES = {
+    Verdict.PASS: "Pass: no worse than the reference on what was asked",
+    Verdict.FAIL: "Fail: worse than the reference",
+    Verdict.INCONCLUSIVE: "Inconclusive: too little to decide",
+}
+# C0 and C1 controls but tab and newline, surrogates, bidirectional marks, and the two code points XML 1.0 forbids besides.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with every unprintable character written out as `<U+202E>`; carriage returns become newlines."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _UNPRINTABLE.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
+
+
+def one_line(text: str) -> str:
+    """A printable text on one line."""
+    return " ".join(printable(text).split())
+
+
+def percent(share: float) -> str:
+    """A share, such as 4.2%."""
+    return f"{100 * share:.1f}%"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, such as +1.5; never -0.0."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
+
+
+def number(value: float) -> str:
+    """A measured number with three digits."""
+    return f"{value:.3g}"
+
+
+def rate_text(rate: Rate | None) -> str:
+    """Hits, answers and the interval: `4 of 96 (1.6% to 10.2%)`."""
+    if rate is None:
+        return ""
+    return f"{rate.hits} of {rate.n} ({percent(rate.low)} to {percent(rate.high)})"
+
+
+def difference_text(difference: Difference | None) -> str:
+    """The difference with its interval in points: `-1.0 (-5.0 to +1.5)`."""
+    if difference is None:
+        return ""
+    return f"{points(difference.value)} ({points(difference.low)} to {points(difference.high)})"
+
+
+def numbers_of(check: Check, outcome: Outcome) -> list[tuple[str, str]]:
+    """The numbers of a check as (name, text), in the order of every report."""
+    if check.candidate is None:
+        return _drift_numbers(outcome) if check.suite == "drift" else []
+    found = [("candidate", rate_text(check.candidate)), ("reference", rate_text(check.reference))]
+    if check.naive:
+        found.append(("naive", rate_text(check.naive)))
+    if check.difference:
+        covered = f"{check.difference.confidence:.0%} interval, {check.difference.method}"
+        found.append(("difference in points", f"{difference_text(check.difference)}, {covered}"))
+    return [*found, ("margin in points", f"{100 * check.margin:.1f}")]
+
+
+def _drift_numbers(outcome: Outcome) -> list[tuple[str, str]]:
+    drift = outcome.drift
+    if drift is None:
+        return []
+    found = []
+    for name, numbers in (("candidate", drift.candidate), ("naive", drift.naive)):
+        if numbers:
+            kl = f"mean KL {number(numbers.mean_kl)} ({number(numbers.mean_kl_low)} to {number(numbers.mean_kl_high)})"
+            found.append((name, f"{kl}, same top token {percent(numbers.same_top)}"))
+    return [*found, ("noise floor", number(drift.noise_floor)), ("limit", f"{number(drift.limit)}, {drift.limit_source}")]
+
+
+def candidate_name(outcome: Outcome) -> str:
+    """File name of what was verified."""
+    facts = outcome.file("candidate")
+    return one_line(facts.name) if facts else "candidate"
