@@ -1,0 +1,360 @@
+"""Check a candidate, a file or a running server, against a baseline pack; the outcome is that of `verify`.
+
+    pack read -> candidate asked the pack's token ids -> its answers judged beside the recorded ones -> drift -> verdict
+
+The same matchers, statistics and limits as in `qguard_edge.verify`; what differs is said in the outcome's limits: the
+reference was asked earlier, perhaps elsewhere, and the drift is a lower bound (`topk`). The recorded answers are judged
+again with the matchers of today, so that both sides are judged alike; where that changes a recorded match, a warning says
+so.
+"""
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from convert.gguf_file import GgufModel
+from qguard_edge.llama_runtime import system_info
+from qguard_edge.packs.pack import Pack, PackError, PackText
+from qguard_edge.packs.record import make_manner, text_logprobs, tokenizer_hash, versions
+from qguard_edge.packs.server import Dialect, connect
+from qguard_edge.packs.topk import compare_listed, compare_rows
+from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.verify.asking import Asked, Exam, answers_of, replies_of
+from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
+from qguard_edge.verify.drift import CHUNK, DocumentDrift, band_of, judge_drift, limit_of, summarise
+from qguard_edge.verify.files import model_facts
+from qguard_edge.verify.keep import Pieces
+from qguard_edge.verify.results import (
+    Check,
+    CheckKind,
+    Drift,
+    FileFacts,
+    Measured,
+    Outcome,
+    Verdict,
+    overall,
+)
+from qguard_edge.verify.suites.base import Reply, Suite
+from qguard_edge.verify.verifier import LIMITS, summarise_checks
+
+DEFAULT_MARGINS = Margins()
+SERVER_WORKERS = 4
+LISTED = 2
+"""A server is asked for this many times `top_k` log-probabilities."""
+PACK_LIMITS = (
+    "The reference was asked when the baseline pack was made; another build of llama.cpp or another processor adds a little "
+    "drift of its own.",
+    "The drift is a lower bound: of the reference's predictions the pack knows only the likeliest tokens one by one.",
+)
+SERVER_LIMITS = (
+    "The model ran in a server: which file it is, and whether the server changes prompts or answers, was not seen.",
+    "Drift was measured at a few positions of each text; a next token that the server did not list was given more probability "
+    "than it has, so the perplexity ratio is a lower bound.",
+)
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What the user asked for.
+
+    Attributes:
+        pack: the baseline.
+        source: the pack's file, for the report; None: it was made in this process.
+        candidate: the GGUF to check, or None for a server.
+        server: address of a running server, or None for a file.
+        margins: differences that are still called no worse.
+        max_kl: highest mean KL that passes; None: by the candidate's type.
+        limit: prompts per suite, and texts, at most; None: all.
+        threads: 0 for all cores.
+        parallel: sequences decoded side by side.
+        n_gpu_layers: layers on the GPU, -1 for all.
+        work: folder for finished pieces, so that a killed run goes on; None keeps nothing.
+    """
+
+    pack: Pack
+    source: FileFacts | None = None
+    candidate: Path | None = None
+    server: str | None = None
+    margins: Margins = DEFAULT_MARGINS
+    max_kl: float | None = None
+    limit: int | None = None
+    threads: int = 0
+    parallel: int = 16
+    n_gpu_layers: int = 0
+    work: Path | None = None
+
+
+@dataclass
+class _Found:
+    """What asking the candidate gave."""
+
+    facts: FileFacts
+    replies: Mapping[str, Sequence[Reply]]
+    drift: list[DocumentDrift]
+    skipped: Mapping[str, set[int]] = field(default_factory=dict)
+    """Prompts per suite that could not be sent."""
+    settings: dict[str, str | int | float | bool | None] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    speed: float | None = None
+    limits: tuple[str, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+    system: str = ""
+
+
+def check(request: CheckRequest, progress: Progress | None = None) -> Outcome:
+    """Run a check.
+
+    Raises:
+        PackError: pack and candidate do not belong together, or there is not exactly one candidate.
+        QGuardError: another of its kinds, with a sentence for the user.
+    """
+    if (request.candidate is None) == (request.server is None):
+        raise PackError("check needs a candidate, either a GGUF file or --server URL")
+    progress = progress or NoProgress()
+    found = _ask_file(request, progress) if request.candidate else _ask_server(request, progress)
+    return _judge(request, found)
+
+
+# Asking ---------------------------------------------------------------------------------------------------------------
+
+
+def _ask_file(request: CheckRequest, progress: Progress) -> _Found:
+    assert request.candidate is not None
+    pack = request.pack
+    model = GgufModel(request.candidate)
+    if tokenizer_hash(model.first) != pack.tokenizer:
+        raise PackError(
+            f"{request.candidate.name} has another tokenizer than the pack's reference {pack.reference.name}; "
+            "the pack's token ids would mean other texts"
+        )
+    progress.stage("Hashing the file", 0, "")
+    facts = model_facts("candidate", model)
+    warnings = []
+    if facts.architecture != pack.reference.architecture:
+        warnings.append(f"the candidate is a {facts.architecture}, the pack's reference a {pack.reference.architecture}")
+    exam = _exam(request)
+    context = int(model.first.get(f"{model.architecture}.context_length", 1 << 20))
+    longest = max([asked.n_ctx for asked in exam.suites] + [len(ids) for ids in exam.documents])
+    if longest > context:
+        raise PackError(f"the pack needs a context of {longest} tokens; {request.candidate.name} has {context}")
+    manner = make_manner(request.threads, request.n_gpu_layers, request.parallel)
+    started = time.perf_counter()
+    replies: Mapping[str, Sequence[Reply]] = {}
+    speed = None
+    if exam.suites:
+        pieces = Pieces(request.work)
+        answers, speed = answers_of(request.candidate, facts.sha256, "candidate", exam, manner, pieces, progress)
+        replies = replies_of(answers, request.candidate)
+    asked_seconds = time.perf_counter() - started
+    progress.stage("Measuring the drift", len(exam.documents), "texts")
+    drift = []
+    with manner.factory.open(request.candidate, n_ctx=max(map(len, exam.documents)), n_batch=CHUNK) as runner:
+        for text in pack.texts[: request.limit]:
+            drift.append(_compare_text(text, text_logprobs(runner, text.tokens)))
+            progress.advance(1)
+    seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
+    settings = {**manner.factory.describe(), "parallel": request.parallel}
+    return _Found(
+        facts, replies, drift, settings=settings, seconds=seconds, speed=speed, limits=PACK_LIMITS, warnings=warnings,
+        system=system_info().strip(),
+    )  # fmt: skip
+
+
+def _exam(request: CheckRequest) -> Exam:
+    suites = []
+    for packed in request.pack.suites:
+        suite = packed.suite()
+        ids = tuple(prompt.tokens for prompt in packed.prompts[: request.limit])
+        suites.append(Asked(_cut(suite, request.limit), ids))
+    return Exam(tuple(suites), tuple(text.tokens for text in request.pack.texts[: request.limit]), None)
+
+
+def _cut(suite: Suite, limit: int | None) -> Suite:
+    return Suite(suite.name, suite.title, suite.prompts[:limit], suite.matchers, suite.discovery, suite.new_tokens)
+
+
+def _compare_text(text: PackText, log_q: npt.NDArray[np.float32]) -> DocumentDrift:
+    top_ids, p_top = np.array(text.top_ids, np.int64), np.array(text.top_logprobs, np.float64)
+    return compare_rows(top_ids, p_top, np.array(text.next_logprobs, np.float64), text.tokens[1:], log_q)
+
+
+def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
+    assert request.server is not None
+    pack = request.pack
+    connection, dialect = connect(request.server, pack.pieces, pack.texts[0].tokens[:2])
+    _check_vocabulary(pack, dialect)
+    started = time.perf_counter()
+    replies: dict[str, Sequence[Reply]] = {}
+    skipped: dict[str, set[int]] = {}
+    with ThreadPoolExecutor(min(request.parallel, SERVER_WORKERS)) as pool:
+        for suite in pack.suites:
+            prompts = suite.prompts[: request.limit]
+            progress.stage(f"Asking the server: {suite.name}", len(prompts), "answers")
+            new = suite.new_tokens
+            asked = [pool.submit(dialect.ask, prompt.tokens, prompt.sent, new) for prompt in prompts]
+            said = []
+            for answer in asked:
+                said.append(answer.result())
+                progress.advance(1)
+            skipped[suite.name] = {i for i, answer in enumerate(said) if answer is None}
+            replies[suite.name] = [Reply(s.text, s.ended) if s else Reply("", True) for s in said]
+        asked_seconds = time.perf_counter() - started
+        texts = pack.texts[: request.limit]
+        progress.stage("Measuring the drift", len(texts), "texts")
+        drift = []
+        for measured in pool.map(lambda text: _probe_text(text, pack.top_k, dialect), texts):
+            if measured is not None:
+                drift.append(measured)
+            progress.advance(1)
+    if not drift:
+        raise PackError("none of the pack's probes can be sent to this server as text; use a server with /completion")
+    seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
+    settings: dict[str, str | int | float | bool | None] = {"endpoint": dialect.name}
+    facts = FileFacts("candidate", connection.name, "", 0)
+    warnings = [
+        f"{len(left)} prompts of {name} cannot be sent as text to this server and were left out"
+        for name, left in skipped.items()
+        if left
+    ]
+    return _Found(
+        facts, replies, drift, skipped, settings, seconds, None, (*PACK_LIMITS, *SERVER_LIMITS), warnings,
+        "not known: the model ran in a server",
+    )  # fmt: skip
+
+
+def _check_vocabulary(pack: Pack, dialect: Dialect) -> None:
+    """Ask one short probe, so that a wrong server is refused at once and with a reason."""
+    for text in pack.texts:
+        for probe in text.probes:
+            if probe.sent is not None:
+                dialect.ask(text.tokens[: probe.tokens], probe.sent, 1, 1)
+                return
+
+
+def _probe_text(text: PackText, top_k: int, dialect: Dialect) -> DocumentDrift | None:
+    """A text's probes, compared; None when none of them can be sent."""
+    rows = []
+    for probe in text.probes:
+        said = dialect.ask(text.tokens[: probe.tokens], probe.sent, 1, LISTED * top_k)
+        if said is not None:
+            row = probe.tokens - 1
+            following = text.tokens[probe.tokens]
+            rows.append(
+                compare_listed(text.top_ids[row], text.top_logprobs[row], text.next_logprobs[row], following, said.listed)
+            )
+    if not rows:
+        return None
+    kl, same, loss = zip(*rows, strict=True)
+    return DocumentDrift(np.array(kl, np.float64), np.array(same, np.bool_), np.array(loss, np.float64))
+
+
+# Judging --------------------------------------------------------------------------------------------------------------
+
+
+def _judge(request: CheckRequest, found: _Found) -> Outcome:
+    pack = request.pack
+    suites = [packed.suite() for packed in pack.suites]
+    error = discovery_error(suites)
+    checks: list[Check] = []
+    warnings = list(found.warnings)
+    for packed, suite in zip(pack.suites, suites, strict=True):
+        count = len(packed.prompts[: request.limit])
+        kept = [i for i in range(count) if i not in found.skipped.get(suite.name, ())]
+        if not kept:
+            raise PackError(f"none of the prompts of {suite.name} can be sent to this server; use one with /completion")
+        chosen = Suite(
+            suite.name, suite.title, tuple(suite.prompts[i] for i in kept), suite.matchers, suite.discovery, suite.new_tokens
+        )
+        recorded = [Reply(packed.prompts[i].answer, packed.prompts[i].ended) for i in kept]
+        said = Said(chosen, 1, {"candidate": [found.replies[suite.name][i] for i in kept], "reference": recorded})
+        checks += checks_of(said, request.margins, 0, error)
+        warnings += _changed_matches(packed.name, chosen, [packed.prompts[i].matches for i in kept], recorded)
+    drift, drift_check = _drift(request, found)
+    if drift_check.verdict is Verdict.FAIL:
+        checks = [distrust(one) for one in checks]
+    checks.append(drift_check)
+    then, now = pack.measured.versions, versions()
+    if request.candidate and then.get("llama-cpp-python") != now["llama-cpp-python"]:
+        warnings.append(
+            f"the pack was recorded with llama-cpp-python {then.get('llama-cpp-python')}, this is {now['llama-cpp-python']}"
+        )
+    return Outcome(
+        schema_version=1,
+        verdict=overall(checks),
+        summary=summarise_checks(checks),
+        checks=tuple(checks),
+        drift=drift,
+        tensors=(),
+        files=(found.facts, pack.reference, *([request.source] if request.source else [])),
+        measured=_measured(request, found, now),
+        limits=(*LIMITS, *found.limits),
+        warnings=tuple(warnings),
+    )
+
+
+def _changed_matches(
+    name: str, suite: Suite, recorded: Sequence[Mapping[str, bool | None]], replies: Sequence[Reply]
+) -> list[str]:
+    changed = 0
+    for matcher in suite.matchers:
+        judged = matcher.judge(suite.prompts, replies)
+        changed += sum(then.get(matcher.name) != now for then, now in zip(recorded, judged, strict=True))
+    if not changed:
+        return []
+    return [f"{changed} recorded match results of {name} come out differently today; both sides were judged anew"]
+
+
+def _drift(request: CheckRequest, found: _Found) -> tuple[Drift, Check]:
+    limit, source = limit_of(found.facts.file_type)
+    if request.max_kl is not None:
+        limit, source = request.max_kl, "--max-kl"
+    numbers = summarise(found.drift, 0)
+    documents, tokens = len(found.drift), sum(len(part.kl) for part in found.drift)
+    verdict, needed = judge_drift(numbers, documents, limit)
+    reason = (
+        f"mean KL {numbers.mean_kl:.4g} ({numbers.mean_kl_low:.4g} to {numbers.mean_kl_high:.4g}), a lower bound, "
+        f"on {tokens} tokens of {documents} texts; up to {limit:.4g} passes ({source})"
+    )
+    made = Check(
+        suite="drift",
+        name="mean-kl",
+        title="Distance of the next-token distributions from the reference's",
+        kind=CheckKind.DRIFT,
+        verdict=verdict,
+        reason=reason + (f"; about {needed} texts would decide" if needed else ""),
+        margin=limit,
+        prompts=documents,
+        prompts_needed=needed,
+    )
+    band = band_of(found.facts.file_type)
+    return Drift(tokens, documents, numbers, None, request.pack.noise_floor, limit, source, band), made
+
+
+def _measured(request: CheckRequest, found: _Found, now: Mapping[str, str]) -> Measured:
+    pack = request.pack
+    return Measured(
+        versions={**now, **{f"pack: {name}": text for name, text in pack.measured.versions.items()}},
+        system=found.system,
+        machine=f"{platform.system()} {platform.machine()}",
+        settings={
+            **found.settings,
+            "limit": request.limit,
+            "top_k": pack.top_k,
+            "margin": request.margins.security,
+            "utility_margin": request.margins.utility,
+            "detect": request.margins.detect,
+        },
+        suites={**{s.name: len(s.prompts[: request.limit]) for s in pack.suites}, "drift": len(found.drift)},
+        samples=1,
+        temperature=0.0,
+        seed=0,
+        chat_template=pack.measured.chat_template,
+        seconds=found.seconds,
+        tokens_per_second={"candidate": found.speed} if found.speed else {},
+    )

@@ -1,0 +1,250 @@
+"""Make a baseline pack: ask the reference once, write everything down.
+
+Greedy answers to every suite, and for every position of the drift texts the reference's `top_k` likeliest next tokens. The
+first texts are decoded twice, in chunks of another size: the noise floor.
+"""
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from convert.gguf_file import GgufFile, GgufModel
+from qguard_edge import __version__
+from qguard_edge.fidelity import log_softmax
+from qguard_edge.llama_runtime import LlamaModel, safe_extra_buffers, system_info
+from qguard_edge.packs.matchers import matchers_as_values
+from qguard_edge.packs.pack import Pack, PackPrompt, PackSuite, PackText, Probe
+from qguard_edge.packs.topk import FloatArray, IntArray, compare_rows
+from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.verify.asking import Asked, Exam, Manner, answers_of, prepare, replies_of
+from qguard_edge.verify.batching import Answer, Sampling
+from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS
+from qguard_edge.verify.files import TOKENIZER_KEYS, model_facts
+from qguard_edge.verify.keep import Pieces
+from qguard_edge.verify.results import Measured
+from qguard_edge.verify.runner import LlamaFactory, Runner
+from qguard_edge.verify.suites.base import Reply, Suite
+from qguard_edge.verify.verifier import built_in_texts
+
+DEFAULT_TOP_K = 32
+PROBES = 6
+"""Positions of each text that a server is asked about."""
+LEAST_PREFIX = 4
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class BaselineRequest:
+    """What the user asked for.
+
+    Attributes:
+        reference: the full-precision GGUF.
+        suites: to ask, in order.
+        texts: for drift; empty for the built-in ones.
+        limit: prompts per suite, and texts, at most; None: all.
+        top_k: likeliest tokens to keep per position.
+        threads: 0 for all cores.
+        parallel: sequences decoded side by side.
+        n_gpu_layers: layers on the GPU, -1 for all.
+    """
+
+    reference: Path
+    suites: tuple[Suite, ...] = ()
+    texts: tuple[str, ...] = ()
+    limit: int | None = None
+    top_k: int = DEFAULT_TOP_K
+    threads: int = 0
+    parallel: int = 16
+    n_gpu_layers: int = 0
+
+
+def make_manner(threads: int, n_gpu_layers: int, parallel: int, seed: int = 0) -> Manner:
+    """How llama.cpp is asked, greedily."""
+    factory = LlamaFactory(threads or os.cpu_count() or 1, n_gpu_layers, safe_extra_buffers())
+    return Manner(factory, parallel, 1, Sampling(0.0, seed), {})
+
+
+def tokenizer_hash(file: GgufFile) -> str:
+    """SHA-256 of the fields that decide what token ids mean, and of the begin token."""
+    digest = hashlib.sha256()
+    for key in (*TOKENIZER_KEYS, "tokenizer.ggml.bos_token_id", "tokenizer.ggml.add_bos_token"):
+        raw = b"" if key not in file.fields else file.raw(file.fields[key].value_start, file.fields[key].end)
+        digest.update(key.encode() + len(raw).to_bytes(8, "little") + bytes(raw))
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    packages = ("llama-cpp-python", "bandit", "scipy", "numpy")
+    own = {"qguard-edge": __version__, "python": platform.python_version()}
+    return {**own, **{name: version(name) for name in packages}}
+
+
+def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
+    """Ask the reference.
+
+    Raises:
+        QGuardError: one of its kinds, with a sentence for the user.
+    """
+    progress = progress or NoProgress()
+    model = GgufModel(request.reference)
+    suites = tuple(
+        Suite(s.name, s.title, s.prompts[: request.limit], s.matchers, s.discovery, s.new_tokens) for s in request.suites
+    )
+    exam = prepare(model, suites, (request.texts or built_in_texts())[: request.limit])
+    manner = make_manner(request.threads, request.n_gpu_layers, request.parallel)
+    started = time.perf_counter()
+    facts = model_facts("reference", model)
+    answers: Mapping[str, tuple[Answer, ...]] = {}
+    speed = None
+    if suites:
+        pieces = Pieces(None)
+        answers, speed = answers_of(request.reference, facts.sha256, "reference", exam, manner, pieces, progress)
+    replies = replies_of(answers, request.reference)
+    asked_seconds = time.perf_counter() - started
+    rows, noise = _texts(request, exam, manner, progress)
+    bos = bool(model.first.get("tokenizer.ggml.add_bos_token", False))
+    with LlamaModel(request.reference, vocab_only=True) as vocabulary:
+        packed = tuple(_suite(a, answers[a.suite.name], replies[a.suite.name], vocabulary, bos) for a in exam.suites)
+        texts = tuple(_text(ids, row, vocabulary, bos) for ids, row in zip(exam.documents, rows, strict=True))
+        named = sorted({token for text in texts for ids in text.top_ids for token in ids})
+        pieces_text = {str(token): vocabulary.detokenize([token], special=True) for token in named}
+        size = vocabulary.n_vocab
+    settings = {**manner.factory.describe(), "parallel": request.parallel, "limit": request.limit, "top_k": request.top_k}
+    new_tokens = {f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in exam.suites}
+    return Pack(
+        pack_version=1,
+        reference=facts,
+        vocabulary=size,
+        tokenizer=tokenizer_hash(model.first),
+        top_k=min(request.top_k, size),
+        suites=packed,
+        texts=texts,
+        pieces=pieces_text,
+        noise_floor=noise,
+        measured=Measured(
+            versions=versions(),
+            system=system_info().strip(),
+            machine=f"{platform.system()} {platform.machine()}",
+            settings={**settings, **new_tokens},
+            suites={**{asked.suite.name: len(asked.ids) for asked in exam.suites}, "drift": len(exam.documents)},
+            samples=1,
+            temperature=0.0,
+            seed=0,
+            chat_template=hashlib.sha256(exam.template.source.encode()).hexdigest() if exam.template else None,
+            seconds={
+                "answers": round(asked_seconds, 3),
+                "texts": round(time.perf_counter() - started - asked_seconds, 3),
+            },
+            tokens_per_second={"reference": speed} if speed else {},
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One text's numbers, rounded as they are written."""
+
+    ids: IntArray
+    logprobs: FloatArray
+    following: FloatArray
+
+
+def _texts(request: BaselineRequest, exam: Exam, manner: Manner, progress: Progress) -> tuple[list[_Rows], float]:
+    """The reference's likeliest tokens on every text, and the noise floor."""
+    progress.stage("Reading the texts", len(exam.documents), "texts")
+    n_ctx = max(len(ids) for ids in exam.documents)
+    found, noise = [], []
+    factory = manner.factory
+    with (
+        factory.open(request.reference, n_ctx=n_ctx, n_batch=CHUNK) as model,
+        factory.open(request.reference, n_ctx=n_ctx, n_batch=NOISE_CHUNK) as again,
+    ):
+        for number, ids in enumerate(exam.documents):
+            logs = text_logprobs(model, ids)
+            rows = _top(logs, ids, min(request.top_k, logs.shape[1]))
+            found.append(rows)
+            if number < NOISE_DOCUMENTS:
+                second = text_logprobs(again, ids)
+                noise.append(compare_rows(rows.ids, rows.logprobs, rows.following, ids[1:], second).kl)
+            progress.advance(1)
+    return found, float(np.mean(np.concatenate(noise)))
+
+
+def text_logprobs(model: Runner, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """Log-probabilities of the token after every position of a text but the last: f32 `[n - 1, n_vocab]`."""
+    return np.concatenate([log_softmax(chunk) for chunk in model.logits_chunks(ids[:-1])])
+
+
+def _top(logs: npt.NDArray[np.float32], ids: Sequence[int], k: int) -> _Rows:
+    chosen = np.argpartition(-logs, k - 1, axis=-1)[:, :k]
+    values = np.take_along_axis(logs, chosen, -1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    following = logs[np.arange(len(logs)), list(ids[1:])]
+    return _Rows(
+        np.take_along_axis(chosen, order, -1).astype(np.int64),
+        _rounded(np.take_along_axis(values, order, -1)),
+        _rounded(following),
+    )
+
+
+def _rounded(values: npt.NDArray[np.float32]) -> FloatArray:
+    rounded: FloatArray = np.round(values.astype(np.float64), DIGITS)
+    return rounded
+
+
+def _suite(
+    asked: Asked, answers: Sequence[Answer], replies: Sequence[Reply], vocabulary: LlamaModel, bos: bool
+) -> PackSuite:
+    suite = asked.suite
+    judged = {matcher.name: matcher.judge(suite.prompts, replies) for matcher in suite.matchers}
+    prompts = tuple(
+        PackPrompt(
+            id=prompt.id,
+            text=prompt.text,
+            completion=prompt.completion,
+            system=prompt.system,
+            expected=prompt.expected,
+            tags=prompt.tags,
+            tokens=asked.ids[i],
+            sent=sendable(asked.ids[i], vocabulary, bos),
+            answer_tokens=answers[i].tokens,
+            answer=replies[i].text,
+            ended=replies[i].ended,
+            matches={name: found[i] for name, found in judged.items()},
+        )
+        for i, prompt in enumerate(suite.prompts)
+    )
+    matchers = matchers_as_values(suite.matchers)
+    return PackSuite(suite.name, suite.title, suite.new_tokens, suite.discovery, matchers, prompts)
+
+
+def _text(ids: Sequence[int], rows: _Rows, vocabulary: LlamaModel, bos: bool) -> PackText:
+    places = np.unique(np.linspace(min(LEAST_PREFIX, len(ids) - 1), len(ids) - 1, PROBES).astype(int))
+    probes = tuple(Probe(int(n), sendable(ids[:n], vocabulary, bos)) for n in places)
+    return PackText(
+        tokens=tuple(ids),
+        next_logprobs=tuple(rows.following.tolist()),
+        top_ids=tuple(tuple(row) for row in rows.ids.tolist()),
+        top_logprobs=tuple(tuple(row) for row in rows.logprobs.tolist()),
+        probes=probes,
+    )
+
+
+def sendable(ids: Sequence[int], vocabulary: LlamaModel, bos: bool) -> str | None:
+    """The text that gives these ids in a server that adds the begin token itself; None if there is none."""
+    start = vocabulary.tokenize("", add_special=True) if bos else []
+    if list(ids[: len(start)]) != start:
+        return None
+    wanted = list(ids[len(start) :])
+    text = vocabulary.detokenize(wanted, special=True)
+    # Tokenizers of the SentencePiece kind put a space in front themselves.
+    return next((t for t in (text, text.removeprefix(" ")) if t and vocabulary.tokenize(t) == wanted), None)

@@ -1,0 +1,265 @@
+"""A model behind HTTP: llama.cpp's own server, or another server with OpenAI's completion endpoint.
+
+Two dialects, found out by asking:
+
+* `POST /completion`, llama.cpp's own: takes token ids and names tokens by id, so the candidate reads exactly what the
+  reference read;
+* `POST /v1/completions`, OpenAI's: takes text, and names tokens by their text. The pack's prompts are sent as the text that gives
+  the same ids, and the number of tokens the server says it read must be the number in the pack.
+
+Answers of a server are hostile input: sizes, types and probabilities are checked before use. No proxy or redirect is
+followed. A key in the environment variable `QGUARD_SERVER_KEY` is sent as bearer token.
+"""
+
+import http.client
+import json
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from quant_grids.errors import QGuardError
+
+KEY_VARIABLE = "QGUARD_SERVER_KEY"
+MOST_BYTES = 32 << 20
+LONGEST_ANSWER = 1 << 20
+
+
+class ServerError(QGuardError):
+    """The server cannot be reached, or does not answer as a completion server does."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the server said to one prompt.
+
+    Attributes:
+        text: the answer.
+        ended: the model ended it itself.
+        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not asked for.
+    """
+
+    text: str
+    ended: bool
+    listed: Mapping[int, float]
+
+
+class Dialect(Protocol):
+    """One way to ask a server."""
+
+    name: str
+
+    def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
+        """Complete a prompt greedily; None: this prompt cannot be sent."""
+
+
+class Connection:
+    """POST and GET of JSON below one address.
+
+    Args:
+        url: `http://host:port` or `https://...`, with or without a path (a final `/v1` is dropped).
+        timeout: seconds to wait for one answer.
+
+    Raises:
+        ServerError: it is no such address.
+    """
+
+    def __init__(self, url: str, timeout: float = 300.0) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ServerError(f"--server {url!r} is not an address such as http://127.0.0.1:8080")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ServerError(f"--server takes an address without user, query or fragment; give a key in {KEY_VARIABLE}")
+        port = f":{parts.port}" if parts.port else ""
+        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        self.name = f"{host}{port}"
+        self._base = f"{parts.scheme}://{self.name}{parts.path.rstrip('/').removesuffix('/v1')}"
+        self._timeout = timeout
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect).open
+
+    def post(self, path: str, document: Mapping[str, Any]) -> tuple[int, Any]:
+        """Status and JSON answer; the answer is None when it is not JSON."""
+        return self._request(path, json.dumps(document).encode())
+
+    def get(self, path: str) -> tuple[int, Any]:
+        """As `post`, without a body."""
+        return self._request(path, None)
+
+    def _request(self, path: str, body: bytes | None) -> tuple[int, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self._base + path, data=body, headers=headers)
+        try:
+            with self._open(request, timeout=self._timeout) as answer:
+                return int(answer.status), _json(answer.read(MOST_BYTES + 1), self.name)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, _json(error.read(MOST_BYTES + 1), self.name)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise ServerError(f"the server at {self.name} does not answer: {reason}") from error
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _json(raw: bytes, name: str) -> Any:
+    if len(raw) > MOST_BYTES:
+        raise ServerError(f"the server at {name} sent more than {MOST_BYTES} bytes for one prompt")
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+
+
+class LlamaCppDialect:
+    """llama.cpp's own endpoint."""
+
+    name = "llama.cpp /completion"
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
+        """See `Dialect.ask`."""
+        request = {
+            "prompt": list(tokens),
+            "n_predict": n_new,
+            "temperature": 0.0,
+            "n_probs": n_probs,
+            "cache_prompt": False,
+            "stream": False,
+        }
+        status, answer = self._connection.post("/completion", request)
+        fields = _good(status, answer, self._connection.name)
+        listed: Mapping[int, float] = {}
+        if n_probs:
+            first = _item(fields.get("completion_probabilities"), self._connection.name)
+            rows = first.get("top_logprobs")
+            if not isinstance(rows, list):
+                raise _strange(self._connection.name, "no top_logprobs; its llama.cpp may be too old")
+            listed = _probabilities({row.get("id"): row.get("logprob") for row in rows if isinstance(row, dict)}, self)
+        ended = fields.get("stop_type") == "eos" or fields.get("stopped_eos") is True
+        return Said(_text(fields.get("content"), self._connection.name), ended, listed)
+
+
+class OpenAiDialect:
+    """OpenAI's completion endpoint, which speaks in texts.
+
+    Args:
+        connection: to the server.
+        pieces: id of each token's text; texts that two tokens share are left out.
+        model: name to ask for; None: the server has one.
+    """
+
+    name = "OpenAI /v1/completions"
+
+    def __init__(self, connection: Connection, pieces: Mapping[str, int], model: str | None) -> None:
+        self._connection, self._pieces, self._model = connection, pieces, model
+
+    def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
+        """See `Dialect.ask`."""
+        if sent is None:
+            return None
+        request: dict[str, Any] = {"prompt": sent, "max_tokens": n_new, "temperature": 0.0, "stream": False}
+        if n_probs:
+            request["logprobs"] = n_probs
+        if self._model:
+            request["model"] = self._model
+        status, answer = self._connection.post("/v1/completions", request)
+        fields = _good(status, answer, self._connection.name)
+        read = (fields.get("usage") or {}).get("prompt_tokens") if isinstance(fields.get("usage"), dict) else None
+        if read != len(tokens):
+            raise ServerError(
+                f"the server at {self._connection.name} read a prompt as {read} tokens, the pack has {len(tokens)}: "
+                "it runs a model with another tokenizer, or adds to the prompt"
+            )
+        choice = _item(fields.get("choices"), self._connection.name)
+        listed: Mapping[int, float] = {}
+        if n_probs:
+            rows = (choice.get("logprobs") or {}).get("top_logprobs") if isinstance(choice.get("logprobs"), dict) else None
+            first = rows[0] if isinstance(rows, list) and rows else None
+            if not isinstance(first, dict):
+                raise _strange(
+                    self._connection.name, "no log-probabilities (llama-cpp-python: start it with --logits_all true)"
+                )
+            # Negative ids stand for tokens the pack does not name.
+            named = {self._pieces.get(piece, -1 - i): value for i, (piece, value) in enumerate(first.items())}
+            listed = _probabilities(named, self)
+        return Said(_text(choice.get("text"), self._connection.name), choice.get("finish_reason") == "stop", listed)
+
+
+def connect(url: str, pieces: Mapping[str, str], probe: Sequence[int], timeout: float = 300.0) -> tuple[Connection, Dialect]:
+    """Reach a server and find out its dialect.
+
+    Args:
+        url: of the server.
+        pieces: text of tokens by decimal id.
+        probe: token ids of a prompt to try.
+        timeout: seconds to wait for one answer.
+
+    Raises:
+        ServerError: it cannot be reached or speaks neither dialect.
+    """
+    connection = Connection(url, timeout)
+    status, answer = connection.post("/completion", {"prompt": list(probe), "n_predict": 1, "temperature": 0.0})
+    if status == 200 and isinstance(answer, dict) and "content" in answer:
+        return connection, LlamaCppDialect(connection)
+    if status in (401, 403):
+        raise ServerError(f"the server at {connection.name} wants a key; give it in {KEY_VARIABLE}")
+    status, models = connection.get("/v1/models")
+    if status != 200 or not isinstance(models, dict):
+        raise ServerError(f"the server at {connection.name} has neither /completion nor /v1/models (status {status})")
+    listed = models.get("data")
+    model = listed[0].get("id") if isinstance(listed, list) and listed and isinstance(listed[0], dict) else None
+    return connection, OpenAiDialect(connection, unique_pieces(pieces), model if isinstance(model, str) else None)
+
+
+def unique_pieces(pieces: Mapping[str, str]) -> dict[str, int]:
+    """Token ids by text, without texts that are empty, not plain text, or shared by two tokens."""
+    count: dict[str, int] = {}
+    for text in pieces.values():
+        count[text] = count.get(text, 0) + 1
+    return {text: int(token) for token, text in pieces.items() if text and "\ufffd" not in text and count[text] == 1}
+
+
+def _good(status: int, answer: Any, name: str) -> Mapping[str, Any]:
+    if status == 200 and isinstance(answer, dict):
+        return answer
+    said = json.dumps(answer)[:200] if answer is not None else "no JSON"
+    raise ServerError(f"the server at {name} refused a prompt (status {status}): {said}")
+
+
+def _item(raw: Any, name: str) -> Mapping[str, Any]:
+    if isinstance(raw, list) and raw and isinstance(raw[0], dict):
+        return raw[0]
+    raise _strange(name, "no completion in it")
+
+
+def _text(raw: Any, name: str) -> str:
+    if isinstance(raw, str) and len(raw) <= LONGEST_ANSWER:
+        return raw
+    raise _strange(name, "the completion is no text, or far too long")
+
+
+def _probabilities(raw: Mapping[Any, Any], dialect: "LlamaCppDialect | OpenAiDialect") -> Mapping[int, float]:
+    """Only whole ids and finite log-probabilities; a total above one is refused."""
+    found = {
+        token: float(value)
+        for token, value in raw.items()
+        if isinstance(token, int) and isinstance(value, (int, float)) and -1e4 < value <= 1e-3
+    }
+    if not found or sum(map(math.exp, found.values())) > 1.01:
+        raise ServerError(f"the server's log-probabilities ({dialect.name}) are not those of a distribution")
+    return found
+
+
+def _strange(name: str, what: str) -> ServerError:
+    return ServerError(f"the server at {name} sent an answer that cannot be used: {what}")
