@@ -24,6 +24,8 @@ PIECE = 64
 """Prompts that are answered and kept together."""
 LONGEST_DOCUMENT = 512
 ROUND_TO = 32
+BATCH = 512
+"""Tokens per call when answers are generated; larger ones cost memory for logits and bring no speed."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,8 @@ def prepare(reference: GgufModel, suites: Sequence[Suite], texts: Sequence[str])
     """
     template = template_of(reference.first)
     limit = reference.first.get(f"{reference.architecture}.context_length", 1 << 20)
-    bos = bool(reference.first.get("tokenizer.ggml.add_bos_token", False))
     with LlamaModel(reference.path, vocab_only=True) as vocabulary:
-        asked = tuple(_ask(suite, vocabulary, template, bos, int(limit)) for suite in suites)
+        asked = tuple(_ask(suite, vocabulary, template, int(limit)) for suite in suites)
         longest = min(LONGEST_DOCUMENT, int(limit))
         tokenized = (tuple(vocabulary.tokenize(text, add_special=True, parse_special=False)[:longest]) for text in texts)
         documents = tuple(ids for ids in tokenized if len(ids) >= 2)
@@ -78,16 +79,16 @@ def prepare(reference: GgufModel, suites: Sequence[Suite], texts: Sequence[str])
     return Exam(asked, documents, template)
 
 
-def _ask(suite: Suite, vocabulary: LlamaModel, template: ChatTemplate | None, bos: bool, limit: int) -> Asked:
+def _ask(suite: Suite, vocabulary: LlamaModel, template: ChatTemplate | None, limit: int) -> Asked:
     chats = [prompt for prompt in suite.prompts if not prompt.completion]
     rendered = dict(zip((p.id for p in chats), render(template, chats), strict=True)) if template and chats else {}
+
+    start = vocabulary.tokenize("", add_special=True)[:1]  # the begin token, where the model wants one
 
     def ids_of(prompt: SuitePrompt) -> tuple[int, ...]:
         if prompt.id in rendered:
             ids = vocabulary.tokenize(rendered[prompt.id])
-            # The template may have written the begin token itself.
-            start = vocabulary.tokenize("", add_special=True) if bos else []
-            return tuple(ids if ids[: len(start)] == start else start + ids)
+            return tuple(ids if ids[:1] == start else start + ids)  # the template may have written the begin token itself
         return tuple(vocabulary.tokenize(prompt.text, add_special=True, parse_special=False))
 
     ids = tuple(ids_of(prompt) for prompt in suite.prompts)
@@ -140,7 +141,7 @@ def answers_of(
     n_ctx = -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
     found: dict[str, tuple[Answer, ...]] = {}
     tokens, seconds = 0, 0.0
-    with _Lazy(lambda: manner.factory.open(path, n_ctx=n_ctx, n_seq=manner.parallel)) as lazy:
+    with _Lazy(lambda: manner.factory.open(path, n_ctx=n_ctx, n_seq=manner.parallel, n_batch=BATCH)) as lazy:
         for asked in suites:
             answers: list[Answer] = []
             wanted = [ids for ids in asked.ids for _ in range(manner.samples)]
