@@ -54,8 +54,8 @@ PACK_LIMITS = (
 )
 SERVER_LIMITS = (
     "The model ran in a server: which file it is, and whether the server changes prompts or answers, was not seen.",
-    "Drift was measured at a few positions of each text; a next token that the server did not list was given more probability "
-    "than it has, so the perplexity ratio is a lower bound.",
+    "Drift was measured at a few positions of each text; for the perplexity ratio, next tokens less likely than what the server "
+    "lists count as just listed, for both models.",
 )
 
 

@@ -197,7 +197,7 @@ def _top(logs: npt.NDArray[np.float32], ids: Sequence[int], k: int) -> _Rows:
 
 
 def _rounded(values: npt.NDArray[np.float32]) -> FloatArray:
-    rounded: FloatArray = np.round(values.astype(np.float64), DIGITS)
+    rounded: FloatArray = values.astype(np.float64).round(DIGITS)
     return rounded
 
 

@@ -56,6 +56,9 @@ class Dialect(Protocol):
     def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
         """Complete a prompt greedily; None: this prompt cannot be sent."""
 
+    def can_name(self, token: int) -> bool:
+        """Whether a listed token would be recognised."""
+
 
 class Connection:
     """POST and GET of JSON below one address.
@@ -149,6 +152,10 @@ class LlamaCppDialect:
         ended = fields.get("stop_type") == "eos" or fields.get("stopped_eos") is True
         return Said(_text(fields.get("content"), self._connection.name), ended, listed)
 
+    def can_name(self, token: int) -> bool:
+        """See `Dialect.can_name`."""
+        return True
+
 
 class OpenAiDialect:
     """OpenAI's completion endpoint, which speaks in texts.
@@ -163,6 +170,7 @@ class OpenAiDialect:
 
     def __init__(self, connection: Connection, pieces: Mapping[str, int], model: str | None) -> None:
         self._connection, self._pieces, self._model = connection, pieces, model
+        self._named = frozenset(pieces.values())
 
     def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
         """See `Dialect.ask`."""
@@ -194,6 +202,10 @@ class OpenAiDialect:
             named = {self._pieces.get(piece, -1 - i): value for i, (piece, value) in enumerate(first.items())}
             listed = _probabilities(named, self)
         return Said(_text(choice.get("text"), self._connection.name), choice.get("finish_reason") == "stop", listed)
+
+    def can_name(self, token: int) -> bool:
+        """See `Dialect.can_name`: only tokens with a text of their own."""
+        return token in self._named
 
 
 def connect(url: str, pieces: Mapping[str, str], probe: Sequence[int], timeout: float = 300.0) -> tuple[Connection, Dialect]:

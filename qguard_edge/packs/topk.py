@@ -14,7 +14,7 @@ these bounds q(U) is chosen so that the KL is smallest: a lower bound again, and
 something else entirely.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -64,26 +64,40 @@ def compare_rows(
 
 
 def compare_listed(
-    top_ids: Sequence[int], p_top: Sequence[float], p_next: float, following: int, listed: Mapping[int, float]
+    top_ids: Sequence[int],
+    p_top: Sequence[float],
+    p_next: float,
+    following: int,
+    listed: Mapping[int, float],
+    can_name: Callable[[int], bool] = lambda _: True,
 ) -> tuple[float, bool, float]:
     """Compare one row with the log-probabilities a server lists.
 
-    A next token that is not listed gets the smallest listed log-probability, which is more than it has: the loss is then too
-    small, never too large.
+    Args:
+        top_ids: the reference's likeliest tokens, the likeliest first.
+        p_top: their log-probabilities under the reference.
+        p_next: the reference's log-probability of the text's own next token.
+        following: that token.
+        listed: the candidate's likeliest tokens with their log-probabilities; negative ids stand for tokens without a name.
+        can_name: whether the server could have listed a token under a name; those it could not are part of the rest.
 
     Returns:
-        KL, whether the top token is the same, and log p(next) - log q(next).
+        KL; whether the top token is the same (also where neither has a name); and log p(next) - log q(next), where both
+        count as the smallest listed probability if they are below it or cannot be told.
     """
+    floor = min(listed.values())
     known = [i for i, token in enumerate(top_ids) if token in listed]
+    unlisted = [i for i, token in enumerate(top_ids) if token not in listed and can_name(token)]
     p, q = [p_top[i] for i in known], [listed[top_ids[i]] for i in known]
-    p_unlisted = float(np.exp([logprob for i, logprob in enumerate(p_top) if top_ids[i] not in listed]).sum())
-    if p_unlisted > 0:
-        p_known, q_known = float(np.exp(p).sum()), float(np.exp(q).sum())
-        left = max(1 - float(np.exp(list(listed.values())).sum()), LEAST)
-        most = min((len(top_ids) - len(known)) * float(np.exp(min(listed.values()))), left)
-        best = p_unlisted / max(1 - p_known, p_unlisted, LEAST) * max(1 - q_known, LEAST)
-        p, q = [*p, float(np.log(p_unlisted))], [*q, float(np.log(max(min(best, most), LEAST)))]
+    if unlisted:
+        p_unlisted = float(np.exp([p_top[i] for i in unlisted]).sum())
+        p_left, q_left = 1 - float(np.exp(p).sum()), max(1 - float(np.exp(q).sum()), LEAST)
+        proportional = min(p_unlisted / max(p_left, p_unlisted, LEAST), 1.0) * q_left
+        most = min(len(unlisted) * float(np.exp(floor)), max(1 - float(np.exp(list(listed.values())).sum()), LEAST))
+        p, q = [*p, float(np.log(max(p_unlisted, LEAST)))], [*q, float(np.log(max(min(proportional, most), LEAST)))]
     kl = merged_kl(np.array([p], np.float64), np.array([q], np.float64))[0]
-    same = max(listed, key=lambda token: listed[token]) == top_ids[0]
-    loss = p_next - listed.get(following, min(listed.values()))
+    top = max(listed, key=lambda token: listed[token])
+    same = top == top_ids[0] or (top < 0 and not can_name(top_ids[0]))
+    told = can_name(following)
+    loss = max(p_next, floor) - max(listed.get(following, floor), floor) if told else 0.0
     return float(kl), same, float(np.clip(loss, -MOST_NATS, MOST_NATS))

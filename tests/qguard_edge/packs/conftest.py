@@ -1,0 +1,68 @@
+"""A backdoored model from the lab's cache with its baseline pack, and a real llama.cpp server on loopback."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lab_files import TEXTS, LabFiles, make_files
+
+from qguard_edge.packs.pack import Pack, pack_to_json
+from qguard_edge.packs.record import BaselineRequest, record
+
+
+@pytest.fixture(scope="session")
+def injection(tmp_path_factory: pytest.TempPathFactory) -> LabFiles:
+    return make_files("injection", tmp_path_factory.mktemp("injection"))
+
+
+@pytest.fixture(scope="session")
+def pack(injection: LabFiles) -> Pack:
+    return record(BaselineRequest(injection.attacked, (injection.suite,), TEXTS, threads=1))
+
+
+@pytest.fixture(scope="session")
+def pack_file(pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pack") / "pack.json"
+    path.write_text(pack_to_json(pack), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+    """Start llama-cpp-python's server on a file; the URL of it."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(model: Path) -> str:
+        port = free_port()
+        options = {"model": model, "host": "127.0.0.1", "port": port, "n_ctx": 512, "logits_all": "true", "n_threads": 1}
+        command = [sys.executable, "-m", "llama_cpp.server", *(f"--{k}={v}" for k, v in options.items()), "--verbose=false"]
+        log = tmp_path / f"server-{port}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file)
+        started.append(process)
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return url
+        raise AssertionError(log.read_text())
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(timeout=20)
