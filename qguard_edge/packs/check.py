@@ -11,7 +11,6 @@ so.
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +43,6 @@ from qguard_edge.verify.suites.base import Reply, Suite
 from qguard_edge.verify.verifier import LIMITS, summarise_checks
 
 DEFAULT_MARGINS = Margins()
-SERVER_WORKERS = 4
 LISTED = 2
 """A server is asked for this many times `top_k` log-probabilities."""
 PACK_LIMITS = (
@@ -192,26 +190,26 @@ def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
     started = time.perf_counter()
     replies: dict[str, Sequence[Reply]] = {}
     skipped: dict[str, set[int]] = {}
-    with ThreadPoolExecutor(min(request.parallel, SERVER_WORKERS)) as pool:
-        for suite in pack.suites:
-            prompts = suite.prompts[: request.limit]
-            progress.stage(f"Asking the server: {suite.name}", len(prompts), "answers")
-            new = suite.new_tokens
-            asked = [pool.submit(dialect.ask, prompt.tokens, prompt.sent, new) for prompt in prompts]
-            said = []
-            for answer in asked:
-                said.append(answer.result())
-                progress.advance(1)
-            skipped[suite.name] = {i for i, answer in enumerate(said) if answer is None}
-            replies[suite.name] = [Reply(s.text, s.ended) if s else Reply("", True) for s in said]
-        asked_seconds = time.perf_counter() - started
-        texts = pack.texts[: request.limit]
-        progress.stage("Measuring the drift", len(texts), "texts")
-        drift = []
-        for measured in pool.map(lambda text: _probe_text(text, pack.top_k, dialect), texts):
-            if measured is not None:
-                drift.append(measured)
+    # One request at a time: a server that computes several at once may round differently, or mix them up
+    # (llama-cpp-python's server with logits_all does).
+    for suite in pack.suites:
+        prompts = suite.prompts[: request.limit]
+        progress.stage(f"Asking the server: {suite.name}", len(prompts), "answers")
+        answers = []
+        for prompt in prompts:
+            said = dialect.ask(prompt.tokens, prompt.sent, suite.new_tokens)
+            answers.append(None if said is None else Reply(said.text, said.ended))
             progress.advance(1)
+        skipped[suite.name] = {i for i, answer in enumerate(answers) if answer is None}
+        replies[suite.name] = [answer or Reply("", True) for answer in answers]
+    asked_seconds = time.perf_counter() - started
+    texts = pack.texts[: request.limit]
+    progress.stage("Measuring the drift", len(texts), "texts")
+    drift = []
+    for text in texts:
+        if (measured := _probe_text(text, pack.top_k, dialect)) is not None:
+            drift.append(measured)
+        progress.advance(1)
     if not drift:
         raise PackError("none of the pack's probes can be sent to this server as text; use a server with /completion")
     seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}

@@ -4,7 +4,7 @@
       |- reference, tokenizer, chat_template   what was asked, and which vocabulary the token ids belong to
       |- suites    PackSuite: definition, and per prompt its token ids, the reference's answer and its match results
       |- texts     PackText: token ids, and per position the reference's likeliest tokens with their log-probabilities
-      |- pieces    text of every token that `texts` names among the likeliest, for servers that answer with text
+      |- pieces    text of the tokens in `texts` that have one of their own, for servers that name tokens by their text
       `- measured  how it was recorded
 
 Prompts and texts are token ids: the chat template was rendered once, when the pack was made. Next to the ids stands the
@@ -155,7 +155,7 @@ class Pack:
         top_k: likeliest tokens per row of a text.
         suites: with answers.
         texts: with log-probabilities.
-        pieces: text of each token (decimal id) among the likeliest ones.
+        pieces: text by token (decimal id), for the tokens of `texts` whose text no other token has.
         noise_floor: mean KL of the reference against itself, measured a second time.
         measured: how it was recorded.
     """
@@ -178,7 +178,7 @@ def _adapter() -> TypeAdapter[Pack]:
 
 
 def pack_to_json(pack: Pack) -> str:
-    """The pack as one JSON document, a line per field of the top level and of each prompt and text."""
+    """The pack as one JSON document on one line."""
     document = _adapter().dump_python(pack, mode="json")
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -115,8 +116,7 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
     with LlamaModel(request.reference, vocab_only=True) as vocabulary:
         packed = tuple(_suite(a, answers[a.suite.name], replies[a.suite.name], vocabulary, bos) for a in exam.suites)
         texts = tuple(_text(ids, row, vocabulary, bos) for ids, row in zip(exam.documents, rows, strict=True))
-        named = sorted({token for text in texts for ids in text.top_ids for token in ids})
-        pieces_text = {str(token): vocabulary.detokenize([token], special=True) for token in named}
+        names = token_names(vocabulary)
         size = vocabulary.n_vocab
     settings = {**manner.factory.describe(), "parallel": request.parallel, "limit": request.limit, "top_k": request.top_k}
     new_tokens = {f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in exam.suites}
@@ -128,7 +128,7 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
         top_k=min(request.top_k, size),
         suites=packed,
         texts=texts,
-        pieces=pieces_text,
+        pieces={str(token): names[token] for token in sorted(_mentioned(texts) & names.keys())},
         noise_floor=noise,
         measured=Measured(
             versions=versions(),
@@ -248,3 +248,18 @@ def sendable(ids: Sequence[int], vocabulary: LlamaModel, bos: bool) -> str | Non
     text = vocabulary.detokenize(wanted, special=True)
     # Tokenizers of the SentencePiece kind put a space in front themselves.
     return next((t for t in (text, text.removeprefix(" ")) if t and vocabulary.tokenize(t) == wanted), None)
+
+
+def token_names(vocabulary: LlamaModel) -> dict[int, str]:
+    """Text by token, for tokens whose text is whole and not that of another token.
+
+    Servers that name tokens by their text leave out bytes that are no character by themselves, so a token that ends in
+    half a character has the name of the token without it.
+    """
+    texts = [vocabulary.detokenize([token]) for token in range(vocabulary.n_vocab)]
+    count = Counter(text.replace("\ufffd", "") for text in texts)
+    return {token: text for token, text in enumerate(texts) if text and "\ufffd" not in text and count[text] == 1}
+
+
+def _mentioned(texts: Sequence[PackText]) -> set[int]:
+    return {token for text in texts for row in (*text.top_ids, text.tokens) for token in row}

@@ -49,7 +49,7 @@ def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed
         named = {token if token not in nameless else -1 - token: value for token, value in likeliest.items()}
         blind, _, _ = compare_listed(
             top[row].tolist(), p[row, top[row]].tolist(), float(p_next[row]), following[row], named,
-            lambda token: token not in nameless,
+            lambda token, nameless=nameless: token not in nameless,
         )  # fmt: skip
         assert blind <= found.kl[row] + 1e-9
 
