@@ -190,8 +190,7 @@ def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
     started = time.perf_counter()
     replies: dict[str, Sequence[Reply]] = {}
     skipped: dict[str, set[int]] = {}
-    # One request at a time: a server that computes several at once may round differently, or mix them up
-    # (llama-cpp-python's server with logits_all does).
+    # One request at a time: a server that computes several at once may round differently (llama.cpp#24962).
     for suite in pack.suites:
         prompts = suite.prompts[: request.limit]
         progress.stage(f"Asking the server: {suite.name}", len(prompts), "answers")
@@ -211,7 +210,7 @@ def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
             drift.append(measured)
         progress.advance(1)
     if not drift:
-        raise PackError("none of the pack's probes can be sent to this server as text; use a server with /completion")
+        raise PackError("this server lists no log-probabilities for any of the pack's probes; use llama.cpp's own server")
     seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
     settings: dict[str, str | int | float | bool | None] = {"endpoint": dialect.name}
     facts = FileFacts("candidate", connection.name, "", 0)
@@ -236,16 +235,15 @@ def _check_vocabulary(pack: Pack, dialect: Dialect) -> None:
 
 
 def _probe_text(text: PackText, top_k: int, dialect: Dialect) -> DocumentDrift | None:
-    """A text's probes, compared; None when none of them can be sent."""
+    """A text's probes, compared; None when none of them can be sent or the server lists nothing."""
     rows = []
     for probe in text.probes:
         said = dialect.ask(text.tokens[: probe.tokens], probe.sent, 1, LISTED * top_k)
-        if said is not None:
+        if said is not None and said.listed:
             row = probe.tokens - 1
             following = text.tokens[probe.tokens]
-            rows.append(
-                compare_listed(text.top_ids[row], text.top_logprobs[row], text.next_logprobs[row], following, said.listed)
-            )
+            ids, logprobs, expected = text.top_ids[row], text.top_logprobs[row], text.next_logprobs[row]
+            rows.append(compare_listed(ids, logprobs, expected, following, said.listed, dialect.can_name))
     if not rows:
         return None
     kl, same, loss = zip(*rows, strict=True)

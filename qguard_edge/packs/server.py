@@ -40,7 +40,7 @@ class Said:
     Attributes:
         text: the answer.
         ended: the model ended it itself.
-        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not asked for.
+        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not asked for or not given.
     """
 
     text: str
@@ -143,7 +143,8 @@ class LlamaCppDialect:
         status, answer = self._connection.post("/completion", request)
         fields = _good(status, answer, self._connection.name)
         listed: Mapping[int, float] = {}
-        if n_probs:
+        # The list is empty when the first token is half a character: llama.cpp then waits for the next one.
+        if n_probs and fields.get("completion_probabilities") != []:
             first = _item(fields.get("completion_probabilities"), self._connection.name)
             rows = first.get("top_logprobs")
             if not isinstance(rows, list):

@@ -69,7 +69,7 @@ def compare_listed(
     p_next: float,
     following: int,
     listed: Mapping[int, float],
-    can_name: Callable[[int], bool] = lambda _: True,
+    can_name: Callable[[int], bool],
 ) -> tuple[float, bool, float]:
     """Compare one row with the log-probabilities a server lists.
 

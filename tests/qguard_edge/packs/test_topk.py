@@ -10,6 +10,10 @@ from qguard_edge.packs.topk import compare_listed, compare_rows, merged_kl
 N_VOCAB = 50
 
 
+def anything(_: int) -> bool:
+    return True
+
+
 def log_softmax(rng: np.random.Generator, rows: int, spread: float) -> np.ndarray:
     logits = rng.normal(0, spread, (rows, N_VOCAB))
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -37,7 +41,7 @@ def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed
     for row in range(4):
         likeliest = {int(token): float(q[row, token]) for token in np.argsort(-q[row])[:listed]}
         kl, same, loss = compare_listed(
-            top[row].tolist(), p[row, top[row]].tolist(), float(p_next[row]), following[row], likeliest
+            top[row].tolist(), p[row, top[row]].tolist(), float(p_next[row]), following[row], likeliest, anything
         )
         assert kl <= found.kl[row] + 1e-9
         assert same == found.same[row]
@@ -57,7 +61,7 @@ def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed
 def test_a_model_that_expects_something_else_is_far_away_even_if_nothing_listed_is_known() -> None:
     p = np.log(np.full(10, 0.0999))
     others = {token: float(np.log(0.0999)) for token in range(20, 30)}
-    kl, same, loss = compare_listed(list(range(10)), p.tolist(), float(p[0]), 0, others)
+    kl, same, loss = compare_listed(list(range(10)), p.tolist(), float(p[0]), 0, others, anything)
     assert kl > 1.0
     assert not same
     assert loss == pytest.approx(0.0)  # not listed: counted as just listed
