@@ -143,8 +143,8 @@ class LlamaCppDialect:
         status, answer = self._connection.post("/completion", request)
         fields = _good(status, answer, self._connection.name)
         listed: Mapping[int, float] = {}
-        # The list is empty when the first token is half a character: llama.cpp then waits for the next one.
-        if n_probs and fields.get("completion_probabilities") != []:
+        # The list is missing when the first token is half a character: llama.cpp then waits for the next one.
+        if n_probs and fields.get("completion_probabilities"):
             first = _item(fields.get("completion_probabilities"), self._connection.name)
             rows = first.get("top_logprobs")
             if not isinstance(rows, list):

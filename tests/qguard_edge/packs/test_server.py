@@ -99,7 +99,7 @@ def test_the_dialect_is_found_out(reply: Any) -> None:
         ({}, "neither /completion nor /v1/models"),
         ({"/completion": (401, b"{}")}, "QGUARD_SERVER_KEY"),
         ({"/completion": (302, b""), "/v1/models": (302, b"")}, "neither"),
-        (native(), "no completion in it"),
+        (native(completion_probabilities=[7]), "no completion in it"),
         (native(completion_probabilities=[{"top_logprobs": []}]), "not those of a distribution"),
         (
             native(completion_probabilities=[{"top_logprobs": [{"id": 1, "logprob": -0.1}, {"id": 2, "logprob": -0.1}]}]),
