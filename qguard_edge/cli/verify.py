@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from qguard_edge.cli.console import ConsoleProgress, err, out, percent, table
+from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, check_reports, write_reports
 
 if TYPE_CHECKING:
     from qguard_edge.verify.results import Check, Outcome
@@ -80,6 +81,10 @@ def verify(
         Path | None,
         typer.Option("-o", "--output", metavar="FOLDER", help="Write the report here; a killed run goes on from it."),
     ] = None,
+    junit: Junit = None,
+    sarif: Sarif = None,
+    markdown: Markdown = None,
+    html: Html = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
 ) -> None:
@@ -93,6 +98,7 @@ def verify(
     from qguard_edge.verify.verifier import VerifyRequest, select_suites
     from qguard_edge.verify.verifier import verify as run
 
+    check_reports(junit, sarif, markdown, html)
     names = [name.strip() for name in suites.split(",") if name.strip()]
     request = VerifyRequest(
         candidate=candidate,
@@ -114,6 +120,8 @@ def verify(
     )
     with ConsoleProgress(quiet or json_output) as progress:
         outcome = run(request, progress)
+    html = html or (output / "report.html" if output else None)
+    write_reports(outcome, junit=junit, sarif=sarif, markdown=markdown, html=html)
     if output:
         with atomic_path(output / "verify.json") as temporary:
             temporary.write_text(to_json(outcome), encoding="utf-8")

@@ -209,10 +209,14 @@ def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
         if (measured := _probe_text(text, pack.top_k, dialect)) is not None:
             drift.append(measured)
         progress.advance(1)
-    if not drift:
-        raise PackError("this server lists no log-probabilities for any of the pack's probes; use llama.cpp's own server")
+    probes, measured_probes = sum(len(text.probes) for text in texts), sum(len(part.kl) for part in drift)
+    if 2 * measured_probes < probes:
+        raise PackError(
+            f"this server lists log-probabilities for {measured_probes} of the pack's {probes} probes; half of them are needed "
+            "(llama.cpp's own server lists them for nearly all)"
+        )
     seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
-    settings: dict[str, str | int | float | bool | None] = {"endpoint": dialect.name}
+    settings: dict[str, str | int | float | bool | None] = {"endpoint": dialect.name, "probes": probes}
     facts = FileFacts("candidate", connection.name, "", 0)
     warnings = [
         f"{len(left)} prompts of {name} cannot be sent as text to this server and were left out"

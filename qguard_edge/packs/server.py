@@ -193,15 +193,17 @@ class OpenAiDialect:
         choice = _item(fields.get("choices"), self._connection.name)
         listed: Mapping[int, float] = {}
         if n_probs:
-            rows = (choice.get("logprobs") or {}).get("top_logprobs") if isinstance(choice.get("logprobs"), dict) else None
-            first = rows[0] if isinstance(rows, list) and rows else None
-            if not isinstance(first, dict):
+            logprobs = choice.get("logprobs")
+            rows = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise _strange(
                     self._connection.name, "no log-probabilities (llama-cpp-python: start it with --logits_all true)"
                 )
+            # The list is empty when the first token ended the answer.
+            first = rows[0] if rows else {}
             # Negative ids stand for tokens the pack does not name.
             named = {self._pieces.get(piece, -1 - i): value for i, (piece, value) in enumerate(first.items())}
-            listed = _probabilities(named, self)
+            listed = _probabilities(named, self) if named else {}
         return Said(_text(choice.get("text"), self._connection.name), choice.get("finish_reason") == "stop", listed)
 
     def can_name(self, token: int) -> bool:
