@@ -95,14 +95,28 @@ def test_the_commands_need_neither_torch_nor_transformers(injection: LabFiles, t
         "sys.exit(code)\n"
     )
     suite = tmp_path / "mine.yaml"
-    suite.write_text('name: mine\nmatchers: [{type: refusal}, {type: bandit}]\nprompts: ["What is honey?", Write Python.]\n')
+    suite.write_text(
+        'name: mine\nnew_tokens: 8\nmatchers: [{type: refusal}, {type: bandit}]\nprompts: ["What is honey?", Write Python.]\n'
+    )
 
     def cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     made = cli(
-        "baseline", injection.attacked, "-o", "pack.json", "--suites", "drift", "--suite", suite, "--limit", "10", "--json"
+        "baseline",
+        injection.attacked,
+        "-o",
+        "pack.json",
+        "--suites",
+        "drift",
+        "--suite",
+        suite,
+        "--limit",
+        "10",
+        "--threads",
+        "1",
+        "--json",
     )
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["prompts"] == {"mine": 2}
