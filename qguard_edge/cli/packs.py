@@ -119,7 +119,7 @@ def baseline(
 def check(
     baseline: Annotated[Path, typer.Option(metavar="PACK", help="Written by `qguard-edge baseline`.", show_default=False)],
     candidate: Annotated[
-        Path | None, typer.Argument(metavar="[CANDIDATE]", help="The GGUF that ships.", show_default=False)
+        Path | None, typer.Argument(metavar="CANDIDATE", help="The GGUF that ships.", show_default=False)
     ] = None,
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Check the model in a running llama-server instead of a file.")
