@@ -1,7 +1,7 @@
 """`qguard-edge convert`: the main job."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +20,12 @@ from qguard_edge.cli.console import (
     table,
 )
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
-from qguard_edge.defenses.options import DEFAULT_DEFENSE
+from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
+from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
-    from qguard_edge.pipeline import ConvertReport
+    from qguard_edge.pipeline import ConvertReport, ConvertRequest
 
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
@@ -113,10 +114,19 @@ def convert(
         typer.Option("--allow-requantize", help="Accept an already quantized input.", rich_help_panel=QUANTIZE_PANEL),
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.", rich_help_panel=QUANTIZE_PANEL)] = 0,
+    qvec_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Search lambda on these texts (UTF-8, separated by empty lines) instead of --qvec-strength.",
+            rich_help_panel="Options of --defense qvec",
+        ),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
     chosen = options_from(defense, flags)
+    _check_qvec_text(defense, qvec_text, flags)
 
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions, parse_tensor_type
@@ -163,7 +173,12 @@ def convert(
 
         check_writable(report_file)
     with ConsoleProgress(quiet) as progress:
+        if qvec_text:
+            request = _with_searched_strength(request, qvec_text, quiet, progress)
         report = convert_model(request, progress)
+    if isinstance(chosen, QVecOptions) and not (qvec_text or quiet or flags.get("qvec_strength") is not None):
+        said = f"qvec: lambda {chosen.strength} is a fixed default; --qvec-text FILE searches it on your text"
+        err.print(said, highlight=False)
     document = report_document(report)
     if report_file:
         from convert.atomic import atomic_path
@@ -179,6 +194,29 @@ def convert(
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     app.command("convert", help=HELP)(convert)
+
+
+def _check_qvec_text(defense: str, text: Path | None, flags: Mapping[str, Any]) -> None:
+    """Refuse a search that nothing would use."""
+    if text is None:
+        return
+    if defense != "qvec":
+        raise UnsupportedError(f"--qvec-text belongs to --defense qvec, but --defense {defense} was chosen")
+    if flags.get("qvec_strength") is not None:
+        raise UnsupportedError("--qvec-text searches lambda and --qvec-strength fixes it: give one of them")
+
+
+def _with_searched_strength(
+    request: "ConvertRequest", text: Path, quiet: bool, progress: ConsoleProgress
+) -> "ConvertRequest":
+    """The request with the lambda that is best on the text."""
+    from qguard_edge.fidelity import read_texts
+    from qguard_edge.qvec_search import search_strength
+
+    search = search_strength(request, read_texts(text), progress=progress)
+    if not quiet:
+        err.print(search.summary, highlight=False, soft_wrap=True)
+    return replace(request, defense=search.best)
 
 
 def report_document(report: "ConvertReport") -> Mapping[str, Any]:
