@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from convert.compare import qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from qguard_edge.cli import run
 from qguard_edge.defenses.options import NoneOptions, QVecOptions
 from qguard_edge.fidelity import TextError, measure_fidelity, read_texts
-from qguard_edge.metadata import qguard_metadata
 from qguard_edge.pipeline import ConvertRequest, convert_model
 from qguard_edge.qvec_search import search_strength
 
