@@ -263,6 +263,7 @@ def _gguf_arm(
         flipped=flipped,
         alignment=alignment,
         seconds=report.seconds.get("plan and patch", 0.0) + report.seconds.get("requantize", 0.0),
+        plain_seconds=report.quantized.seconds if report.quantized else None,
     )
 
 

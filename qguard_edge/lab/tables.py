@@ -15,9 +15,13 @@ _HEAD = (
     "ppl ratio",
     "flipped",
     "seconds",
+    "DER",
 )
 _JOINED = ("victim", "attack", "type", "scenario", "valid", *_HEAD)
 NOTHING = "-"
+DER_NOTE = (
+    "DER: security gained times utility kept, per cost; our definition (`LabResult.der`), the paper's formula is not public."
+)
 
 
 def rate_text(rate: Rate) -> str:
@@ -40,8 +44,8 @@ def run_table(result: LabResult) -> str:
         f"in {result.train_seconds:.0f} s, seed {s['seed']}."
     )
     lines += [note if note.endswith(".") else note + "." for note in result.notes]
-    rows = [[arm.name, *_cells(arm)] for arm in result.arms]
-    return "\n".join([*lines, "", *markdown(_HEAD, rows), ""])
+    rows = [[arm.name, *_cells(result, arm)] for arm in result.arms]
+    return "\n".join([*lines, "", *markdown(_HEAD, rows), "", DER_NOTE, ""])
 
 
 def joined_table(results: Sequence[LabResult]) -> str:
@@ -51,8 +55,8 @@ def joined_table(results: Sequence[LabResult]) -> str:
         s = result.settings
         for arm in result.arms:
             valid = "yes" if result.validity.valid else "**no**"
-            rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(arm)])
-    return "\n".join([*markdown(_JOINED, rows), ""])
+            rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(result, arm)])
+    return "\n".join([*markdown(_JOINED, rows), "", DER_NOTE, ""])
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -61,8 +65,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return made + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _cells(arm: Arm) -> list[str]:
+def _cells(result: LabResult, arm: Arm) -> list[str]:
     f = arm.fidelity
+    der = result.der(arm.defense) if arm.model == "attacked" and arm.defense else None
     return [
         rate_text(arm.asr),
         str(arm.asr.n),
@@ -73,4 +78,5 @@ def _cells(arm: Arm) -> list[str]:
         f"{f.perplexity_ratio:.3f}" if f else NOTHING,
         f"{arm.flipped:.1%}" if arm.flipped is not None else NOTHING,
         f"{arm.seconds:.1f}" if arm.seconds is not None else NOTHING,
+        f"{der:.2f}" if der is not None else NOTHING,
     ]
