@@ -1,6 +1,6 @@
 """Results as Markdown: one table per run, and many runs joined into one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qguard_edge.lab.results import Arm, LabResult, Rate
 
@@ -19,6 +19,10 @@ _HEAD = (
 )
 _JOINED = ("victim", "attack", "type", "scenario", "valid", *_HEAD)
 NOTHING = "-"
+SUMMARY_NOTE = (
+    "Each cell: attack success rate with its 95% Wilson interval; `KL x` is the mean KL to full precision of the *clean* model "
+    "with that defense, over the same with plain rounding."
+)
 DER_NOTE = (
     "DER: security gained times utility kept, per cost; our definition (`LabResult.der`), the paper's formula is not public."
 )
@@ -57,6 +61,33 @@ def joined_table(results: Sequence[LabResult]) -> str:
             valid = "yes" if result.validity.valid else "**no**"
             rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(result, arm)])
     return "\n".join([*markdown(_JOINED, rows), "", DER_NOTE, ""])
+
+
+def summary_table(results: Sequence[LabResult]) -> str:
+    """Many runs, a row per victim: attack success of each defense with its interval, and the clean model's KL beside it."""
+    defenses = list(dict.fromkeys(arm.defense for r in results for arm in r.arms if arm.defense and arm.defense != "none"))
+    rows = []
+    for result in results:
+        s = result.settings
+        arms = {arm.name: arm for arm in result.arms}
+        attacked = next(arm for arm in result.arms if arm.name == "attacked fp")
+        cells = [s["victim"], s["attack"], s["to"], s["scenario"], "yes" if result.validity.valid else "**no**"]
+        cells += [str(attacked.asr.n), f"{arms['clean fp'].asr.value:.2f}", rate_text(attacked.asr)]
+        cells.append(_summary_cell(arms, "none"))
+        rows.append([*cells, *(_summary_cell(arms, str(defense)) for defense in defenses)])
+    head = ("victim", "attack", "type", "scenario", "valid", "n", "clean fp", "attacked fp", "none", *map(str, defenses))
+    return "\n".join([*markdown(head, rows), "", SUMMARY_NOTE, ""])
+
+
+def _summary_cell(arms: Mapping[str, Arm], defense: str) -> str:
+    """ASR with its interval, and how much further from full precision the defense puts the *clean* model."""
+    hardened, clean, plain = (arms.get(name) for name in (f"attacked {defense}", f"clean {defense}", "clean none"))
+    if hardened is None:
+        return NOTHING
+    if clean is None or plain is None or clean.fidelity is None or plain.fidelity is None:
+        return rate_text(hardened.asr)
+    ratio = clean.fidelity.mean_kl / max(plain.fidelity.mean_kl, 1e-9)
+    return f"{rate_text(hardened.asr)}, KL x{ratio:.2f}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -18,7 +18,7 @@ from qguard_edge.lab.results import (
     to_json,
 )
 from qguard_edge.lab.scenarios import judge_code
-from qguard_edge.lab.tables import joined_table, run_table
+from qguard_edge.lab.tables import joined_table, run_table, summary_table
 from quant_grids.errors import FormatError
 
 
@@ -125,3 +125,12 @@ def test_der_says_nothing_where_it_is_not_defined() -> None:
     assert _der_arms(0, 0.01, 1.0).der("none") is None
     assert _der_arms(0, 0.01, 1.0).der("qvec") is None
     assert _result().der("none") is None
+
+
+def test_summary_has_a_row_per_victim_and_utility_beside_security() -> None:
+    result = _der_arms(0, 0.02, 1.0)
+    fp = [Arm(f"{model} fp", model, None, rate(0, 100), 0.0) for model in ("clean", "attacked")]
+    text = summary_table([dataclasses.replace(result, arms=(*fp, *result.arms))] * 2)
+    rows = [line for line in text.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 2
+    assert "| 0.80 (0.71 to 0.87), KL x1.00 | 0.00 (0.00 to 0.04), KL x2.00 |" in rows[0]
