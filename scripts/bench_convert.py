@@ -86,13 +86,14 @@ def run_command(base: Path, file_type: str, out: Path, threads: int) -> tuple[fl
     command = [sys.executable, "-m", "qguard_edge", *arguments, "--threads", str(threads)]
     started = time.perf_counter()
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    # Into a file: a pipe that nobody reads until the end would hold up a long report.
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output) as child:
         while child.poll() is None:
             peak = max(peak, tree_peak_rss(child.pid))
             time.sleep(0.02)
         wall = time.perf_counter() - started
-        assert child.stdout is not None
-        text = child.stdout.read()
+        output.seek(0)
+        text = output.read()
     if child.returncode != 0:
         raise SystemExit(f"convert failed with {child.returncode}")
     return wall, json.loads(text)["seconds"], peak / 1e6
