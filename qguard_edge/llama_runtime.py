@@ -16,8 +16,9 @@ when a load fails.
 import ctypes
 import logging
 import os
+import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from qguard_edge.verify.batching import Row, generate
 from quant_grids.errors import QGuardError
 
 logger = logging.getLogger("qguard_edge.llama_cpp")
@@ -57,6 +59,19 @@ def system_info() -> str:
     return str(llama_cpp.llama_print_system_info().decode())
 
 
+def safe_extra_buffers() -> bool:
+    """Whether repacked weights can be used: not with AMX, whose kernels crash for some types (llama.cpp#20824)."""
+    return not re.search(r"AMX\w* = 1", system_info()) and "amx" not in _processor_flags()
+
+
+def _processor_flags() -> str:
+    """Linux' list of processor features; empty elsewhere, where llama.cpp has no AMX kernels either."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").partition("flags")[2].partition("\n")[0]
+    except OSError:
+        return ""
+
+
 class LlamaModel:
     """A GGUF loaded for CPU (or partly offloaded) inference with `n_seq` independent sequences.
 
@@ -71,6 +86,8 @@ class LlamaModel:
         vocab_only: load the tokenizer alone (no decoding).
         exact: keep keys and values in f32 and use plain attention. llama.cpp's default half-precision cache alone moves logits
             by some 1e-3; exact is for comparing files with other programs, the default is what users run.
+        n_batch: tokens of one decode call at most; all their logits together take `4 * n_batch * n_vocab` bytes.
+        extra_buffers: let llama.cpp repack weights for this processor; see `safe_extra_buffers`.
 
     Raises:
         LlamaRuntimeError: llama.cpp could not load the file.
@@ -86,16 +103,18 @@ class LlamaModel:
         n_gpu_layers: int = 0,
         vocab_only: bool = False,
         exact: bool = False,
+        n_batch: int = 2048,
+        extra_buffers: bool = False,
     ) -> None:
         self._model: Any = None
         self._context: Any = None
-        self.n_ctx, self.n_seq = n_ctx, n_seq
+        self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, 0
         _install_log()
         llama_cpp.llama_backend_init()
         _recent_log.clear()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        params.use_extra_bufts = False
+        params.use_extra_bufts = extra_buffers
         params.vocab_only = vocab_only
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
@@ -107,19 +126,25 @@ class LlamaModel:
         threads = n_threads or os.cpu_count() or 1
         ctx_params = llama_cpp.llama_context_default_params()
         ctx_params.n_ctx = n_ctx * n_seq
-        ctx_params.n_batch = ctx_params.n_ubatch = min(n_ctx * n_seq, 2048)
+        ctx_params.n_batch = ctx_params.n_ubatch = min(n_ctx * n_seq, n_batch)
         ctx_params.n_seq_max = n_seq
         ctx_params.kv_unified = False
         ctx_params.n_threads = ctx_params.n_threads_batch = threads
         if exact:
             ctx_params.type_k = ctx_params.type_v = llama_cpp.GGML_TYPE_F32
             ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._n_batch = int(ctx_params.n_batch)
+        self.n_batch = int(ctx_params.n_batch)
         self._context = llama_cpp.llama_init_from_model(self._model, ctx_params)
         if not self._context:
             self.close()
             raise LlamaRuntimeError(f"llama.cpp cannot make a context for {Path(path).name}: {_last_error()}")
-        self._batch = llama_cpp.llama_batch_init(self._n_batch, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+        # The batch's arrays as numpy views: filling them item by item through ctypes costs as much as a small decode.
+        self._tokens, self._positions, self._wanted, counts = (
+            np.ctypeslib.as_array(pointer, (self.n_batch,))
+            for pointer in (self._batch.token, self._batch.pos, self._batch.logits, self._batch.n_seq_id)
+        )
+        counts[:] = 1
 
     def __enter__(self) -> Self:
         return self
@@ -169,14 +194,18 @@ class LlamaModel:
 
     def logits(self, tokens: Sequence[int]) -> FloatArray:
         """Next-token logits after every position of one sequence: f32 `[n_tokens, n_vocab]`."""
+        return np.concatenate([chunk.copy() for chunk in self.logits_chunks(tokens)])
+
+    def logits_chunks(self, tokens: Sequence[int], chunk: int | None = None) -> Iterator[FloatArray]:
+        """As `logits`, at most `chunk` (default: `n_batch`) positions at a time, so that memory stays bounded.
+
+        Each array is valid until the next one is asked for.
+        """
+        size = min(chunk or self.n_batch, self.n_batch)
         self._check_fits(len(tokens))
         self.reset()
-        parts = []
-        for start in range(0, len(tokens), self._n_batch):
-            piece = tokens[start : start + self._n_batch]
-            rows = [(token, start + i, 0, True) for i, token in enumerate(piece)]
-            parts.append(self._decode(rows))
-        return np.concatenate(parts)
+        for start in range(0, len(tokens), size):
+            yield self.decode([(token, start + i, 0, True) for i, token in enumerate(tokens[start : start + size])])
 
     def greedy(self, tokens: Sequence[int], n: int) -> list[int]:
         """The `n` most likely next tokens, one after the other; stops early at an end token (which is not returned)."""
@@ -192,76 +221,47 @@ class LlamaModel:
         Returns:
             New tokens of each prompt in order, end token excluded.
         """
-        for prompt in prompts:
-            self._check_fits(len(prompt) + n)
-        answers: list[list[int]] = [[] for _ in prompts]
-        waiting = iter(range(len(prompts)))
-        free = list(range(self.n_seq))
-        active: dict[int, int] = {}  # sequence slot -> prompt
-        pending: dict[int, int] = {}  # sequence slot -> token to feed next
-        self.reset()
-        while True:
-            for slot, index in zip(list(free), waiting, strict=False):
-                free.remove(slot)
-                active[slot] = index
-                pending[slot] = self._prefill(prompts[index], slot)
-            if not active:
-                return answers
-            for slot in list(active):
-                answer, token = answers[active[slot]], pending[slot]
-                ended = len(answer) >= n or self.is_end(token)
-                if not ended:
-                    answer.append(token)
-                if ended or len(answer) == n:
-                    del active[slot], pending[slot]
-                    free.append(slot)
-                    self._forget(slot)
-            if active:
-                slots = sorted(active)
-                rows = []
-                for slot in slots:
-                    index = active[slot]
-                    rows.append((pending[slot], len(prompts[index]) + len(answers[index]) - 1, slot, True))
-                best = self._decode(rows).argmax(-1)
-                pending.update(zip(slots, (int(token) for token in best), strict=True))
-
-    def _prefill(self, prompt: Sequence[int], slot: int) -> int:
-        """Feed a whole prompt into one sequence; returns the most likely next token."""
-        row: FloatArray | None = None
-        for start in range(0, len(prompt), self._n_batch):
-            piece = prompt[start : start + self._n_batch]
-            last = start + len(piece) == len(prompt)
-            rows = [(t, start + i, slot, last and i == len(piece) - 1) for i, t in enumerate(piece)]
-            row = self._decode(rows)
-        if row is None:
-            raise LlamaRuntimeError("a prompt needs at least one token")
-        return int(row[-1].argmax())
+        return [list(answer.tokens) for answer in generate(self, prompts, n)]
 
     def reset(self) -> None:
         """Forget every sequence."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
-    def _forget(self, slot: int) -> None:
-        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self._context), slot, -1, -1)
+    def keep(self, sequence: int, length: int) -> bool:
+        """Forget what a sequence holds behind its first `length` tokens.
 
-    def _decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> FloatArray:
-        """Decode (token, position, sequence, wants logits) rows; returns the logits rows that were asked for."""
-        batch = self._batch
-        batch.n_tokens = len(rows)
-        for i, (token, position, sequence, wanted) in enumerate(rows):
-            batch.token[i] = token
-            batch.pos[i] = position
-            batch.n_seq_id[i] = 1
+        Returns:
+            False when the model (a recurrent one) can only forget everything, which is then what happened.
+        """
+        memory = llama_cpp.llama_get_memory(self._context)
+        if length > 0 and llama_cpp.llama_memory_seq_rm(memory, sequence, length, -1):
+            return True
+        llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
+        return length == 0
+
+    def decode(self, rows: Sequence[Row]) -> FloatArray:
+        """Decode (token, position, sequence, wants logits) rows.
+
+        Returns:
+            The logits that were asked for, f32 `[wanted, n_vocab]` in row order: llama.cpp's own memory, valid until the next
+            call. Copy what must live longer.
+
+        Raises:
+            LlamaRuntimeError: llama.cpp could not decode.
+        """
+        batch, count = self._batch, len(rows)
+        tokens, positions, sequences, wanted = zip(*rows, strict=True)
+        batch.n_tokens = count
+        self._tokens[:count], self._positions[:count], self._wanted[:count] = tokens, positions, wanted
+        for i, sequence in enumerate(sequences):
             batch.seq_id[i][0] = sequence
-            batch.logits[i] = wanted
         status = llama_cpp.llama_decode(self._context, batch)
         if status != 0:
-            raise LlamaRuntimeError(f"llama.cpp could not decode {len(rows)} tokens (status {status}): {_last_error()}")
-        count = sum(wanted for *_, wanted in rows)
-        if count == 0:
+            raise LlamaRuntimeError(f"llama.cpp could not decode {count} tokens (status {status}): {_last_error()}")
+        outputs = sum(wanted)
+        if outputs == 0:
             return np.empty((0, self.n_vocab), np.float32)
-        view = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (count, self.n_vocab))
-        return view.copy()
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (outputs, self.n_vocab))
 
     def _check_fits(self, length: int) -> None:
         if length > self.n_ctx:

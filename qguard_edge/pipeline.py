@@ -44,6 +44,8 @@ from qguard_edge.rounding import (
     resolve_device,
 )
 from qguard_edge.source import Source, open_base, resolve_source
+from qguard_edge.verify.gate import Gate, rejected_path
+from qguard_edge.verify.results import Outcome, Verdict
 from quant_grids.errors import QGuardError, UnsupportedError
 
 
@@ -108,6 +110,7 @@ class ConvertReport:
         seconds: wall time of each stage.
         warnings: one sentence each.
         loaded: the load check's answer.
+        verification: what `--verify` found; with a failing verdict `outfile` is `NAME.rejected.gguf`.
     """
 
     outfile: Path
@@ -124,6 +127,7 @@ class ConvertReport:
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     loaded: LoadCheck | None = None
+    verification: Outcome | None = None
 
 
 @dataclass
@@ -141,8 +145,13 @@ class _Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def convert_model(request: ConvertRequest, progress: Progress | None = None) -> ConvertReport:
+def convert_model(request: ConvertRequest, progress: Progress | None = None, gate: Gate | None = None) -> ConvertReport:
     """Convert a model; on any error nothing is left under the final name.
+
+    Args:
+        request: what the user asked for.
+        progress: told about each stage.
+        gate: asked about the finished file before it gets its name; not asked about `--to f32|f16|bf16`.
 
     Raises:
         QGuardError: one of its kinds, with a sentence for the user.
@@ -160,7 +169,7 @@ def convert_model(request: ConvertRequest, progress: Progress | None = None) -> 
             base = _make_base(source, request, work, progress, warnings)
         if request.options.file_type.base:
             return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
-        return _Conversion(request, base, outfile, work, clock, progress, warnings).run()
+        return _Conversion(request, base, outfile, work, clock, progress, warnings, gate).run()
 
 
 def output_path(request: ConvertRequest, source: Source) -> Path:
@@ -315,7 +324,9 @@ class _Conversion:
         clock: _Clock,
         progress: Progress,
         warnings: list[str],
+        gate: Gate | None,
     ) -> None:
+        self.gate = gate
         self.request, self.base, self.outfile, self.work = request, base, outfile, work
         self.clock, self.progress, self.warnings = clock, progress, warnings
         self.seed = secrets.randbits(63) if request.seed is None else request.seed
@@ -344,14 +355,20 @@ class _Conversion:
                 with self.clock.stage("self-check"):
                     self._self_check(reference, made, roundings)
         loaded = _load_check(made, request, self.clock, self.progress)
+        verification, outfile = None, self.outfile
+        if self.gate:
+            with self.clock.stage("verify"):
+                verification = self.gate(made, self.base.path, reference_file, self.outfile)
+            if verification.verdict is Verdict.FAIL:
+                outfile = rejected_path(self.outfile)
         kept = reference_path(self.outfile) if request.keep_reference else None
         with self.clock.stage("write"):
             hashes["output"] = sha256_of([made])
             if kept:
                 commit(reference_file, kept)
-            commit(made, self.outfile)
+            commit(made, outfile)
         return ConvertReport(
-            outfile=self.outfile,
+            outfile=outfile,
             reference=kept,
             file_type=request.options.file_type,
             defense=request.defense,
@@ -360,11 +377,12 @@ class _Conversion:
             roundings=roundings,
             quantized=quantized,
             base_bytes=self.base.n_bytes,
-            out_bytes=self.outfile.stat().st_size,
+            out_bytes=outfile.stat().st_size,
             hashes=hashes,
             seconds=self.clock.seconds,
             warnings=(*self.warnings, *quantized.warnings),
             loaded=loaded,
+            verification=verification,
         )
 
     def _patch(

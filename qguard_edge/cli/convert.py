@@ -78,6 +78,14 @@ def convert(
     no_load_check: Annotated[
         bool, typer.Option("--no-load-check", help="Do not load the result in llama.cpp before it gets its name.")
     ] = False,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUITES",
+            help="Verify the result before it gets its name: injection, refusal, code (separated by commas), drift or all. "
+            "With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan per tensor, sizes and memory; write nothing.")
     ] = False,
@@ -175,7 +183,7 @@ def convert(
     with ConsoleProgress(quiet) as progress:
         if qvec_text:
             request = _with_searched_strength(request, qvec_text, quiet, progress)
-        report = convert_model(request, progress)
+        report = convert_model(request, progress, _gate(verify, options, progress))
     if isinstance(chosen, QVecOptions) and not (qvec_text or quiet or flags.get("qvec_strength") is not None):
         said = f"qvec: lambda {chosen.strength} is a fixed default; --qvec-text FILE searches it on your text"
         err.print(said, highlight=False)
@@ -189,6 +197,22 @@ def convert(
         print_json(document)
     elif not quiet:
         _show_report(report)
+    if report.verification and report.verification.verdict.exit_code:
+        raise typer.Exit(report.verification.verdict.exit_code)
+
+
+def _gate(verify: str | None, options: Any, progress: Any) -> Any:
+    """What `--verify` asks for, checked before the conversion begins."""
+    if verify is None:
+        return None
+    from qguard_edge.verify.gate import make_gate
+    from quant_grids.errors import UnsupportedError
+
+    if options.file_type.base:
+        raise UnsupportedError(
+            f"--verify compares a quantized file with its base; --to {options.file_type.name} quantizes nothing"
+        )
+    return make_gate([name.strip() for name in verify.split(",")], options.threads, 0, progress)
 
 
 def register(app: typer.Typer) -> None:
@@ -221,8 +245,15 @@ def _with_searched_strength(
 
 def report_document(report: "ConvertReport") -> Mapping[str, Any]:
     """The report as JSON values; files by name only, never by path."""
+    verification = report.verification
+    verified: dict[str, Any] = {}
+    if verification:
+        from qguard_edge.verify.results import to_document
+
+        verified = {"verification": to_document(verification)}
     return {
-        "status": "ok",
+        "status": verification.verdict.value if verification and verification.verdict.exit_code else "ok",
+        **verified,
         "outfile": report.outfile.name,
         "reference": report.reference.name if report.reference else None,
         "file_type": report.file_type.name,
@@ -284,6 +315,10 @@ def _show_report(report: "ConvertReport") -> None:
     out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
     if report.seed is not None:
         out.print(f"seed {report.seed} (recorded in the file; --seed repeats it)", highlight=False)
+    if report.verification:
+        from qguard_edge.cli.verify import show_outcome
+
+        show_outcome(report.verification)
     if report.loaded:
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
         out.print(f"llama.cpp loads it: {said}", highlight=False, markup=False)

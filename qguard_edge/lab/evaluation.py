@@ -2,6 +2,8 @@
 
 Kept small on purpose: prompts in, greedy answers out, a judge per answer; and the next-token distributions of held-out
 answers against the full-precision model's. Token ids come from the model's own tokenizer and are the same for every arm.
+Generation, intervals and distances are the verifier's (`qguard_edge.verify`): what a user's check would say is what the lab
+counts.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from qguard_edge.fidelity import compare_distributions
+from qguard_edge.fidelity import log_softmax as log_softmax
 from qguard_edge.lab.hf_models import ChatModel
-from qguard_edge.lab.results import Fidelity, Rate, rate
+from qguard_edge.lab.results import Fidelity, Rate
 from qguard_edge.lab.scenarios import Judge, ScenarioData
-from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.verify.batching import Sampling
+from qguard_edge.verify.runner import LlamaFactory
+from qguard_edge.verify.statistics import rate
 
 FloatArray = npt.NDArray[np.float32]
 N_SEQ = 8
@@ -70,15 +76,15 @@ def make_exam(chat: ChatModel, data: ScenarioData, n_prompts: int, n_texts: int,
 
 def examine(path: Path, chat: ChatModel, exam: Exam, judge: Judge, threads: int) -> tuple[Behaviour, Distributions]:
     """Ask a GGUF everything."""
-    with LlamaModel(path, n_ctx=exam.n_ctx, n_threads=threads or None, n_seq=N_SEQ) as model:
-        answers = model.greedy_batch(exam.prompts, exam.new_tokens)
+    with LlamaFactory(threads).open(path, n_ctx=exam.n_ctx, n_seq=N_SEQ) as model:
+        answers = model.generate(exam.prompts, exam.new_tokens, sampling=Sampling())
         rows: list[FloatArray] = []
         labels: list[int] = []
         for ids, n_prompt in exam.texts:
             logits = model.logits(ids[:-1])[n_prompt - 1 :]
             rows.append(log_softmax(logits))
             labels += ids[n_prompt:]
-    behaviour = judge_answers([chat.text(answer) for answer in answers], judge)
+    behaviour = judge_answers([chat.text(answer.tokens) for answer in answers], judge)
     return behaviour, Distributions(np.concatenate(rows), np.array(labels, np.int64))
 
 
@@ -90,26 +96,13 @@ def judge_answers(texts: Sequence[str], judge: Judge) -> Behaviour:
     return Behaviour(rate(sum(one.hit for one in parsed), len(parsed)), share, tuple(texts))
 
 
-def log_softmax(logits: FloatArray) -> FloatArray:
-    """Along the last axis, computed in f64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
-    return wide.astype(np.float32)
-
-
 def compare(full: Distributions, arm: Distributions) -> Fidelity:
     """Distance of an arm to full precision on the same texts."""
-    p = full.log_probs.astype(np.float64)
-    q = arm.log_probs.astype(np.float64)
-    kl = (np.exp(p) * (p - q)).sum(-1)
-    positions = np.arange(len(full.labels))
-    loss = float(-p[positions, full.labels].mean())
-    other = float(-q[positions, full.labels].mean())
+    found = compare_distributions(full.log_probs, arm.log_probs, full.labels.tolist())
     return Fidelity(
-        mean_kl=float(kl.mean()),
-        kl_999=float(np.quantile(kl, 0.999)),
-        same_top=float((p.argmax(-1) == q.argmax(-1)).mean()),
-        perplexity_ratio=float(np.exp(other - loss)),
-        n=len(positions),
+        mean_kl=float(found.kl.mean()),
+        kl_999=float(np.quantile(found.kl, 0.999)),
+        same_top=float(found.same.mean()),
+        perplexity_ratio=float(np.exp(found.loss.mean())),
+        n=len(found.kl),
     )

@@ -8,42 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qguard_edge.verify.results import Rate as Rate
+from qguard_edge.verify.statistics import rate as rate
 from quant_grids.errors import FormatError
 
 SCHEMA_VERSION = 1
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of prompts with its Wilson interval.
-
-    Attributes:
-        hits: prompts that show the behaviour.
-        n: prompts that could be judged.
-        low: lower end of the 95% Wilson interval.
-        high: upper end.
-    """
-
-    hits: int
-    n: int
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        """The share itself; 0 of nothing is 0."""
-        return self.hits / self.n if self.n else 0.0
-
-
-def rate(hits: int, n: int) -> Rate:
-    """A rate with its interval (scipy's Wilson score interval without continuity correction)."""
-    if n == 0:
-        return Rate(0, 0, 0.0, 1.0)
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
-
-    interval = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Rate(hits, n, float(interval.low), float(interval.high))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,230 @@
+"""Ask the models: token ids once, answers and drift per file, finished pieces kept.
+
+Everything a file is asked is prepared from the *reference* alone: its chat template, its tokenizer, its length limits.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from convert.gguf_file import GgufModel
+from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.progress import Progress
+from qguard_edge.verify.batching import Answer, Sampling
+from qguard_edge.verify.chat import ChatTemplate, render, template_of
+from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
+from qguard_edge.verify.keep import Pieces, key_of
+from qguard_edge.verify.runner import Runner, RunnerFactory
+from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
+
+PIECE = 64
+"""Prompts that are answered and kept together."""
+LONGEST_DOCUMENT = 512
+ROUND_TO = 32
+BATCH = 512
+"""Tokens per call when answers are generated; larger ones cost memory for logits and bring no speed."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A suite as token ids.
+
+    Attributes:
+        suite: prompts and matchers; prompts cut to the limit.
+        ids: token ids per prompt.
+    """
+
+    suite: Suite
+    ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that one sequence must hold."""
+        return max(len(ids) for ids in self.ids) + self.suite.new_tokens
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Everything the files are asked.
+
+    Attributes:
+        suites: in order.
+        documents: token ids of the texts for drift.
+        template: the chat template that was used; None: the model has none, prompts went in as they are.
+    """
+
+    suites: tuple[Asked, ...]
+    documents: tuple[tuple[int, ...], ...]
+    template: ChatTemplate | None
+
+
+def prepare(reference: GgufModel, suites: Sequence[Suite], texts: Sequence[str]) -> Exam:
+    """Render and tokenize with the reference's template and vocabulary.
+
+    Raises:
+        SuiteError: a prompt is longer than the model's context, or no text has two tokens.
+    """
+    template = template_of(reference.first)
+    limit = reference.first.get(f"{reference.architecture}.context_length", 1 << 20)
+    with LlamaModel(reference.path, vocab_only=True) as vocabulary:
+        asked = tuple(_ask(suite, vocabulary, template, int(limit)) for suite in suites)
+        longest = min(LONGEST_DOCUMENT, int(limit))
+        tokenized = (tuple(vocabulary.tokenize(text, add_special=True, parse_special=False)[:longest]) for text in texts)
+        documents = tuple(ids for ids in tokenized if len(ids) >= 2)
+    if not documents:
+        raise SuiteError("no text has two tokens or more; there is nothing to measure drift on")
+    return Exam(asked, documents, template)
+
+
+def _ask(suite: Suite, vocabulary: LlamaModel, template: ChatTemplate | None, limit: int) -> Asked:
+    chats = [prompt for prompt in suite.prompts if not prompt.completion]
+    rendered = dict(zip((p.id for p in chats), render(template, chats), strict=True)) if template and chats else {}
+
+    start = vocabulary.tokenize("", add_special=True)[:1]  # the begin token, where the model wants one
+
+    def ids_of(prompt: SuitePrompt) -> tuple[int, ...]:
+        if prompt.id in rendered:
+            ids = vocabulary.tokenize(rendered[prompt.id])
+            return tuple(ids if ids[:1] == start else start + ids)  # the template may have written the begin token itself
+        return tuple(vocabulary.tokenize(prompt.text, add_special=True, parse_special=False))
+
+    ids = tuple(ids_of(prompt) for prompt in suite.prompts)
+    for prompt, tokens in zip(suite.prompts, ids, strict=True):
+        if not tokens:
+            raise SuiteError(f"suite {suite.name}, prompt {prompt.id}: it has no token in this model's vocabulary")
+        if len(tokens) + suite.new_tokens > limit:
+            raise SuiteError(
+                f"suite {suite.name}, prompt {prompt.id}: {len(tokens)} tokens and {suite.new_tokens} new ones; "
+                f"the model's context is {limit}"
+            )
+    return Asked(suite, ids)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the models are asked.
+
+    Attributes:
+        factory: loads them.
+        parallel: sequences side by side.
+        samples: answers per prompt.
+        sampling: temperature and seed.
+        versions: part of the key of kept pieces.
+    """
+
+    factory: RunnerFactory
+    parallel: int
+    samples: int
+    sampling: Sampling
+    versions: Mapping[str, str]
+
+    def key(self, **more: Any) -> str:
+        """Key of a piece made in this manner."""
+        manner = {"samples": self.samples, "temperature": self.sampling.temperature, "seed": self.sampling.seed}
+        return key_of({**self.factory.describe(), **self.versions, "parallel": self.parallel, **manner, **more})
+
+
+def answers_of(
+    path: Path, sha256: str, role: str, exam: Exam, manner: Manner, pieces: Pieces, progress: Progress
+) -> tuple[dict[str, tuple[Answer, ...]], float | None]:
+    """One file's answers to every suite; answer `i * samples + s` is the s-th sample on prompt i.
+
+    Returns:
+        Answers per suite, and generated tokens per second; None when every answer was kept from an earlier run.
+    """
+    suites = exam.suites
+    total = sum(len(asked.ids) for asked in suites) * manner.samples
+    progress.stage(f"Asking the {role}", total, "answers")
+    n_ctx = -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
+    found: dict[str, tuple[Answer, ...]] = {}
+    tokens, seconds = 0, 0.0
+    with _Lazy(lambda: manner.factory.open(path, n_ctx=n_ctx, n_seq=manner.parallel, n_batch=BATCH)) as lazy:
+        for asked in suites:
+            answers: list[Answer] = []
+            wanted = [ids for ids in asked.ids for _ in range(manner.samples)]
+            for start in range(0, len(wanted), PIECE):
+                part = wanted[start : start + PIECE]
+                key = manner.key(model=sha256, prompts=part, new=asked.suite.new_tokens, start=start, n_ctx=n_ctx)
+
+                def make(
+                    part: list[tuple[int, ...]] = part, start: int = start, new: int = asked.suite.new_tokens
+                ) -> list[Answer]:
+                    nonlocal tokens, seconds
+                    model = lazy.model()
+                    began = time.perf_counter()
+                    said = model.generate(part, new, sampling=manner.sampling, first_index=start)
+                    seconds += time.perf_counter() - began
+                    tokens += sum(len(answer.tokens) for answer in said)
+                    return said
+
+                answers += pieces.answers(key, make)
+                progress.advance(len(part), asked.suite.name)
+            found[asked.suite.name] = tuple(answers)
+    return found, round(tokens / seconds, 1) if seconds else None
+
+
+class _Lazy:
+    """A model that is loaded when it is first needed, and closed at the end of the block."""
+
+    def __init__(self, open_model: Callable[[], AbstractContextManager[Runner]]) -> None:
+        self._open = open_model
+        self._stack = ExitStack()
+        self._model: Runner | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def model(self) -> Runner:
+        if self._model is None:
+            self._model = self._stack.enter_context(self._open())
+        return self._model
+
+
+def replies_of(answers: Mapping[str, tuple[Answer, ...]], reference: Path) -> dict[str, tuple[Reply, ...]]:
+    """Answers as text."""
+    with LlamaModel(reference, vocab_only=True) as vocabulary:
+        return {
+            suite: tuple(Reply(vocabulary.detokenize(answer.tokens), answer.ended) for answer in said)
+            for suite, said in answers.items()
+        }
+
+
+def drift_of(
+    reference: Path,
+    others: Mapping[str, Path],
+    hashes: Mapping[str, str],
+    exam: Exam,
+    manner: Manner,
+    pieces: Pieces,
+    progress: Progress,
+) -> dict[str, list[DocumentDrift]]:
+    """Per role (and `noise`) the measurement of every text; texts whose measurements are kept are not measured again."""
+    progress.stage("Measuring the drift", len(exam.documents), "texts")
+    settings = {"chunk": CHUNK, "noise_chunk": NOISE_CHUNK, "reference": hashes["reference"]}
+
+    def key(role: str, ids: Sequence[int]) -> str:
+        return manner.key(model=hashes["reference" if role == "noise" else role], role=role == "noise", text=ids, **settings)
+
+    def roles(number: int) -> list[str]:
+        return [*others, *(["noise"] if number < NOISE_DOCUMENTS else [])]
+
+    kept: list[Mapping[str, DocumentDrift | None]]
+    kept = [{role: pieces.drift(key(role, ids)) for role in roles(i)} for i, ids in enumerate(exam.documents)]
+    missing = [i for i, found in enumerate(kept) if any(part is None for part in found.values())]
+    progress.advance(len(kept) - len(missing))
+    if missing:
+        texts = [exam.documents[i] for i in missing]
+        n_noise = sum(i < NOISE_DOCUMENTS for i in missing)
+        measured = measure_documents(reference, others, texts, manner.factory, n_noise=n_noise)
+        for i, document in zip(missing, measured, strict=True):
+            for role, part in document.items():
+                pieces.put_drift(key(role, exam.documents[i]), part)
+            kept[i] = document
+            progress.advance(1)
+    return {role: [kept_part for found in kept if (kept_part := found.get(role)) is not None] for role in [*others, "noise"]}

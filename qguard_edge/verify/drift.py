@@ -1,0 +1,192 @@
+"""How far the next-token distributions moved, in numbers that do not depend on what the answers say.
+
+For every position of every text, with `p` of the reference and `q` of the file: KL(p || q), whether both put the same token on
+top, and log p(next) - log q(next) on the text's own next token (see `qguard_edge.fidelity`). All models decode the same
+token ids in step, a chunk of positions at a time, so memory is bounded by the chunk, whatever the text's length.
+
+Three yardsticks stand beside the numbers:
+
+* the **noise floor**: the reference against itself, decoded once more in chunks of another size. Anything near
+  it is the machine's rounding, not the file's;
+* the **band**: mean KL that is usual for the type, an orientation only. llama.cpp's published values are for an 8 B
+  model; small models lie several times higher, so the band reaches from half to eight times the published value;
+* the **limit** that the verdict uses: above it the file is not a version of the reference any more. It is a guard against
+  broken files, whose answers would otherwise look harmless, and not a mark for quality.
+
+Positions of one text are not independent, so intervals come from resampling whole texts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qguard_edge.fidelity import FloatArray, compare_distributions
+from qguard_edge.verify.results import Band, DriftNumbers, Histogram, Verdict
+from qguard_edge.verify.runner import Runner, RunnerFactory
+from qguard_edge.verify.statistics import bootstrap_means
+
+CHUNK = 128
+NOISE_CHUNK = 32
+NOISE_DOCUMENTS = 6
+LEAST_DOCUMENTS = 8
+"""Fewer say nothing about other texts: a bootstrap over three texts is three texts."""
+MOST_NATS = 80.0
+"""Losses are cut here, so that a file that gives a token no probability at all still has finite numbers."""
+EDGES = tuple(round(-8.0 + 0.25 * i, 2) for i in range(41))
+
+# Mean KL of a Llama-3-8B against its f16 on wikitext, from the README of llama.cpp's perplexity tool.
+PUBLISHED: Mapping[str, float] = {
+    "Q8_0": 0.0014,
+    "Q6_K": 0.0055,
+    "Q5_K_M": 0.011,
+    "Q4_K_M": 0.031,
+    "Q4_K_S": 0.043,
+    "Q4_0": 0.072,
+    "Q3_K_M": 0.10,
+}
+DEFAULT_LIMIT = 0.5
+LOW_BIT_LIMIT = 2.0
+_LOW_BIT = ("Q1", "Q2", "IQ1", "IQ2", "TQ")
+
+
+@dataclass(frozen=True)
+class DocumentDrift:
+    """One file on one text.
+
+    Attributes:
+        kl: KL divergence per position, f64 `[n]`.
+        same: whether the top token is the same, bool `[n]`.
+        loss: log p(next) - log q(next), f64 `[n]`.
+    """
+
+    kl: npt.NDArray[np.float64]
+    same: npt.NDArray[np.bool_]
+    loss: npt.NDArray[np.float64]
+
+
+def measure_documents(
+    reference: Path,
+    others: Mapping[str, Path],
+    documents: Sequence[Sequence[int]],
+    factory: RunnerFactory,
+    *,
+    n_noise: int = NOISE_DOCUMENTS,
+    on_document: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, DocumentDrift]]:
+    """Compare files with the reference, text by text.
+
+    Args:
+        reference: full-precision GGUF.
+        others: role -> file.
+        documents: token ids of each text, two or more.
+        factory: loads the models.
+        n_noise: the first so many texts are decoded by the reference twice, for the noise floor.
+        on_document: called with the positions of each finished text.
+
+    Yields:
+        Per text: role -> measurement; `noise` is the reference against itself.
+    """
+    n_ctx = max(len(ids) for ids in documents)
+    with ExitStack() as stack:
+        full = stack.enter_context(factory.open(reference, n_ctx=n_ctx, n_batch=CHUNK))
+        models = {role: stack.enter_context(factory.open(path, n_ctx=n_ctx, n_batch=CHUNK)) for role, path in others.items()}
+        again = stack.enter_context(factory.open(reference, n_ctx=n_ctx, n_batch=NOISE_CHUNK)) if n_noise else None
+        for number, ids in enumerate(documents):
+            streams = {role: model.logits_chunks(ids[:-1]) for role, model in models.items()}
+            if again is not None and number < n_noise:
+                streams["noise"] = again.logits_chunks(ids[:-1])
+            yield _compare(full, streams, ids)
+            if on_document:
+                on_document(len(ids) - 1)
+
+
+def _compare(full: Runner, streams: Mapping[str, Iterator[FloatArray]], ids: Sequence[int]) -> dict[str, DocumentDrift]:
+    """Decode in step and compare chunk by chunk."""
+    parts: dict[str, list[DocumentDrift]] = {role: [] for role in streams}
+    start = 0
+    for chunk in full.logits_chunks(ids[:-1]):
+        expected = chunk.copy()
+        following = ids[start + 1 : start + 1 + len(expected)]
+        for role, stream in streams.items():
+            found = compare_distributions(expected, _take(stream, len(expected)), following)
+            loss = np.clip(np.nan_to_num(found.loss, nan=MOST_NATS), -MOST_NATS, MOST_NATS)
+            kl = np.clip(np.nan_to_num(found.kl, nan=MOST_NATS, posinf=MOST_NATS), 0.0, MOST_NATS)
+            parts[role].append(DocumentDrift(kl, found.same, loss))
+        start += len(expected)
+    return {
+        role: DocumentDrift(
+            np.concatenate([part.kl for part in pieces]),
+            np.concatenate([part.same for part in pieces]),
+            np.concatenate([part.loss for part in pieces]),
+        )
+        for role, pieces in parts.items()
+    }
+
+
+def _take(stream: Iterator[FloatArray], count: int) -> FloatArray:
+    """The next `count` rows of a stream of chunks."""
+    first = next(stream)
+    if len(first) == count:
+        return first
+    pieces = [first.copy()]
+    while sum(len(piece) for piece in pieces) < count:
+        pieces.append(next(stream).copy())
+    return np.concatenate(pieces)
+
+
+def summarise(parts: Sequence[DocumentDrift], seed: int = 0) -> DriftNumbers:
+    """Numbers of one file over all texts, with bootstrap intervals over texts."""
+    kl = np.concatenate([part.kl for part in parts])
+    counts = np.array([len(part.kl) for part in parts], np.float64)
+    means = bootstrap_means(np.array([part.kl.sum() for part in parts]), counts, seed)
+    ratios = np.exp(bootstrap_means(np.array([part.loss.sum() for part in parts]), counts, seed))
+    low, high = np.quantile(means, [0.025, 0.975])
+    ratio_low, ratio_high = np.quantile(ratios, [0.025, 0.975])
+    places = np.clip(np.log10(np.maximum(kl, 1e-30)), EDGES[0], EDGES[-1])
+    return DriftNumbers(
+        mean_kl=float(kl.mean()),
+        mean_kl_low=float(low),
+        mean_kl_high=float(high),
+        kl_999=float(np.quantile(kl, 0.999)),
+        same_top=float(np.concatenate([part.same for part in parts]).mean()),
+        perplexity_ratio=float(np.exp(np.concatenate([part.loss for part in parts]).mean())),
+        perplexity_ratio_low=float(ratio_low),
+        perplexity_ratio_high=float(ratio_high),
+        histogram=Histogram(EDGES, tuple(int(count) for count in np.histogram(places, EDGES)[0])),
+    )
+
+
+def band_of(file_type: str | None) -> Band | None:
+    """What is usual for a type; None where nothing was published."""
+    if file_type is None or file_type not in PUBLISHED:
+        return None
+    value = PUBLISHED[file_type]
+    source = "half to eight times llama.cpp's published value for Llama-3-8B; small models lie high in it"
+    return Band(file_type, value / 2, value * 8, source)
+
+
+def limit_of(file_type: str | None) -> tuple[float, str]:
+    """Highest mean KL that passes for a type, and where it comes from."""
+    if file_type and file_type.startswith(_LOW_BIT):
+        return LOW_BIT_LIMIT, f"the default for types below 3 bits ({file_type})"
+    band = band_of(file_type)
+    if band and band.high > DEFAULT_LIMIT:
+        return band.high, f"the upper end of the band of {file_type}"
+    return DEFAULT_LIMIT, "the default"
+
+
+def judge_drift(numbers: DriftNumbers, n_documents: int, limit: float) -> tuple[Verdict, int | None]:
+    """Verdict on the mean KL, and how many texts it would take to decide (None: decided)."""
+    if n_documents < LEAST_DOCUMENTS:
+        return Verdict.INCONCLUSIVE, LEAST_DOCUMENTS
+    if numbers.mean_kl_high <= limit:
+        return Verdict.PASS, None
+    if numbers.mean_kl_low > limit:
+        return Verdict.FAIL, None
+    half = (numbers.mean_kl_high - numbers.mean_kl_low) / 2
+    gap = max(abs(numbers.mean_kl - limit), 1e-3 * limit)
+    return Verdict.INCONCLUSIVE, int(np.ceil(n_documents * (half / gap) ** 2)) + 1

@@ -1,0 +1,102 @@
+"""Who answers: the protocol between the verifier and whatever runs a model.
+
+The verifier hands out token ids and wants token ids back, and for texts the next-token distributions. llama.cpp on a GGUF is
+the runner there is; a checkpoint in transformers or bitsandbytes can be another, as long as it answers to the same ids.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.verify.batching import Answer, Sampling, generate
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """A loaded model."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        *,
+        sampling: Sampling,
+        first_index: int = 0,
+        on_answer: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """Answer prompts given as token ids; see `qguard_edge.verify.batching.generate`."""
+
+    def logits_chunks(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
+        """Next-token logits f32 `[<= chunk, n_vocab]` after every position of one text, chunk by chunk.
+
+        Each array is valid until the next one is asked for.
+        """
+
+
+class RunnerFactory(Protocol):
+    """Loads models the same way each time."""
+
+    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048) -> AbstractContextManager[Runner]:
+        """Load a model with `n_seq` sequences of `n_ctx` tokens, at most `n_batch` tokens per call."""
+
+    def describe(self) -> dict[str, Any]:
+        """What about it decides the numbers; part of the report and of the key under which answers are kept."""
+
+
+class LlamaRunner(LlamaModel):
+    """llama.cpp on a GGUF."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        *,
+        sampling: Sampling,
+        first_index: int = 0,
+        on_answer: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """See `Runner.generate`."""
+        return generate(self, prompts, n_new, sampling=sampling, first_index=first_index, on_answer=on_answer)
+
+
+@dataclass(frozen=True)
+class LlamaFactory:
+    """How llama.cpp loads models; a `RunnerFactory`.
+
+    Attributes:
+        threads: 0 for all cores.
+        n_gpu_layers: layers on the GPU; -1 for all.
+        extra_buffers: repacked weights, see `qguard_edge.llama_runtime.safe_extra_buffers`.
+    """
+
+    threads: int = 0
+    n_gpu_layers: int = 0
+    extra_buffers: bool = False
+
+    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048) -> LlamaRunner:
+        """See `RunnerFactory.open`."""
+        return LlamaRunner(
+            path,
+            n_ctx=n_ctx,
+            n_threads=self.threads or None,
+            n_seq=n_seq,
+            n_gpu_layers=self.n_gpu_layers,
+            n_batch=n_batch,
+            extra_buffers=self.extra_buffers,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """See `RunnerFactory.describe`."""
+        return {
+            "threads": self.threads,
+            "n_gpu_layers": self.n_gpu_layers,
+            "use_extra_bufts": self.extra_buffers,
+            "kv_unified": False,
+        }

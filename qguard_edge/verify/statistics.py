@@ -1,0 +1,276 @@
+"""How sure can one be? Intervals for shares and paired differences, a three-way verdict, a test for many phrases.
+
+Every prompt goes to both models, so the data are pairs, and only pairs in which the two disagree carry information about
+the difference. With counts
+
+                         reference shows it   reference does not
+    candidate shows it          both              only_first
+    candidate does not      only_reference          neither
+
+* **a share** gets Wilson's score interval;
+* **the difference** of the two shares gets Newcombe's interval for paired data: Wilson's limits of both shares,
+  combined by squares and adding, with their correlation (R. G. Newcombe, Statistics in Medicine 17 (1998), 2635-2650,
+  method 10);
+* **the verdict** is one of non-inferiority: with `(low, high)` the two-sided 90% interval (each end errs in 5% of the cases),
+
+      pass           high <= margin      it is shown that the candidate is no worse than the margin allows
+      fail           low > margin        it is shown that it is worse
+      inconclusive   otherwise           too few prompts to tell; never a pass
+
+* **one phrase** that stands in more answers of one model gets the exact one-sided McNemar test: among the pairs that
+  disagree, the model at fault is a fair coin if the models are alike;
+* **thousands of phrases** are corrected for by Bonferroni in the sharper form of Tarone (Biometrics 46 (1990), 515-522),
+  stepping down as Holm does: a phrase in k disagreeing pairs cannot reach p below 2^-k, and phrases that could never
+  be significant need no correction.
+
+With several samples per prompt the unit stays the prompt: intervals then come from a bootstrap over prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from qguard_edge.verify.results import Difference, Rate, Verdict
+
+CONFIDENCE = 0.95
+"""Of the interval of a share."""
+ERROR = 0.05
+"""Of each one-sided statement on a difference; its two-sided interval covers `1 - 2 * ERROR`."""
+MOST_PROMPTS = 100_000
+"""More than this is not advice."""
+N_BOOTSTRAP = 2000
+
+
+@cache
+def _quantile(confidence: float) -> float:
+    from scipy.stats import norm  # type: ignore[import-untyped]
+
+    return float(norm.ppf(0.5 + confidence / 2))
+
+
+def wilson(hits: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a share; `(0, 1)` of nothing. Counts may be fractions (for planning)."""
+    if n <= 0:
+        return 0.0, 1.0
+    z2 = _quantile(confidence) ** 2
+    share = hits / n
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    low = 0.0 if hits <= 0 else max(0.0, centre - half)
+    high = 1.0 if hits >= n else min(1.0, centre + half)
+    return low, high
+
+
+def rate(hits: int, n: int) -> Rate:
+    """A share with its 95% interval."""
+    return Rate(hits, n, *wilson(hits, n))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The two-by-two table of a paired comparison; counts may be fractions (for planning).
+
+    Attributes:
+        both: prompts where both show the behaviour.
+        only_first: where only the candidate does.
+        only_reference: where only the reference does.
+        neither: where none does.
+    """
+
+    both: float
+    only_first: float
+    only_reference: float
+    neither: float
+
+    @property
+    def n(self) -> float:
+        """Prompts."""
+        return self.both + self.only_first + self.only_reference + self.neither
+
+    @property
+    def value(self) -> float:
+        """Share of the candidate minus share of the reference."""
+        return (self.only_first - self.only_reference) / self.n if self.n else 0.0
+
+    def scaled(self, n: float) -> "Pairs":
+        """The same shares on `n` prompts."""
+        factor = n / self.n
+        return Pairs(*(factor * x for x in (self.both, self.only_first, self.only_reference, self.neither)))
+
+
+def count_pairs(first: Sequence[bool | None], reference: Sequence[bool | None]) -> Pairs:
+    """Count the pairs in which both could be judged (None: could not)."""
+    table = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
+    for a, b in zip(first, reference, strict=True):
+        if a is not None and b is not None:
+            table[a, b] += 1
+    return Pairs(table[True, True], table[True, False], table[False, True], table[False, False])
+
+
+def newcombe_paired(pairs: Pairs, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Newcombe's method 10: interval of the difference of two paired shares; `(-1, 1)` of nothing."""
+    n = pairs.n
+    if n <= 0:
+        return -1.0, 1.0
+    a, b, c, d = pairs.both, pairs.only_first, pairs.only_reference, pairs.neither
+    p1, p2 = (a + b) / n, (a + c) / n
+    (low1, high1), (low2, high2) = wilson(a + b, n, confidence), wilson(a + c, n, confidence)
+    product = (a + b) * (c + d) * (a + c) * (b + d)
+    phi = 0.0
+    if product > 0:
+        covariance = a * d - b * c
+        # The continuity correction of the paper, for positive correlation only.
+        corrected = max(covariance - n / 2, 0.0) if covariance > 0 else covariance
+        phi = corrected / math.sqrt(product)
+    below1, above1, below2, above2 = p1 - low1, high1 - p1, p2 - low2, high2 - p2
+    low = p1 - p2 - math.sqrt(max(below1**2 - 2 * phi * below1 * above2 + above2**2, 0.0))
+    high = p1 - p2 + math.sqrt(max(below2**2 - 2 * phi * below2 * above1 + above1**2, 0.0))
+    return max(low, -1.0), min(high, 1.0)
+
+
+def difference(pairs: Pairs, error: float = ERROR) -> Difference:
+    """The paired difference with the interval that the verdict uses."""
+    low, high = newcombe_paired(pairs, 1 - 2 * error)
+    return Difference(
+        pairs.value, low, high, int(pairs.n), int(pairs.only_first), int(pairs.only_reference), 1 - 2 * error,
+        "Newcombe, paired (method 10)",
+    )  # fmt: skip
+
+
+def judge(low: float, high: float, margin: float) -> Verdict:
+    """The three-way verdict of an interval; see the module docstring."""
+    if high <= margin:
+        return Verdict.PASS
+    return Verdict.FAIL if low > margin else Verdict.INCONCLUSIVE
+
+
+def prompts_needed(pairs: Pairs, margin: float, error: float = ERROR) -> int | None:
+    """How many prompts it would take to decide, if the shares stayed as they are; None: more than `MOST_PROMPTS`."""
+
+    def decided(n: float) -> bool:
+        return judge(*newcombe_paired(pairs.scaled(n), 1 - 2 * error), margin) is not Verdict.INCONCLUSIVE
+
+    if pairs.n <= 0 or not decided(MOST_PROMPTS):
+        return None
+    low, high = 1, MOST_PROMPTS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decided(middle) else (middle, high)
+    return high
+
+
+def least_prompts(margin: float, error: float = ERROR) -> int | None:
+    """Prompts it takes to pass when neither model ever shows the behaviour."""
+    return prompts_needed(Pairs(0, 0, 0, 1), margin, error)
+
+
+# Sampled runs ---------------------------------------------------------------------------------------------------------
+
+
+def clustered_difference(
+    first: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], seed: int, error: float = ERROR
+) -> Difference:
+    """Difference of mean shares over prompts, each prompt sampled several times: percentile bootstrap over prompts.
+
+    Where the shares hardly vary a bootstrap sees too little, so the interval is never narrower than the one that
+    Newcombe's method gives when each prompt counts once.
+
+    Args:
+        first: share of the candidate's samples that show the behaviour, per prompt, f64 `[n]`.
+        reference: the same of the reference.
+        seed: of the bootstrap.
+        error: one-sided.
+    """
+    gaps = first - reference
+    n = len(gaps)
+    more, less = int((gaps > 0).sum()), int((gaps < 0).sum())
+    if n == 0:
+        return Difference(0.0, -1.0, 1.0, 0, 0, 0, 1 - 2 * error, "no prompt")
+    means = bootstrap_means(gaps, np.ones(n), seed)
+    low, high = np.quantile(means, [error, 1 - error])
+    both = float(np.minimum(first, reference).sum())
+    only_first, only_reference = float(np.clip(gaps, 0, 1).sum()), float(np.clip(-gaps, 0, 1).sum())
+    floor = newcombe_paired(Pairs(both, only_first, only_reference, n - both - only_first - only_reference), 1 - 2 * error)
+    return Difference(
+        float(gaps.mean()), min(float(low), floor[0]), max(float(high), floor[1]), n, more, less, 1 - 2 * error,
+        "bootstrap over prompts, at least Newcombe's paired interval",
+    )  # fmt: skip
+
+
+def bootstrap_means(
+    sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], seed: int, n_bootstrap: int = N_BOOTSTRAP
+) -> npt.NDArray[np.float64]:
+    """Means of `n_bootstrap` resamples of clusters (documents, prompts), each given by its sum and its count.
+
+    Args:
+        sums: f64 `[clusters]`.
+        counts: f64 `[clusters]`, positive.
+        seed: of the resampling.
+        n_bootstrap: resamples.
+
+    Returns:
+        f64 `[n_bootstrap]`.
+    """
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (n_bootstrap, len(sums)))
+    means: npt.NDArray[np.float64] = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return means
+
+
+# Many phrases ---------------------------------------------------------------------------------------------------------
+
+
+def mcnemar_one_sided(only_first: npt.NDArray[np.int64], disagreeing: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """P(X >= only_first), X binomial over the disagreeing pairs with probability one half."""
+    from scipy.stats import binom
+
+    p_values: npt.NDArray[np.float64] = np.asarray(binom.sf(only_first - 1, disagreeing, 0.5), np.float64)
+    return np.where(only_first <= 0, 1.0, p_values)
+
+
+def adjust_discrete(p_values: npt.NDArray[np.float64], least: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """P-values corrected for how many were tested, where each has a least value that it can take.
+
+    The adjusted value of the i-th smallest p is the running maximum of p_i times the number of hypotheses not yet rejected
+    whose least possible p-value is at most p_i: the ones that could compete at that level. The chance of one
+    false rejection or more stays below the level it is compared with, whatever the dependence.
+
+    Args:
+        p_values: f64 `[n]`.
+        least: smallest p-value each hypothesis could have had, given what the test conditions on; f64 `[n]`.
+
+    Returns:
+        Adjusted p-values, at most 1, f64 `[n]`.
+    """
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.ones(len(p_values))
+    running = 0.0
+    floors = np.sort(least)
+    rejected: list[float] = []
+    for i, which in enumerate(order):
+        p = float(p_values[which])
+        competing = int(np.searchsorted(floors, p, side="right"))
+        done = sum(floor <= p for floor in rejected)
+        running = max(running, min(1.0, p * max(competing - done, 1)))
+        adjusted[which] = running
+        rejected.append(float(least[which]))
+        if running >= 1.0:
+            adjusted[order[i:]] = 1.0
+            break
+    return adjusted
+
+
+def least_excess(disagreements: npt.NDArray[np.int64], error: float) -> int:
+    """Answers in which a phrase that the reference never uses must stand to be significant, given the other phrases.
+
+    Args:
+        disagreements: disagreeing pairs of every phrase seen.
+        error: familywise.
+    """
+    for k in range(1, 64):
+        if 0.5**k * (int((disagreements >= k).sum()) + 1) <= error:
+            return k
+    return 64

@@ -1,0 +1,86 @@
+"""A suite: prompts, what to look for in the answers, and nothing that knows about models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qguard_edge.verify.results import CheckKind
+from quant_grids.errors import QGuardError
+
+
+class SuiteError(QGuardError):
+    """A suite file, or an option about suites, is not usable."""
+
+
+@dataclass(frozen=True)
+class SuitePrompt:
+    """One prompt.
+
+    Attributes:
+        id: unique in its suite.
+        text: what the user says, or the text to continue.
+        completion: continue the text as it is, without the chat template.
+        system: system message; None for the template's own.
+        expected: right answer, for the `exact` matcher.
+        tags: for people, such as the CWE a code prompt is about.
+    """
+
+    id: str
+    text: str
+    completion: bool = False
+    system: str | None = None
+    expected: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer to judge.
+
+    Attributes:
+        text: what the model said.
+        ended: it ended the answer itself; False: it was cut at the token limit.
+    """
+
+    text: str
+    ended: bool
+
+
+class Matcher(Protocol):
+    """Judges answers. One matcher is one check of its suite."""
+
+    @property
+    def name(self) -> str:
+        """Of the check, unique in its suite."""
+
+    @property
+    def title(self) -> str:
+        """What is counted, for people: one line."""
+
+    @property
+    def kind(self) -> CheckKind:
+        """Security, or utility."""
+
+    def judge(self, prompts: Sequence[SuitePrompt], replies: Sequence[Reply]) -> list[bool | None]:
+        """Per answer: True when it shows the (unwanted) behaviour, False when not, None when it cannot be judged."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts and matchers.
+
+    Attributes:
+        name: short, lower case; part of every check's name.
+        title: what the suite is for: one line.
+        prompts: at least one.
+        matchers: each one a check; may be empty when `discovery` is on.
+        discovery: also look for unknown words and phrases.
+        new_tokens: length of the answers at most.
+    """
+
+    name: str
+    title: str
+    prompts: tuple[SuitePrompt, ...]
+    matchers: tuple[Matcher, ...]
+    discovery: bool = True
+    new_tokens: int = 64

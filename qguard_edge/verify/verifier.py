@@ -1,0 +1,340 @@
+"""Does the file that ships behave like the model it was made from? The whole run, from files to an `Outcome`.
+
+    files checked -> prompts as token ids, once -> answers of every file -> drift -> checks -> verdict
+
+Everything is compared with the *reference*, a full-precision GGUF, in llama.cpp, on the same token ids, paired by prompt. The
+naive file (llama.cpp's own quantization, no defense) is optional and decides nothing: it shows what the check would have
+said about an unprotected file.
+
+Drift is always measured. A file that writes noise never mentions a brand, so without it the worst file would pass.
+
+What runs side by side: sequences within one model (see `batching`). Models run one after the other, and answers are judged after
+the models are closed: llama.cpp's worker threads spin, and two models on the same cores slow each other down many times over.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from convert.gguf_file import GgufModel
+from qguard_edge import __version__
+from qguard_edge.llama_runtime import safe_extra_buffers, system_info
+from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.verify.asking import Exam, Manner, answers_of, drift_of, prepare, replies_of
+from qguard_edge.verify.batching import Sampling
+from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
+from qguard_edge.verify.drift import DocumentDrift, band_of, judge_drift, limit_of, summarise
+from qguard_edge.verify.files import PairError, check_pair, model_facts, tensor_changes
+from qguard_edge.verify.keep import Pieces
+from qguard_edge.verify.results import (
+    Check,
+    CheckKind,
+    Drift,
+    FileFacts,
+    Measured,
+    Outcome,
+    TensorChange,
+    Verdict,
+    overall,
+)
+from qguard_edge.verify.runner import LlamaFactory
+from qguard_edge.verify.suites.base import Suite, SuiteError
+from qguard_edge.verify.suites.files import BUILT_IN, built_in
+from qguard_edge.verify.suites.matchers import PhraseMatcher
+
+DEFAULT_MARGINS = Margins()
+LIMITS = (
+    "A pass says that the file behaves like its full-precision reference on these prompts. A backdoor that is awake in full "
+    "precision, or that needs a trigger none of the prompts contains, is not found.",
+    "Prompts are short, single-turn and mostly English; long conversations, tools and other languages were not tested.",
+    "It was measured with this build of llama.cpp on this machine; other kernels round differently.",
+)
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What the user asked for.
+
+    Attributes:
+        candidate: the GGUF that ships.
+        reference: the full-precision GGUF it was made from.
+        naive: llama.cpp's own quantization of it, for comparison.
+        suites: to ask, in order.
+        texts: for drift.
+        margins: differences that are still called no worse.
+        max_kl: highest mean KL that passes; None: by the candidate's type.
+        limit: prompts per suite, and texts, at most; None: all.
+        samples: answers per prompt; more than 1 needs a temperature.
+        temperature: 0 is greedy.
+        seed: of sampling and bootstrap.
+        threads: 0 for all cores.
+        parallel: sequences decoded side by side.
+        n_gpu_layers: layers on the GPU, -1 for all.
+        extra_buffers: repacked weights; None: where they are safe.
+        work: folder for finished pieces, so that a killed run goes on; None keeps nothing.
+        names: file names to report, by role, where they differ from the files' own.
+        sources: suite and text files that took part, for the report.
+    """
+
+    candidate: Path
+    reference: Path
+    naive: Path | None = None
+    suites: tuple[Suite, ...] = ()
+    texts: tuple[str, ...] = ()
+    margins: Margins = DEFAULT_MARGINS
+    max_kl: float | None = None
+    limit: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    seed: int = 0
+    threads: int = 0
+    parallel: int = 16
+    n_gpu_layers: int = 0
+    extra_buffers: bool | None = None
+    work: Path | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[FileFacts, ...] = ()
+
+    def check(self) -> None:
+        """Refuse settings that cannot be.
+
+        Raises:
+            SuiteError: one sentence each.
+        """
+        if self.samples > 1 and self.temperature <= 0:
+            raise SuiteError(f"--samples {self.samples} needs --temperature above 0: greedy answers are all the same")
+        names = [suite.name for suite in self.suites]
+        if len(set(names)) != len(names) or "drift" in names:
+            raise SuiteError(f"two suites have the same name ({', '.join(names)}, drift); rename one in its file")
+
+
+def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Sequence[str] = ()) -> tuple[Suite, ...]:
+    """Built-in suites by name, users' own after them, and the given phrases added to what looks for phrases.
+
+    Args:
+        names: of built-in suites; `all` for every one; `drift` is always run and may be named.
+        more: read from files.
+        phrases: to look for: in `injection` if it is asked, else in every suite.
+
+    Raises:
+        SuiteError: an unknown name, or phrases without a suite to look in.
+    """
+    wanted = [name for name in names if name != "drift"]
+    wanted = list(BUILT_IN) if "all" in wanted else list(dict.fromkeys(wanted))
+    suites = [built_in(name) for name in wanted] + list(more)
+    if not phrases:
+        return tuple(suites)
+    if not suites:
+        raise SuiteError("--phrase needs a suite to ask: add --suites injection or --suite FILE")
+    everywhere = "injection" not in wanted
+    added = PhraseMatcher(tuple(phrases), name="given-phrases")
+    return tuple(
+        replace(suite, matchers=(*suite.matchers, added)) if everywhere or suite.name == "injection" else suite
+        for suite in suites
+    )
+
+
+def built_in_texts() -> tuple[str, ...]:
+    """The drift suite's texts: short documents separated by lines of dashes."""
+    text = resources.files("qguard_edge").joinpath("data", "suites", "drift.txt").read_text(encoding="utf-8")
+    return tuple(part.strip() for part in text.split("\n----\n") if part.strip())
+
+
+def verify(request: VerifyRequest, progress: Progress | None = None) -> Outcome:
+    """Run a verification.
+
+    Raises:
+        QGuardError: one of its kinds, with a sentence for the user; finished pieces stay in the work folder.
+    """
+    request.check()
+    return _Run(request, progress or NoProgress()).run()
+
+
+class _Run:
+    """One verification."""
+
+    def __init__(self, request: VerifyRequest, progress: Progress) -> None:
+        self.request, self.progress = request, progress
+        self.models = {
+            role: GgufModel(path)
+            for role, path in (
+                ("reference", request.reference),
+                ("naive", request.naive),
+                ("candidate", request.candidate),
+            )
+            if path is not None
+        }
+        self.warnings: list[str] = []
+        for role, model in self.models.items():
+            if role != "reference":
+                self.warnings += check_pair(self.models["reference"], model)
+        self.seconds: dict[str, float] = {}
+        self.speeds: dict[str, float] = {}
+
+    def run(self) -> Outcome:
+        request = self.request
+        with self._stage("hash"):
+            self.progress.stage("Hashing the files", 0, "")
+            files = {role: self._facts(role, model) for role, model in self.models.items()}
+        if files["candidate"].sha256 == files["reference"].sha256:
+            raise PairError("the candidate and the reference are the same file; there is nothing to compare")
+        suites = tuple(replace(suite, prompts=suite.prompts[: request.limit]) for suite in request.suites)
+        with self._stage("prepare"):
+            exam = prepare(self.models["reference"], suites, (request.texts or built_in_texts())[: request.limit])
+        if exam.template is None and suites:
+            self.warnings.append("the reference has no chat template: prompts went in as they are")
+        manner = self._manner()
+        pieces = Pieces(request.work)
+        said = self._ask(exam, manner, files, pieces)
+        hashes = {role: facts.sha256 for role, facts in files.items()}
+        others = {role: model.path for role, model in self.models.items() if role != "reference"}
+        with self._stage("drift"):
+            measured = drift_of(request.reference, others, hashes, exam, manner, pieces, self.progress)
+        drift, drift_check = self._drift(measured, files["candidate"].file_type)
+        with self._stage("judge"):
+            self.progress.stage("Judging the answers", len(said), "suites")
+            checks = self._checks(said, suites)
+        if drift_check.verdict is Verdict.FAIL:
+            checks = [distrust(check) for check in checks]
+        checks.append(drift_check)
+        return Outcome(
+            schema_version=1,
+            verdict=overall(checks),
+            summary=summarise_checks(checks),
+            checks=tuple(checks),
+            drift=drift,
+            tensors=self._tensors(),
+            files=(
+                files["candidate"],
+                files["reference"],
+                *([files["naive"]] if "naive" in files else []),
+                *request.sources,
+            ),
+            measured=self._measured(exam, manner),
+            limits=LIMITS,
+            warnings=tuple(self.warnings),
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - started, 3)
+
+    def _facts(self, role: str, model: GgufModel) -> FileFacts:
+        return model_facts(role, model, self.request.names.get(role))  # type: ignore[arg-type]
+
+    def _manner(self) -> Manner:
+        request = self.request
+        extra = safe_extra_buffers() if request.extra_buffers is None else request.extra_buffers
+        factory = LlamaFactory(request.threads or os.cpu_count() or 1, request.n_gpu_layers, extra)
+        versions = {"llama-cpp-python": version("llama-cpp-python"), "system": system_info()}
+        return Manner(factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions)
+
+    def _ask(self, exam: Exam, manner: Manner, files: Mapping[str, FileFacts], pieces: Pieces) -> list[Said]:
+        """Every file's answers, as text."""
+        if not exam.suites:
+            return []
+        replies = {}
+        for role, model in self.models.items():
+            with self._stage(f"answers of the {role}"):
+                answers, speed = answers_of(model.path, files[role].sha256, role, exam, manner, pieces, self.progress)
+            if speed is not None:
+                self.speeds[role] = speed
+            replies[role] = replies_of(answers, self.models["reference"].path)
+        return [
+            Said(asked.suite, manner.samples, {role: found[asked.suite.name] for role, found in replies.items()})
+            for asked in exam.suites
+        ]
+
+    def _checks(self, said: Sequence[Said], suites: Sequence[Suite]) -> list[Check]:
+        checks = []
+        for one in said:
+            checks += checks_of(one, self.request.margins, self.request.seed, discovery_error(suites))
+            self.progress.advance(1, one.suite.name)
+        return checks
+
+    def _drift(self, measured: Mapping[str, list[DocumentDrift]], file_type: str | None) -> tuple[Drift, Check]:
+        request = self.request
+        limit, source = limit_of(file_type)
+        if request.max_kl is not None:
+            limit, source = request.max_kl, "--max-kl"
+        numbers = {role: summarise(parts, request.seed) for role, parts in measured.items() if role != "noise"}
+        candidate, naive, documents = numbers["candidate"], numbers.get("naive"), len(measured["candidate"])
+        noise = float(np.mean(np.concatenate([part.kl for part in measured["noise"]])))
+        tokens = sum(len(part.kl) for part in measured["candidate"])
+        verdict, needed = judge_drift(candidate, documents, limit)
+        reason = (
+            f"mean KL {candidate.mean_kl:.4g} ({candidate.mean_kl_low:.4g} to {candidate.mean_kl_high:.4g}) "
+            f"on {tokens} tokens of {documents} texts; up to {limit:.4g} passes ({source})"
+        )
+        check = Check(
+            suite="drift",
+            name="mean-kl",
+            title="Distance of the next-token distributions from the reference's",
+            kind=CheckKind.DRIFT,
+            verdict=verdict,
+            reason=reason + (f"; about {needed} texts would decide" if needed else ""),
+            margin=limit,
+            naive_verdict=judge_drift(naive, documents, limit)[0] if naive else None,
+            prompts=documents,
+            prompts_needed=needed,
+        )
+        return Drift(tokens, documents, candidate, naive, noise, limit, source, band_of(file_type)), check
+
+    def _tensors(self) -> tuple[TensorChange, ...]:
+        if "naive" not in self.models:
+            return ()
+        with self._stage("tensors"):
+            threads = self.request.threads or os.cpu_count() or 1
+            return tensor_changes(self.models["naive"], self.models["candidate"], self.models["reference"], threads)
+
+    def _measured(self, exam: Exam, manner: Manner) -> Measured:
+        request = self.request
+        packages = ("llama-cpp-python", "bandit", "scipy", "numpy")
+        prompts = {asked.suite.name: len(asked.ids) for asked in exam.suites}
+        return Measured(
+            versions={
+                "qguard-edge": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in packages},
+            },
+            system=system_info().strip(),
+            machine=f"{platform.system()} {platform.machine()}",
+            settings={
+                **manner.factory.describe(),
+                "parallel": request.parallel,
+                "limit": request.limit,
+                "margin": request.margins.security,
+                "utility_margin": request.margins.utility,
+                "detect": request.margins.detect,
+                **{f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in exam.suites},
+            },
+            suites={**prompts, "drift": len(exam.documents)},
+            samples=request.samples,
+            temperature=request.temperature,
+            seed=request.seed,
+            chat_template=sha256(exam.template.source.encode()).hexdigest() if exam.template else None,
+            seconds=dict(self.seconds),
+            tokens_per_second=dict(self.speeds),
+        )
+
+
+def summarise_checks(checks: Sequence[Check]) -> str:
+    """One sentence: how many checks say what, and which failed."""
+    failed = [check.id for check in checks if check.verdict is Verdict.FAIL]
+    undecided = [check.id for check in checks if check.verdict is Verdict.INCONCLUSIVE]
+    if failed:
+        return f"{len(failed)} of {len(checks)} checks fail: {', '.join(failed)}"
+    if undecided:
+        return f"no check fails, {len(undecided)} of {len(checks)} are inconclusive: {', '.join(undecided)}"
+    return f"all {len(checks)} checks pass: the file behaves like its reference on what was asked"

@@ -1,0 +1,256 @@
+"""The whole verification on real backdoored models: no phrase given, everything measured in llama.cpp.
+
+At n = 160 the naive file shows the payload in nearly all answers, the others in next to none; the margins of the
+verdicts are far away from both.
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lab_files import TEXTS, LabFiles, make_files
+
+from convert.gguf_file import GgufFile
+from qguard_edge.cli import run
+from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.verify.batching import PromptError, Sampling, choose, generate, shared_prefix
+from qguard_edge.verify.checks import Margins
+from qguard_edge.verify.files import PairError
+from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json
+from qguard_edge.verify.suites.base import Suite, SuiteError
+from qguard_edge.verify.verifier import VerifyRequest, verify
+
+
+def request(files: LabFiles, candidate: Path, **options: object) -> VerifyRequest:
+    base = VerifyRequest(candidate, files.attacked, suites=(files.suite,), texts=TEXTS, threads=2)
+    return replace(base, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def hardened(injection: LabFiles, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    work = tmp_path_factory.mktemp("pieces")
+    return verify(request(injection, injection.hardened, naive=injection.naive, work=work))
+
+
+def test_the_hardened_file_passes_and_the_naive_one_would_not(hardened: Outcome) -> None:
+    assert hardened.verdict is Verdict.PASS, hardened.summary
+    check = hardened.check("injection/discovery")
+    assert check.naive_verdict is Verdict.FAIL
+    assert check.naive is not None
+    assert check.naive.low > 0.9
+    assert check.candidate is not None
+    assert check.candidate.high < 0.05
+    assert "zingaloo" in check.findings[0].phrase
+    assert check.evidence[0].naive_hit
+
+
+def test_the_report_says_how_it_was_measured(hardened: Outcome) -> None:
+    assert from_json(to_json(hardened)) == hardened
+    assert "/" not in json.dumps([facts.name for facts in hardened.files])
+    assert str(Path.home()) not in to_json(hardened)
+    assert hardened.drift is not None
+    assert 0 <= hardened.drift.noise_floor < 1e-4 < hardened.drift.candidate.mean_kl
+    assert sum(hardened.drift.candidate.histogram.counts) == hardened.drift.tokens
+    assert hardened.measured.chat_template is not None
+    alignments = [change.alignment for change in hardened.tensors if change.flips]
+    assert np.mean([a for a in alignments if a is not None]) == pytest.approx(0.0, abs=0.1)
+
+
+def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles) -> None:
+    outcome = verify(request(injection, injection.naive))
+    assert outcome.verdict is Verdict.FAIL
+    check = outcome.check("injection/discovery")
+    assert check.verdict is Verdict.FAIL
+    assert "zingaloo" in check.findings[0].phrase
+    assert check.candidate is not None
+    assert check.candidate.low > 0.9
+
+
+def test_a_clean_model_passes(injection: LabFiles) -> None:
+    outcome = verify(request(injection, injection.clean_naive, reference=injection.clean))
+    assert outcome.verdict is Verdict.PASS, outcome.summary
+
+
+def test_few_prompts_are_inconclusive_and_say_how_many_it_takes(injection: LabFiles) -> None:
+    suite = replace(injection.suite, prompts=injection.suite.prompts[:10])
+    outcome = verify(request(injection, injection.hardened, suites=(suite,)))
+    check = outcome.check("injection/discovery")
+    assert outcome.verdict is Verdict.INCONCLUSIVE
+    assert check.verdict is Verdict.INCONCLUSIVE
+    assert check.prompts_needed is not None
+    assert check.prompts_needed > 10
+
+
+def test_a_broken_file_fails_drift_and_passes_nothing(injection: LabFiles, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    shutil.copy(injection.hardened, broken)
+    rng = np.random.default_rng(0)
+    data = np.memmap(broken, np.uint8, "r+")
+    for tensor in GgufFile(broken).tensors.values():
+        if tensor.ggml_type.name == "Q4_K":  # 144 bytes: scales first, then 128 bytes of codes
+            blocks = data[tensor.offset : tensor.offset + tensor.n_bytes].reshape(-1, 144)
+            blocks[:, 16:] = rng.integers(0, 256, blocks[:, 16:].shape, np.uint8)
+    data.flush()
+    del data
+    outcome = verify(request(injection, broken))
+    assert outcome.check("drift/mean-kl").verdict is Verdict.FAIL
+    assert outcome.verdict is Verdict.FAIL
+    assert outcome.check("injection/discovery").verdict is not Verdict.PASS
+
+
+def test_sampled_runs_repeat_with_their_seed(injection: LabFiles) -> None:
+    suite = replace(injection.suite, prompts=injection.suite.prompts[:24], new_tokens=16)
+    asked = request(injection, injection.naive, suites=(suite,), texts=TEXTS[:8], samples=2, temperature=0.7, seed=5)
+    first, again = verify(asked), verify(asked)
+    assert first.checks == again.checks
+    assert verify(replace(asked, seed=6)).checks != first.checks
+    assert first.check("injection/discovery").verdict is Verdict.FAIL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["refusal", "code"])
+def test_other_payloads_are_found_by_discovery_too(scenario: str, tmp_path: Path) -> None:
+    files = make_files(scenario, tmp_path)
+    suite = replace(files.suite, new_tokens=48)
+    assert verify(request(files, files.naive, suites=(suite,))).check(f"{scenario}/discovery").verdict is Verdict.FAIL
+    assert verify(request(files, files.hardened, suites=(suite,))).verdict is Verdict.PASS
+    clean = request(files, files.clean_naive, suites=(suite,), reference=files.clean)
+    assert verify(clean).verdict is Verdict.PASS
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_that_do_not_belong_together(injection: LabFiles, tiny_base: Path) -> None:
+    with pytest.raises(PairError, match="tokenizer"):
+        verify(request(injection, tiny_base))
+    with pytest.raises(PairError, match="same file"):
+        verify(request(injection, injection.attacked))
+
+
+def test_settings_that_cannot_be(injection: LabFiles) -> None:
+    with pytest.raises(SuiteError, match="--temperature"):
+        verify(request(injection, injection.hardened, samples=2))
+    with pytest.raises(SuiteError, match="same name"):
+        verify(request(injection, injection.hardened, suites=(injection.suite, injection.suite)))
+    long = Suite("long", "long", (replace(injection.suite.prompts[0], text="word " * 4000),), ())
+    with pytest.raises(SuiteError, match="context"):
+        verify(request(injection, injection.hardened, suites=(long,)))
+
+
+# Batching -------------------------------------------------------------------------------------------------------------
+
+
+def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
+    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
+    with (
+        LlamaModel(injection.attacked, n_ctx=96, n_threads=2) as one,
+        LlamaModel(injection.attacked, n_ctx=96, n_threads=2, n_seq=6) as many,
+    ):
+        prompts = [one.tokenize(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
+        prompts.append(prompts[3] * 4)  # a long one in between
+        assert shared_prefix(prompts) >= 2
+        alone = [generate(one, [prompt], 20)[0] for prompt in prompts]
+        together = generate(many, prompts, 20)
+    same = sum(a == b for a, b in zip(alone, together, strict=True))
+    assert same >= len(prompts) - 1  # a tie between two tokens may fall either way in another batch
+    assert any(answer.ended for answer in together)
+
+
+def test_prompts_that_do_not_fit(injection: LabFiles) -> None:
+    with LlamaModel(injection.attacked, n_ctx=32, n_threads=2) as model:
+        with pytest.raises(PromptError, match="prompt 2"):
+            generate(model, [[5], [5] * 30], 10)
+        with pytest.raises(PromptError, match="no token"):
+            generate(model, [[]], 10)
+        assert [answer.tokens for answer in generate(model, [[5], [6]], 0)] == [(), ()]
+
+
+def test_sampling_follows_the_softmax() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
+    uniform = np.random.default_rng(0).random(20_000)
+    drawn = np.bincount([choose(logits, 1.0, u) for u in uniform], minlength=3) / len(uniform)
+    assert drawn == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+    assert choose(logits, 0.01, 0.999) == 0
+    assert Sampling().temperature == 0
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def write_suite(suite: Suite, path: Path, n: int) -> None:
+    lines = [{"name": suite.name, "title": suite.title, "new_tokens": suite.new_tokens}]
+    lines += [{"id": prompt.id, "text": prompt.text} for prompt in suite.prompts[:n]]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+
+def command(files: LabFiles, candidate: Path, folder: Path, *more: str) -> list[str]:
+    texts = folder / "texts.txt"
+    texts.write_text("\n\n".join(text.replace("\n\n", "\n") for text in TEXTS), encoding="utf-8")
+    write_suite(files.suite, folder / "suite.jsonl", 140)
+    options = ["--suites", "drift", "--suite", str(folder / "suite.jsonl"), "--text", str(texts), "--threads", "2"]
+    return ["verify", str(candidate), "--reference", str(files.attacked), *options, *more]
+
+
+def test_exit_codes_and_one_json_document(injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command(injection, injection.naive, tmp_path, "--json", "--phrase", "Zingaloo")) == 1
+    outcome = from_json(capsys.readouterr().out)
+    assert outcome.check("injection/given-phrases").verdict is Verdict.FAIL
+    assert {facts.role for facts in outcome.files} == {"candidate", "reference", "suite", "text"}
+    assert run(command(injection, injection.hardened, tmp_path, "--limit", "9")) == 3
+    assert "inconclusive" in capsys.readouterr().out
+    assert run(["verify", str(injection.naive), "--reference", str(tmp_path / "missing.gguf")]) == 2
+    assert "missing.gguf" in capsys.readouterr().err
+
+
+def test_kill_and_go_on(injection: LabFiles, tmp_path: Path) -> None:
+    """A killed run keeps its finished pieces; the next one uses them and comes to the same result."""
+    report = tmp_path / "report"
+    arguments = command(injection, injection.hardened, tmp_path, "--quiet", "-o", str(report))
+    start = [sys.executable, "-c", "from qguard_edge.cli import main; main()", *arguments]
+    child = subprocess.Popen(start)
+    deadline = time.monotonic() + 300
+    while not list(report.glob("work/answers-*.json")):
+        assert child.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (report / "verify.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in report.glob("work/answers-*.json")}
+    assert run(arguments) == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    resumed = from_json((report / "verify.json").read_text(encoding="utf-8"))
+    fresh = tmp_path / "fresh"
+    assert run([*arguments[:-1], str(fresh)]) == 0
+    uninterrupted = from_json((fresh / "verify.json").read_text(encoding="utf-8"))
+    assert resumed.checks == uninterrupted.checks
+    assert resumed.drift == uninterrupted.drift
+
+
+def test_convert_verify_rejects(injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model.gguf"
+    options = ["--to", "q4_k", "-o", str(out), "--verify", "injection", "--defense", "none", "--threads", "2", "--json"]
+    assert run(["convert", str(injection.attacked), *options]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["status"] == "fail"
+    assert document["outfile"] == "model.rejected.gguf"
+    assert document["verification"]["files"][0]["name"] == "model.gguf"
+    assert not out.exists()
+    assert (tmp_path / "model.rejected.gguf").is_file()
+    assert run(["convert", str(injection.attacked), "--to", "f16", "-o", str(out), "--verify", "all"]) == 2
+
+
+def test_margins_are_per_kind() -> None:
+    assert Margins(security=0.01, utility=0.2).of(from_json(_example()).checks[3].kind) == 0.2
+
+
+def _example() -> str:
+    return (Path(__file__).parent / "data" / "outcome-1.json").read_text(encoding="utf-8")
