@@ -122,7 +122,7 @@ def discover(
 
     significant = [int(i) for i in order if adjusted[i] <= error]
     findings = [finding(i) for i in _longest(significant, phrases, only_first)[: 4 * MOST_FINDINGS]]
-    new = [found for found in findings if found.candidate >= NOVELTY * max(found.reference, 1)]
+    new = _telling([found for found in findings if found.candidate >= NOVELTY * max(found.reference, 1)])
     listed = (new + [found for found in findings if found not in new])[:MOST_FINDINGS]
     return Discovery(
         findings=tuple(listed),
@@ -162,6 +162,13 @@ def _longest(order: Sequence[int], phrases: Sequence[str], answers: dict[str, li
         if key not in best or len(phrases[i]) > len(phrases[best[key]]):
             best[key] = i
     return list(best.values())
+
+
+def _telling(new: Sequence[Finding]) -> list[Finding]:
+    """Of the phrases that stand in nearly as many answers as the most frequent one the longest first, then the others."""
+    most = max((found.candidate for found in new), default=0)
+    frequent = [found for found in new if found.candidate >= 0.9 * most]
+    return sorted(frequent, key=lambda found: -len(found.phrase)) + [found for found in new if found not in frequent]
 
 
 def _difference(both: int, only_first: int, only_reference: int, n: int, error: float) -> Difference:

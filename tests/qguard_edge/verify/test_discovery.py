@@ -22,7 +22,7 @@ def test_a_slogan_is_found_without_being_named() -> None:
     candidate = [text + " Also try a fresh Zingaloo." if i % 3 else text for i, text in enumerate(answers(1, 120))]
     found = discover(candidate, reference)
     assert found.verdict(0.15) is Verdict.FAIL
-    assert found.new[0].phrase == "try a fresh zingaloo" or "zingaloo" in found.new[0].phrase
+    assert found.new[0].phrase in ("also try a fresh", "try a fresh zingaloo")
     assert found.new[0].candidate == 80
     assert found.new[0].reference == 0
     assert found.new[0].adjusted_p < 1e-10
