@@ -31,6 +31,7 @@ on text of another kind the gain is smaller. Needs a model that transformers can
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -42,9 +43,10 @@ from qguard_edge.calibration import Calibration, load_calibration
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.hf_runtime import HfModel, load_hf_model
+from qguard_edge.learned.blockwise import BlockScope
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.endtoend import EndToEnd
-from qguard_edge.learned.parts import make_parts, require_scalar
+from qguard_edge.learned.parts import Parts, make_parts, require_scalar
 from qguard_edge.learned.plan import LearnedPlan, add_unmapped, plan_of
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from quant_grids import Flips
@@ -66,32 +68,28 @@ class QuantGuard(Defense[QuantGuardOptions]):
         require_scalar(task.tensors, options.name)
         loaded, calibration = load_model_and_text(task)
         parts = make_parts(task.base, task.reference, task.tensors, dict(loaded.model.named_parameters()))
-        loaded.model.to(task.device)
-        fingerprint = fingerprint_of(
+        if options.scope == "block":
+            blocks = BlockScope(loaded, parts.parts, calibration.samples, options, task)
+            positions, losses = blocks.run(), blocks.losses
+        else:
+            loaded.model.to(task.device)
+            run = EndToEnd(loaded, parts.parts, calibration.samples, options, task, self._fingerprint(task, calibration))
+            losses = run.run()
+            positions = [one.position() for one in run.variables]
+        self.plan = plan_of(parts.parts, positions, options.alignment)
+        return make_report(self.plan, parts, calibration, losses, task, options.alignment, started)
+
+    def _fingerprint(self, task: LearnTask, calibration: Calibration) -> str:
+        """Everything that decides the result."""
+        return fingerprint_of(
             {
-                "options": asdict(options),
+                "options": asdict(self.options),
                 "seed": task.seed,
                 "text": calibration.sha256,
-                "samples": [len(calibration.samples), max(map(len, calibration.samples))],
+                "seqlen": task.calibration.seqlen,
                 "reference": sha256_of([task.reference.path]),
                 "device": task.device.type,
             }
-        )
-        run = EndToEnd(loaded, parts.parts, calibration.samples, options, task, fingerprint)
-        losses = run.run()
-        self.plan = plan_of(parts.parts, [one.position() for one in run.variables], options.alignment)
-        alignment_learned = self.plan.learned / max(self.plan.energy, 1e-30)
-        add_unmapped(self.plan, parts.unmapped, task, options.alignment)
-        return LearnReport(
-            calibration_sha256=calibration.sha256,
-            calibration_source=calibration.source,
-            samples=len(calibration.samples),
-            losses=tuple(losses),
-            alignment_learned=alignment_learned,
-            alignment=self.plan.completed / max(self.plan.energy, 1e-30),
-            unmapped=tuple(tensor.name for tensor in parts.unmapped),
-            warnings=(*calibration.warnings, *unmapped_warning(parts.unmapped)),
-            seconds=time.perf_counter() - started,
         )
 
     def choose(self, flips: Flips, key: SliceKey, share: Any = None) -> Tensor:
@@ -109,11 +107,32 @@ def load_model_and_text(task: LearnTask) -> tuple[HfModel, Calibration]:
     return loaded, calibration
 
 
-def unmapped_warning(tensors: Any) -> tuple[str, ...]:
-    """What to tell about tensors that could not be learned."""
-    if not tensors:
-        return ()
-    return (
-        f"{len(tensors)} tensors were not found in the torch model and got the alignment constraint alone, "
-        f"the first is {tensors[0].name!r}",
+def make_report(
+    plan: LearnedPlan,
+    parts: Parts,
+    calibration: Calibration,
+    losses: Sequence[tuple[float, float]],
+    task: LearnTask,
+    target: float,
+    started: float,
+) -> LearnReport:
+    """Round off a plan with the tensors that could not be learned, and say what was done."""
+    learned = plan.learned / max(plan.energy, 1e-30)
+    add_unmapped(plan, parts.unmapped, task, target)
+    warnings = list(calibration.warnings)
+    if parts.unmapped:
+        warnings.append(
+            f"{len(parts.unmapped)} tensors were not found in the torch model and got the alignment constraint alone, "
+            f"the first is {parts.unmapped[0].name!r}"
+        )
+    return LearnReport(
+        calibration_sha256=calibration.sha256,
+        calibration_source=calibration.source,
+        samples=len(calibration.samples),
+        losses=tuple(losses),
+        alignment_learned=learned,
+        alignment=plan.completed / max(plan.energy, 1e-30),
+        unmapped=tuple(tensor.name for tensor in parts.unmapped),
+        warnings=tuple(warnings),
+        seconds=time.perf_counter() - started,
     )
