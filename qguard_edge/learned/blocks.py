@@ -146,7 +146,8 @@ def gram_matrices(
     def hook(name: str) -> Any:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             flat = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            product = flat.T @ flat
+            with torch.autocast(flat.device.type, enabled=False):  # sums over thousands of tokens need all their bits
+                product = flat.T @ flat
             grams[name] = grams[name].add_(product) if name in grams else product
 
         return add

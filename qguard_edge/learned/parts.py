@@ -13,6 +13,7 @@ The GGUF's rows may be reordered, fused or transposed rows of the torch paramete
 A parameter that is used twice (tied embeddings) has one part, so it is learned once.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,12 +91,23 @@ class Part:
         mine = RowSource(self.source.parameter, self.source.transposed, order, self.source.parameter_rows)
         return TensorRows(self.tensor.name, len(self.rows), (mine,))
 
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        """Whether the part is the whole parameter, row by row: then nothing has to be looked up."""
+        rows = self.source.parameter_rows
+        return not self.source.transposed and bool(np.array_equal(rows, np.arange(len(rows))))
+
     def gather(self, values: Tensor) -> Tensor:
-        """`[n, columns]`: these rows of something of the parameter's shape (its gradient)."""
+        """`[n, columns]`: these rows of something of the parameter's shape (its gradient); may share its memory."""
+        if self._in_order and values.numel() == self.geometry.value.numel():
+            return values.reshape(self.geometry.value.shape)
         return self._view().gather({self.source.parameter: values})
 
     def scatter(self, values: Tensor, parameter: Tensor) -> None:
         """Write `[n, columns]` into the parameter, in place."""
+        if self._in_order and parameter.numel() == self.geometry.value.numel():
+            parameter.copy_(values.reshape(parameter.shape))
+            return
         self._view().scatter(values, {self.source.parameter: parameter})
 
 
