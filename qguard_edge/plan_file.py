@@ -122,7 +122,7 @@ class Plan:
 def write_plan(path: Path, tensors: Mapping[str, Bytes], header: Mapping[str, Any]) -> None:
     """Write a plan; it appears whole or not at all."""
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, {"format": FORMAT, "plan": json.dumps(header, sort_keys=True)})
+        save_file(dict(tensors), temporary, {"format": FORMAT, "plan": json.dumps(header)})
 
 
 def read_plan(path: Path) -> Plan:

@@ -72,13 +72,13 @@ def test_the_straight_through_slope_is_the_derivative_of_the_soft_loss(setup: Se
     ids = torch.tensor([samples[0], samples[1]])
 
     def forward(one: object) -> torch.Tensor:
-        return one(input_ids=ids, use_cache=False).logits.reshape(-1, 400)[:, :]  # type: ignore[operator]
+        return one(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # type: ignore[operator]
 
     with torch.no_grad():
         wanted = forward(model)
     part = next(p for p in setup.parts.parts if p.tensor.name == "blk.1.ffn_down.weight")
     student = copy.deepcopy(model)
-    parameter = dict(student.named_parameters())[part.source.parameter]
+    parameter = dict(student.named_parameters())[part.source.parameter].requires_grad_(True)
     h = part.geometry.ratio.double() * 0.3 + 0.1
 
     def loss_at(values: torch.Tensor) -> torch.Tensor:
