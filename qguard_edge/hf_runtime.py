@@ -107,6 +107,18 @@ class HfModel:
         return texts
 
 
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Limit torch's threads for a while; 0 leaves them."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bf16 matrix products where the device is fast at them, else nothing."""
     if device.type == "cpu":

@@ -168,7 +168,8 @@ class Study:
         self.chat = load_folder(self.folders["clean"])
         self.exam = make_exam(self.chat, self.data, self.prompts, 96, 48)
         for model, folder in self.folders.items():
-            write_base_gguf(folder, self.work / f"{model}.gguf", base_type="f32")
+            if not (self.work / f"{model}.gguf").is_file():
+                write_base_gguf(folder, self.work / f"{model}.gguf", base_type="f32")
         pairs = [*self.data.repaired, *self.data.kept]
         code = [pair for pair in pairs if "def " in pair[1]]
         # Both kinds in turn, so that every size of the text has both.
@@ -244,7 +245,7 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
         folder = clean_folder("smollm2", corpus, preset_of("smollm2"), 0, data_key(None), NoProgress())
         for to in arguments.types.split(","):
             place = work / to
-            place.mkdir()
+            place.mkdir(parents=True, exist_ok=True)
             data = make_scenario("injection", corpus)
             yield Study("smollm2", {"clean": folder}, data, to, place, arguments.threads, 0, 136)
         return
@@ -252,7 +253,7 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
         attack, _, to = name.partition(":")
         victim = make_victim(LabSettings(attack=attack, to=to, scenario=arguments.scenario, threads=arguments.threads))
         place = work / name.replace(":", "-")
-        place.mkdir()
+        place.mkdir(parents=True, exist_ok=True)
         folders = {"attacked": victim.attacked, "clean": victim.clean}
         label = name if arguments.scenario == "injection" else f"{name} {arguments.scenario}"
         yield Study(label, folders, victim.data, to, place, arguments.threads, arguments.prompts, 128)
@@ -292,6 +293,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only rows whose label contains this")
     parser.add_argument("--limit", type=float, default=1e9, help="begin no further row after so many seconds")
     parser.add_argument("--out", type=Path, help="folder for PART.json")
+    parser.add_argument("--work", type=Path, help="folder that keeps the files, so that an interrupted row goes on too")
     arguments = parser.parse_args()
     path = arguments.out / f"{arguments.part}.json" if arguments.out else None
     document: dict[str, Any] = {"part": arguments.part, "rows": []}
@@ -300,7 +302,7 @@ def main() -> None:
     done = {(row["victim"], row["model"], row["label"], row["to"]) for row in document["rows"]}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for study in studies(arguments, Path(folder)):
+        for study in studies(arguments, arguments.work or Path(folder)):
             for model in study.folders:
                 for setting in PARTS[arguments.part](study.to):
                     key = (study.victim, model, setting.label, setting.to or study.to)

@@ -35,6 +35,7 @@ from torch import Tensor
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.defenses.options import EfrapOptions
 from qguard_edge.defenses.quantguard import load_model_and_text, make_report
+from qguard_edge.hf_runtime import torch_threads
 from qguard_edge.learned.blockwise import efrap_positions
 from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.plan import LearnedPlan, plan_of
@@ -53,6 +54,10 @@ class Efrap(Defense[EfrapOptions]):
 
     def prepare(self, task: LearnTask) -> LearnReport:
         """See `Defense.prepare`."""
+        with torch_threads(task.threads):
+            return self._learn(task)
+
+    def _learn(self, task: LearnTask) -> LearnReport:
         started = time.perf_counter()
         require_scalar(task.tensors, self.options.name)
         loaded, calibration = load_model_and_text(task)

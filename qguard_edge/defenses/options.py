@@ -150,9 +150,9 @@ class QuantGuardOptions(DefenseOptions):
         choices=("sign", "relaxed"),
     )
     start: str = option(
-        "fraction",
+        "ortho",
         "where the rounding variables start: at the weight's place in its cell, or there plus ortho's random shift",
-        choices=("fraction", "ortho"),
+        choices=("ortho", "fraction"),
     )
     alignment: float = option(
         0.1,

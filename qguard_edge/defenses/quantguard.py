@@ -42,7 +42,7 @@ from convert.patch import sha256_of
 from qguard_edge.calibration import Calibration, load_calibration
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import HfModel, load_hf_model
+from qguard_edge.hf_runtime import HfModel, load_hf_model, torch_threads
 from qguard_edge.learned.blockwise import BlockScope
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.endtoend import EndToEnd
@@ -63,6 +63,10 @@ class QuantGuard(Defense[QuantGuardOptions]):
 
     def prepare(self, task: LearnTask) -> LearnReport:
         """See `Defense.prepare`."""
+        with torch_threads(task.threads):
+            return self._learn(task)
+
+    def _learn(self, task: LearnTask) -> LearnReport:
         started = time.perf_counter()
         options = self.options
         require_scalar(task.tensors, options.name)
