@@ -56,13 +56,9 @@ class Geometry:
         """f32, what each flip takes off the projection `<t', t>`."""
         return self.delta.float().square().mul_(self.ratio)
 
-    def rows(self, index: Tensor) -> "Geometry":
-        """Some of the rows; their squared error is recomputed from the weights that have a flip, plus a share of the rest."""
-        part = Geometry(self.value[index], self.delta[index], self.ratio[index], 0.0)
-        inside = float((self.delta.double() * self.ratio.double()).square().sum())
-        mine = float((part.delta.double() * part.ratio.double()).square().sum())
-        rest = max(0.0, self.energy - inside) * len(index) / max(1, len(self.value))
-        return Geometry(part.value, part.delta, part.ratio, mine + rest)
+    def rows(self, index: Tensor, energy: float) -> "Geometry":
+        """Some of the rows, with their squared error."""
+        return Geometry(self.value[index], self.delta[index], self.ratio[index], energy)
 
 
 @dataclass(frozen=True)
@@ -150,13 +146,17 @@ def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
             )
 
 
-def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo) -> Geometry:
-    """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are."""
+def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo) -> tuple[Geometry, Tensor]:
+    """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are.
+
+    Returns:
+        The geometry, and the squared error of each row, f64 `[rows]`.
+    """
     grid = GRIDS[reference.ggml_type]
     assert isinstance(grid, ScalarGrid)
     shape = (reference.rows, reference.columns)
     value, delta, ratio = torch.empty(shape), torch.empty(shape), torch.empty(shape)
-    energy = 0.0
+    energy = torch.empty(reference.rows, dtype=torch.float64)
     for piece in row_slices(reference):
         blocks, weights = reader.blocks(reference, piece), reader.weights(base, piece)
         flips = grid.flips(blocks, weights)
@@ -166,8 +166,8 @@ def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo)
         value[rows] = grid.dequantize(blocks).view(weights.shape)
         delta[rows] = grid.dequantize(flipped).view(weights.shape) - value[rows]
         ratio[rows] = flips.ratio * possible
-        energy += float(flips.energy.double().sum())
-    return Geometry(value, delta, ratio, energy)
+        energy[rows] = flips.energy.double().sum(-1)
+    return Geometry(value, delta, ratio, float(energy.sum())), energy
 
 
 def make_parts(
@@ -192,10 +192,10 @@ def make_parts(
             if sources is None:
                 unmapped.append(tensor)
                 continue
-            geometry = read_geometry(reader, base.tensors[tensor.name], tensor)
+            geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)
             for source in sources:
                 index = torch.from_numpy(source.tensor_rows)
-                mine = geometry if len(sources) == 1 else geometry.rows(index)
+                mine = geometry if len(sources) == 1 else geometry.rows(index, float(energy[index].sum()))
                 parts.append(Part(tensor, index, source, mine))
     return Parts(tuple(parts), tuple(unmapped))
 

@@ -64,5 +64,5 @@ def add_unmapped(plan: LearnedPlan, tensors: Sequence[TensorInfo], task: LearnTa
     paths = [shard.path for shard in task.base.shards]
     with open_reader(task.reference.path, *paths) as reader:
         for tensor in tensors:
-            geometry = read_geometry(reader, task.base.tensors[tensor.name], tensor)
+            geometry, _ = read_geometry(reader, task.base.tensors[tensor.name], tensor)
             plan.add(tensor, torch.arange(tensor.rows), geometry.ratio, geometry, target)
