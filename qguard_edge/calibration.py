@@ -58,6 +58,8 @@ class CalibrationOptions:
         Raises:
             CalibrationError: naming the option.
         """
+        if self.file is not None and not self.file.exists():
+            raise CalibrationError(f"--calib {self.file.name}: no such file or folder")
         if not 1 <= self.samples <= 1_000_000:
             raise CalibrationError(f"--calib-samples {self.samples}: must lie between 1 and 1000000")
         if not 8 <= self.seqlen <= 131_072:

