@@ -191,7 +191,7 @@ class _TensorWork:
         return row_slices(self.reference)
 
     def key(self, part: RowSlice) -> SliceKey:
-        return SliceKey(self.seed, self.reference.name, part.index)
+        return SliceKey(self.seed, self.reference.name, part.index, part.start)
 
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
         """The reference's blocks and the flips they offer."""

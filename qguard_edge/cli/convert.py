@@ -25,8 +25,10 @@ from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
+    from qguard_edge.learned.settings import LearnReport
     from qguard_edge.pipeline import ConvertReport, ConvertRequest
 
+CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
 HELP = """Convert MODEL to a hardened GGUF.
@@ -38,6 +40,8 @@ Examples:
     qguard-edge convert ./SmolLM2-135M-Instruct --to q4_k
 
     qguard-edge convert model-bf16.gguf --to q6_k -o model-{ftype}.gguf --keep-reference
+
+    qguard-edge convert ./SmolLM2-135M-Instruct --to q4_0 --defense quantguard --calib chats.jsonl
 
     qguard-edge convert Qwen/Qwen2.5-0.5B-Instruct --to q4_k_m --imatrix imatrix.gguf --dry-run
 """
@@ -58,6 +62,20 @@ def convert(
         int | None, typer.Option(min=0, help="Repeat a conversion. Default: fresh for each, recorded in the file.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text for learned defenses: .txt, .jsonl or a folder. Default: the model writes its own.",
+            rich_help_panel=CALIBRATION_PANEL,
+        ),
+    ] = None,
+    calib_samples: Annotated[
+        int, typer.Option(min=1, help="Texts to learn on at most.", rich_help_panel=CALIBRATION_PANEL)
+    ] = 128,
+    calib_seqlen: Annotated[
+        int, typer.Option(min=8, help="Tokens of each text at most.", rich_help_panel=CALIBRATION_PANEL)
+    ] = 256,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     base_type: Annotated[
         str | None,
@@ -153,6 +171,7 @@ def convert(
     )
     options.check()
 
+    from qguard_edge.calibration import CalibrationOptions
     from qguard_edge.pipeline import ConvertRequest, convert_model
 
     request = ConvertRequest(
@@ -170,6 +189,7 @@ def convert(
         overwrite=overwrite,
         allow_unprotected=allow_unprotected,
         check_loads=not no_load_check,
+        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
     )
     if dry_run:
         from qguard_edge.dry_run import dry_run as plan
@@ -268,6 +288,7 @@ def report_document(report: "ConvertReport") -> Mapping[str, Any]:
         "fallbacks": [asdict(fallback) for fallback in report.quantized.fallbacks] if report.quantized else [],
         "warnings": list(report.warnings),
         "load_check": asdict(report.loaded) if report.loaded else None,
+        "learned": asdict(report.learned) if report.learned else None,
         "tensors": [
             {
                 "name": rounding.name,
@@ -319,12 +340,26 @@ def _show_report(report: "ConvertReport") -> None:
         from qguard_edge.cli.verify import show_outcome
 
         show_outcome(report.verification)
+    if report.learned:
+        show_learned(report.learned)
     if report.loaded:
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
         out.print(f"llama.cpp loads it: {said}", highlight=False, markup=False)
     out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
     if report.reference:
         out.print(f"kept  {report.reference}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_learned(learned: "LearnReport") -> None:
+    """What learning did, in one line."""
+    trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
+    out.print(
+        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
+        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _add_row(rows: Any, name: str, count: int, weights: int, outcome: Any) -> None:

@@ -24,7 +24,7 @@ import torch
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.defenses.options import DEFENSE_OPTIONS, DefenseOptions, NoneOptions, options_class
+from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
@@ -110,12 +110,12 @@ class _Arms:
 
 
 def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
-    """`all`, or names separated by commas, each with its default options.
+    """`all` (the data-free ones), or names separated by commas, each with its default options.
 
     Raises:
         UnsupportedError: an unknown name.
     """
-    wanted = list(DEFENSE_OPTIONS) if names == "all" else [name.strip() for name in names.split(",")]
+    wanted = list(DATA_FREE) if names == "all" else [name.strip() for name in names.split(",")]
     return tuple(options_class(name)() for name in wanted)
 
 
