@@ -11,11 +11,10 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.load_check import LoadCheck, load_check
 from qguard_edge.metadata import qguard_entries
-from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.requantize import measure_requantized, write_moved_base
 from qguard_edge.rounding import (
     Coverage,
@@ -126,21 +125,6 @@ class ConvertReport:
     loaded: LoadCheck | None = None
 
 
-@dataclass
-class _Clock:
-    """Wall time per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def convert_model(request: ConvertRequest, progress: Progress | None = None) -> ConvertReport:
     """Convert a model; on any error nothing is left under the final name.
 
@@ -153,7 +137,7 @@ def convert_model(request: ConvertRequest, progress: Progress | None = None) -> 
     source = resolve_source(request.model, request.revision)
     outfile = output_path(request, source)
     _check_output(outfile, source, request)
-    clock = _Clock()
+    clock = Clock()
     with _work_folder(outfile.parent) as work:
         warnings: list[str] = []
         with clock.stage("base"):
@@ -257,7 +241,7 @@ def _finish_base(
     base: GgufModel,
     outfile: Path,
     work: Path,
-    clock: _Clock,
+    clock: Clock,
     progress: Progress,
     warnings: tuple[str, ...],
 ) -> ConvertReport:
@@ -295,7 +279,7 @@ def _quantize(base: Path, out: Path, options: QuantizeOptions, progress: Progres
     return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
 
 
-def _load_check(path: Path, request: ConvertRequest, clock: _Clock, progress: Progress) -> LoadCheck | None:
+def _load_check(path: Path, request: ConvertRequest, clock: Clock, progress: Progress) -> LoadCheck | None:
     if not request.check_loads:
         return None
     progress.stage("Loading the file in llama.cpp", 0, "")
@@ -312,7 +296,7 @@ class _Conversion:
         base: GgufModel,
         outfile: Path,
         work: Path,
-        clock: _Clock,
+        clock: Clock,
         progress: Progress,
         warnings: list[str],
     ) -> None:
