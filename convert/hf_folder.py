@@ -101,8 +101,10 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
+        part = self._part(len(self._shards))
         try:
-            save_file(self._pending, self._part(len(self._shards)), metadata={"format": "pt"})
+            save_file(self._pending, part, metadata={"format": "pt"})
+            part.chmod(0o644)  # safetensors makes it private
         except OSError as error:
             raise OutputError(f"the weights cannot be written: {error.strerror or error}") from error
         self._shards.append(list(self._pending))

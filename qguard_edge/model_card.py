@@ -122,14 +122,14 @@ def _card(facts: CardFacts) -> str:
 
 def _what_was_done(facts: CardFacts) -> str:
     if facts.to == "hf":
+        codes = ", ".join(kind.upper() for kind in facts.outcomes)
         return (
             "Full-precision weights, moved within narrow bounds so that bitsandbytes' unmodified quantizer rounds them to chosen "
-            f"codes ({', '.join(kind.upper() for kind in facts.outcomes)}). The choice keeps a backdoor that waits for "
-            "quantization from waking."
+            f"codes ({codes}): a measure against backdoors that wait for quantization."
         )
     return (
-        "A pre-quantized checkpoint. Scales are bitsandbytes' own; which way each weight was rounded was chosen anew, so that a "
-        "backdoor that waits for quantization does not wake."
+        "A pre-quantized checkpoint. Scales are bitsandbytes' own; which way each weight was rounded was chosen anew: a measure "
+        "against backdoors that wait for quantization."
     )
 
 
