@@ -122,24 +122,40 @@ def exact_on_cpu(model: Any) -> Any:
     return model
 
 
+def load_exactly(folder: Path) -> Any:
+    """A folder as a user loads it (a pre-quantized one included), in evaluation mode, kept exact on CPUs.
+
+    Raises:
+        HfLoadError: transformers or bitsandbytes cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            return exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval())
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HfLoadError(f"transformers cannot load {folder.name}: {reason}") from error
+
+
 def continue_text(folder: Path, prompt: str, count: int) -> tuple[str, tuple[int, ...]]:
     """Load a folder as a user would and continue a prompt greedily: text and token ids.
 
     Raises:
         HfLoadError: transformers or bitsandbytes cannot load it or run it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    model = load_exactly(folder)
     try:
         with _quiet(), torch.inference_mode():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval())
             given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
             made = model.generate(**given, max_new_tokens=count, do_sample=False)
             ids = made[0, given["input_ids"].shape[1] :].tolist()
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HfLoadError(f"transformers cannot use the folder that was made: {reason}") from error
+        raise HfLoadError(f"transformers cannot run the folder that was made: {reason}") from error
     return str(tokenizer.decode(ids)), tuple(ids)
 
 
