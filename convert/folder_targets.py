@@ -29,7 +29,10 @@ FOLDER_TARGETS = {
         FolderTarget("fp4", "bitsandbytes checkpoint, 4-bit float", 4.5, "FP4"),
         FolderTarget("int8", "bitsandbytes checkpoint, LLM.int8", 8.0, "INT8"),
         FolderTarget(
-            "hf", "full precision, moved so that bitsandbytes itself rounds it to the chosen codes (--target)", None, "as given"
+            "hf",
+            "full precision, moved so that bitsandbytes itself rounds it to the chosen codes (--target)",
+            None,
+            "as given",
         ),
     )
 }
