@@ -5,6 +5,8 @@ does: here it really quantizes, matrix by matrix, with the calls that `from_pret
 `load_in_8bit=True` make (a test compares with those).
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,12 @@ class BnbMissingError(QGuardError):
 
 
 def require_bitsandbytes() -> None:
-    """Fail early.
+    """Fail early; and keep its logger to errors, since it repeats advice on speed at every forward pass.
 
     Raises:
         BnbMissingError: it cannot be imported.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError) as error:

@@ -354,6 +354,9 @@ def test_command_line(tiny_folder: Path, tmp_path: Path) -> None:
     assert (document["outfile"], document["file_type"], document["seed"]) == ("tiny-NF4", "NF4", 5)
     assert len(document["tensors"]) == 14
     assert str(tmp_path) not in done.stdout
+    assert done.stderr == ""
+    quiet = cli("convert", tiny_folder, "--to", "int8", "-q", cwd=tmp_path)
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     again = cli("convert", tiny_folder, "--to", "nf4", cwd=tmp_path)
     assert again.returncode == 2
     assert "tiny-NF4 exists; pass --overwrite" in again.stderr
