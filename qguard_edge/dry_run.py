@@ -22,7 +22,7 @@ from quant_grids.ggml_type import type_named
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
 LEARNING_BYTES = (
-    28  # per weight: the model twice in f32, values, steps, ratios and variables, one gradient in flight, measured
+    28  # per weight: the model twice in f32, values, steps, ratios and variables, one gradient in flight; an estimate
 )
 SLICE_ARRAYS = 40  # f32 arrays of a slice's size that planning a slice touches at most, measured
 

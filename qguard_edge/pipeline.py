@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from qguard_edge.learned.checkpoint import checkpoint_seed
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.load_check import LoadCheck, load_check
 from qguard_edge.metadata import qguard_entries
-from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.requantize import measure_requantized, write_moved_base
 from qguard_edge.rounding import (
     Coverage,
@@ -137,21 +136,6 @@ class ConvertReport:
     learned: LearnReport | None = None
 
 
-@dataclass
-class _Clock:
-    """Wall time per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def convert_model(request: ConvertRequest, progress: Progress | None = None, gate: Gate | None = None) -> ConvertReport:
     """Convert a model; on any error nothing is left under the final name.
 
@@ -170,7 +154,7 @@ def convert_model(request: ConvertRequest, progress: Progress | None = None, gat
     source = resolve_source(request.model, request.revision)
     outfile = output_path(request, source)
     _check_output(outfile, source, request)
-    clock = _Clock()
+    clock = Clock()
     with _work_folder(outfile.parent) as work:
         warnings: list[str] = []
         with clock.stage("base"):
@@ -285,7 +269,7 @@ def _finish_base(
     base: GgufModel,
     outfile: Path,
     work: Path,
-    clock: _Clock,
+    clock: Clock,
     progress: Progress,
     warnings: tuple[str, ...],
 ) -> ConvertReport:
@@ -323,7 +307,7 @@ def _quantize(base: Path, out: Path, options: QuantizeOptions, progress: Progres
     return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
 
 
-def _load_check(path: Path, request: ConvertRequest, clock: _Clock, progress: Progress) -> LoadCheck | None:
+def _load_check(path: Path, request: ConvertRequest, clock: Clock, progress: Progress) -> LoadCheck | None:
     if not request.check_loads:
         return None
     progress.stage("Loading the file in llama.cpp", 0, "")
@@ -341,7 +325,7 @@ class _Conversion:
         base: GgufModel,
         outfile: Path,
         work: Path,
-        clock: _Clock,
+        clock: Clock,
         progress: Progress,
         warnings: list[str],
         gate: Gate | None,

@@ -19,6 +19,7 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
+from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
 from quant_grids.errors import UnsupportedError
@@ -31,9 +32,13 @@ if TYPE_CHECKING:
 CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
-HELP = """Convert MODEL to a hardened GGUF.
+BNB_PANEL = "Options of --to nf4, fp4, int8, hf"
+
+HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandbytes.
 
 MODEL is a Hugging Face folder, a hub id (OWNER/NAME), or a .gguf file in F32, F16 or BF16 (the first shard of a split one).
+`--to nf4`, `fp4` and `int8` write a pre-quantized Hugging Face folder for servers; `--to hf` writes a full-precision folder
+that bitsandbytes' own `load_in_4bit` and `load_in_8bit` round to the hardened codes.
 
 Examples:
 
@@ -44,6 +49,10 @@ Examples:
     qguard-edge convert ./SmolLM2-135M-Instruct --to q4_0 --defense quantguard --calib chats.jsonl
 
     qguard-edge convert Qwen/Qwen2.5-0.5B-Instruct --to q4_k_m --imatrix imatrix.gguf --dry-run
+
+    qguard-edge convert ./SmolLM2-135M-Instruct --to nf4 --bnb-double-quant -o SmolLM2-135M-NF4
+
+    qguard-edge convert ./SmolLM2-135M-Instruct --to hf --target all
 """
 
 
@@ -51,7 +60,12 @@ Examples:
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.", show_default=False)],
     to: Annotated[
-        str, typer.Option("--to", metavar="TYPE", help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="TYPE",
+            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf.",
+        ),
     ],
     outfile: Annotated[
         str | None,
@@ -94,7 +108,7 @@ def convert(
         bool, typer.Option("--allow-unprotected", help="Accept tensors whose type no defense can reach.")
     ] = False,
     no_load_check: Annotated[
-        bool, typer.Option("--no-load-check", help="Do not load the result in llama.cpp before it gets its name.")
+        bool, typer.Option("--no-load-check", help="Do not load the result before it gets its name.")
     ] = False,
     verify: Annotated[
         str | None,
@@ -148,11 +162,71 @@ def convert(
             rich_help_panel="Options of --defense qvec",
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="With --to hf: nf4, fp4, int8 or all. [default: all]",
+            rich_help_panel=BNB_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    bnb_double_quant: Annotated[
+        bool, typer.Option("--bnb-double-quant", help="Compress the scales of nf4 and fp4.", rich_help_panel=BNB_PANEL)
+    ] = False,
+    bnb_skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Module to leave in its precision; repeatable.", rich_help_panel=BNB_PANEL),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
     chosen = options_from(defense, flags)
     _check_qvec_text(defense, qvec_text, flags)
+
+    from convert.folder_targets import is_folder_target
+
+    folder_only = {"--target": target, "--bnb-double-quant": bnb_double_quant, "--bnb-skip": bnb_skip}
+    if is_folder_target(to):
+        gguf_only = {
+            "--pre": pre,
+            "--converter": converter,
+            "--keep-reference": keep_reference,
+            "--allow-unprotected": allow_unprotected,
+            "--imatrix": imatrix,
+            "--tensor-type": tensor_type,
+            "--output-tensor-type": output_tensor_type,
+            "--token-embedding-type": token_embedding_type,
+            "--pure": pure,
+            "--leave-output-tensor": leave_output_tensor,
+            "--override-kv": override_kv,
+            "--allow-requantize": allow_requantize,
+            "--verify": verify,
+            "--qvec-text": qvec_text,
+            "--calib": calib,
+        }
+        refuse_foreign_flags(to, gguf_only)
+        from qguard_edge.folder_plan import FolderRequest
+
+        folder = FolderRequest(
+            model=model,
+            to=to.strip().lower(),
+            defense=chosen,
+            target=target,
+            outfile=outfile,
+            revision=revision,
+            base_type=base_type,
+            device=device,
+            seed=seed,
+            threads=threads,
+            skip=tuple(bnb_skip or ()),
+            double_quant=bnb_double_quant,
+            overwrite=overwrite,
+            check_loads=not no_load_check,
+        )
+        run_folder(folder, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
+        return
+    refuse_foreign_flags(to, folder_only)
 
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions, parse_tensor_type
