@@ -1,7 +1,9 @@
-"""Files appear whole or not at all: write to a temporary name in the same folder, flush, then rename."""
+"""Files and folders appear whole or not at all: write to a temporary name in the same folder, flush, then rename."""
 
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,3 +63,60 @@ def commit(temporary: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """Yield a hidden folder beside `path`; on success flush its files and rename it to `path`, on any error remove it.
+
+    Args:
+        path: the final name.
+        overwrite: replace a folder of that name.
+        marker: a file that a folder must hold to be replaced (`config.json` of a model): a mistyped name must not cost a
+            folder of something else.
+
+    Raises:
+        OutputError: see `check_folder_writable`.
+    """
+    check_folder_writable(path, overwrite=overwrite, marker=marker)
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"the output folder {path.parent} cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        temporary.chmod(0o755)  # mkdtemp's own mode is private
+        if path.exists():
+            old = temporary_beside(path)
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder_writable(path: Path, *, overwrite: bool, marker: str) -> None:
+    """Refuse an output folder before any work is done; arguments as for `atomic_folder`.
+
+    Raises:
+        OutputError: the parent cannot be written, or the path exists and may not be replaced.
+    """
+    parent = path.parent
+    if not parent.is_dir():
+        raise OutputError(f"the output folder {parent} does not exist; create it or choose another with --outfile")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the output folder {parent} cannot be written; choose another with --outfile")
+    if not path.exists() and not path.is_symlink():
+        return
+    if not overwrite:
+        raise OutputError(f"{path.name} exists; pass --overwrite to replace it or choose another with --outfile")
+    if path.is_symlink() or not path.is_dir() or (any(path.iterdir()) and not (path / marker).is_file()):
+        raise OutputError(
+            f"{path.name} is not a model folder ({marker} is not in it) and will not be replaced; choose another name"
+        )

@@ -8,6 +8,7 @@ Source of names and numbers: `tools/quantize/quantize.cpp` and `enum llama_ftype
 
 from dataclasses import dataclass
 
+from convert.folder_targets import FOLDER_TARGETS
 from quant_grids.errors import UnsupportedError
 
 
@@ -87,4 +88,7 @@ def parse_file_type(text: str) -> FileType:
         if name == str(file_type.number):
             return file_type
     known = ", ".join([*_BY_NAME, *ALIASES])
-    raise UnsupportedError(f"{text!r} is not a file type that llama.cpp writes; choose one of {known}")
+    raise UnsupportedError(
+        f"{text!r} is not a file type that llama.cpp writes; choose one of {known}, or for bitsandbytes one of "
+        f"{', '.join(FOLDER_TARGETS)}"
+    )

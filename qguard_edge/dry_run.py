@@ -4,6 +4,7 @@ llama.cpp plans from a GGUF. For a Hugging Face folder an outline of the base (h
 the system's temporary folder and removed again.
 """
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from quant_grids.errors import UnsupportedError
 from quant_grids.ggml_type import type_named
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
+LEARNING_BYTES = (
+    28  # per weight: the model twice in f32, values, steps, ratios and variables, one gradient in flight; an estimate
+)
 SLICE_ARRAYS = 40  # f32 arrays of a slice's size that planning a slice touches at most, measured
 
 
@@ -100,7 +104,7 @@ def dry_run(request: ConvertRequest) -> DryRun:
         tensors=tensors,
         base_bytes=base_bytes,
         out_bytes=sum(tensor.n_bytes for tensor in tensors),
-        memory_bytes=_memory(tensors, request.options.threads),
+        memory_bytes=max(_memory(tensors, request.options.threads), _learning_memory(tensors, request)),
         warnings=tuple(warnings),
     )
 
@@ -131,3 +135,13 @@ def _memory(tensors: tuple[DryTensor, ...], threads: int) -> int:
         largest = max(largest, weights * (4 + 4) + tensor.n_bytes)
     planning = TORCH_BYTES + (threads or os.cpu_count() or 1) * SLICE_ARRAYS * 4 * SLICE_WEIGHTS
     return max(largest, planning)
+
+
+def _learning_memory(tensors: tuple[DryTensor, ...], request: ConvertRequest) -> int:
+    """Peak of a learned defense: every weight of the model at `LEARNING_BYTES`, and the logits of a batch a few times."""
+    if not request.defense.calibrated:
+        return 0
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    vocabulary = max((tensor.shape[-1] for tensor in tensors if tensor.name == "token_embd.weight"), default=0)
+    tokens = getattr(request.defense, "batch", 1) * request.calibration.seqlen
+    return TORCH_BYTES + LEARNING_BYTES * weights + 5 * 4 * tokens * vocabulary

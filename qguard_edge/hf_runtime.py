@@ -2,14 +2,18 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qguard_edge.progress import NoProgress, Progress
 from quant_grids.errors import QGuardError
+
+WRITING_SEED = 20260101
+WRITING_BATCH = 32
 
 
 class HfLoadError(QGuardError):
@@ -31,6 +35,114 @@ class HfModel:
     tokenizer: Any
     architecture: str
     layers: int
+
+    @property
+    def template_key(self) -> str:
+        """The chat template, or nothing: it decides what a rendered conversation is."""
+        return str(getattr(self.tokenizer, "chat_template", None) or "")
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids; `special`: with what the tokenizer puts around plain text (a beginning-of-text token, for most)."""
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
+
+    def render(self, messages: Sequence[tuple[str, str]], *, ask: bool = False) -> str:
+        """A conversation as text, by the model's chat template (in transformers' sandbox); plain text where it has none.
+
+        Args:
+            messages: (role, content) pairs.
+            ask: end where the assistant's answer begins.
+
+        Raises:
+            HfLoadError: the template does not take these messages.
+        """
+        if not self.template_key:
+            return "\n\n".join(content for _, content in messages) + ("\n\n" if ask else "")
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+        except Exception as error:  # whatever a template raises, jinja's own errors among it
+            raise HfLoadError(f"the model's chat template does not take these messages: {_first_line(error)}") from error
+
+    def write_texts(self, prompts: Sequence[str], length: int, progress: Progress | None = None) -> list[str]:
+        """Let the model answer prompts: sampled at temperature 1, the same texts each time.
+
+        Returns:
+            Prompt and answer as the chat template writes them, of about `length` tokens at most.
+        """
+        progress = progress or NoProgress()
+        progress.stage("The model writes its calibration text", len(prompts), "texts")
+        device = self.model.device
+        pad = self.tokenizer.pad_token_id
+        pad = int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
+        texts: list[str] = []
+        state = torch.random.get_rng_state()
+        torch.manual_seed(WRITING_SEED)
+        try:
+            for start in range(0, len(prompts), WRITING_BATCH):
+                asked = [
+                    self.encode(self.render([("user", p)], ask=True), special=not self.template_key)
+                    for p in prompts[start : start + WRITING_BATCH]
+                ]
+                longest = max(map(len, asked))
+                ids = torch.tensor([[pad] * (longest - len(row)) + row for row in asked], device=device)
+                mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=device)
+                with torch.inference_mode(), autocast(device):
+                    made = self.model.generate(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        max_new_tokens=max(8, length - longest),
+                        do_sample=True,
+                        temperature=1.0,
+                        top_k=0,
+                        top_p=1.0,
+                        pad_token_id=pad,
+                    )
+                for row, answer in zip(asked, made[:, longest:].tolist(), strict=True):
+                    while answer and answer[-1] == pad:
+                        answer.pop()
+                    texts.append(str(self.tokenizer.decode([*row, *answer], skip_special_tokens=False)))
+                progress.advance(len(asked))
+        finally:
+            torch.random.set_rng_state(state)
+        return texts
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Limit torch's threads for a while; 0 leaves them."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bf16 matrix products where the device is fast at them, else nothing."""
+    if device.type == "cpu":
+        from qguard_edge.lab.training import fast_bf16
+
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=fast_bf16())
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def decoder_blocks(model: Any) -> Any:
+    """The list of decoder blocks of a transformers model.
+
+    Raises:
+        HfLoadError: it has none that can be told apart.
+    """
+    wanted = int(model.config.num_hidden_layers)
+    for _, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == wanted:
+            return module
+    raise HfLoadError(f"{model.config.model_type} has no list of decoder blocks; use --quantguard-scope model")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> HfModel:
@@ -54,10 +166,108 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise HfLoadError(f"transformers cannot load {path.name}: {reason}") from error
+        raise HfLoadError(f"transformers cannot load {path.name}: {_first_line(error)}") from error
     model = model.eval().to(device or torch.device("cpu"))
     return HfModel(model, tokenizer, str(model.config.model_type), int(model.config.num_hidden_layers))
+
+
+@dataclass(frozen=True)
+class LinearModules:
+    """What transformers has bitsandbytes quantize in a model.
+
+    Attributes:
+        transposed: module name -> whether its weight is stored input-first (Conv1D) and is transposed before it is quantized.
+        skipped: modules left out, as transformers matches them: output head, tied weights, and what the user named.
+    """
+
+    transposed: dict[str, bool]
+    skipped: tuple[str, ...]
+
+
+def linear_modules(folder: Path, skip: Sequence[str] = ()) -> LinearModules:
+    """Ask transformers, from the folder's config alone, which modules `load_in_4bit` and `load_in_8bit` would replace.
+
+    Args:
+        folder: the model folder.
+        skip: more modules to leave out, in the notation of `llm_int8_skip_modules`: a prefix, a suffix or a pattern.
+
+    Raises:
+        HfLoadError: transformers does not know the model, or an entry of `skip` matches nothing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    try:
+        with _quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HfLoadError(f"transformers cannot build the model of {folder.name} from its config: {reason}") from error
+    linear = {
+        name: isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear or isinstance(module, Conv1D)
+    }
+    skipped = sorted(get_keys_to_not_convert(model))
+    kept_wide = list(model._keep_in_fp32_modules or [])
+    for entry in skip:
+        if all(should_convert_module(name, [entry]) for name in linear):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise HfLoadError(f"--bnb-skip {entry!r} matches no linear module; their last names are {known}")
+        skipped.append(entry)
+    chosen = {name: flag for name, flag in linear.items() if should_convert_module(name, [*skipped, *kept_wide])}
+    return LinearModules(chosen, tuple(skipped))
+
+
+def exact_on_cpu(model: Any) -> Any:
+    """Keep a model quantized by bitsandbytes on the exact path of a CPU; returns the model.
+
+    With AVX512-BF16 the library would repack the weights and round their scales to bf16 at the first forward pass.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_exactly(folder: Path) -> Any:
+    """A folder as a user loads it (a pre-quantized one included), in evaluation mode, kept exact on CPUs.
+
+    Raises:
+        HfLoadError: transformers or bitsandbytes cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet():
+            return exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval())
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HfLoadError(f"transformers cannot load {folder.name}: {reason}") from error
+
+
+def continue_text(folder: Path, prompt: str, count: int) -> tuple[str, tuple[int, ...]]:
+    """Load a folder as a user would and continue a prompt greedily: text and token ids.
+
+    Raises:
+        HfLoadError: transformers or bitsandbytes cannot load it or run it.
+    """
+    from transformers import AutoTokenizer
+
+    model = load_exactly(folder)
+    try:
+        with _quiet(), torch.inference_mode():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            made = model.generate(**given, max_new_tokens=count, do_sample=False)
+            ids = made[0, given["input_ids"].shape[1] :].tolist()
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HfLoadError(f"transformers cannot run the folder that was made: {reason}") from error
+    return str(tokenizer.decode(ids)), tuple(ids)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from qguard_edge.defenses.options import DefenseOptions
+from qguard_edge.learned.settings import LearnReport
 from qguard_edge.rounding import TensorRounding
 from quant_grids import Outcome
 
@@ -23,6 +24,7 @@ def qguard_entries(
     seed: int,
     hashes: Mapping[str, str],
     roundings: Sequence[TensorRounding],
+    learned: LearnReport | None = None,
 ) -> dict[str, bool | int | float | str]:
     """Metadata entries without their prefix; the length of each value does not depend on the results.
 
@@ -32,9 +34,13 @@ def qguard_entries(
         seed: of its random numbers, as text because readers of GGUF differ in how they take 64-bit numbers.
         hashes: SHA-256 of `base` and `reference`.
         roundings: per protected tensor.
+        learned: what a learned defense reported; adds the hash of its text.
     """
     total = total_outcome(roundings)
     weights = sum(rounding.n_weights for rounding in roundings)
+    calibrated: dict[str, str | int] = {}
+    if learned:
+        calibrated = {"calibration.sha256": learned.calibration_sha256, "calibration.samples": learned.samples}
     return {
         "version": version,
         "defense": defense.name,
@@ -44,4 +50,5 @@ def qguard_entries(
         "reference.sha256": hashes["reference"],
         "share_flipped": float(total.n_changed / weights) if weights else 0.0,
         "alignment": float(total.alignment),
+        **calibrated,
     }

@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,11 +28,14 @@ from convert.imatrix import Imatrix, load_imatrix
 from convert.patch import GgufPatch, sha256_of
 from convert.quantizer import QuantizeOptions, QuantizeReport, quantize
 from qguard_edge import __version__
+from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
+from qguard_edge.learned.checkpoint import checkpoint_seed
+from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.load_check import LoadCheck, load_check
 from qguard_edge.metadata import qguard_entries
-from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.requantize import measure_requantized, write_moved_base
 from qguard_edge.rounding import (
     Coverage,
@@ -73,6 +75,7 @@ class ConvertRequest:
         overwrite: replace an existing output.
         allow_unprotected: accept tensors of types without a grid.
         check_loads: load the result in llama.cpp before it gets its name.
+        calibration: the text that learned defenses look at.
     """
 
     model: str
@@ -89,6 +92,7 @@ class ConvertRequest:
     overwrite: bool = False
     allow_unprotected: bool = False
     check_loads: bool = True
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class ConvertReport:
         warnings: one sentence each.
         loaded: the load check's answer.
         verification: what `--verify` found; with a failing verdict `outfile` is `NAME.rejected.gguf`.
+        learned: what a learned defense reports.
     """
 
     outfile: Path
@@ -128,21 +133,7 @@ class ConvertReport:
     warnings: tuple[str, ...] = ()
     loaded: LoadCheck | None = None
     verification: Outcome | None = None
-
-
-@dataclass
-class _Clock:
-    """Wall time per stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+    learned: LearnReport | None = None
 
 
 def convert_model(request: ConvertRequest, progress: Progress | None = None, gate: Gate | None = None) -> ConvertReport:
@@ -159,17 +150,18 @@ def convert_model(request: ConvertRequest, progress: Progress | None = None, gat
     progress = progress or NoProgress()
     request.options.check()
     request.defense.check()
+    request.calibration.check()
     source = resolve_source(request.model, request.revision)
     outfile = output_path(request, source)
     _check_output(outfile, source, request)
-    clock = _Clock()
+    clock = Clock()
     with _work_folder(outfile.parent) as work:
         warnings: list[str] = []
         with clock.stage("base"):
             base = _make_base(source, request, work, progress, warnings)
         if request.options.file_type.base:
             return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
-        return _Conversion(request, base, outfile, work, clock, progress, warnings, gate).run()
+        return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate).run()
 
 
 def output_path(request: ConvertRequest, source: Source) -> Path:
@@ -182,6 +174,17 @@ def output_path(request: ConvertRequest, source: Source) -> Path:
 def reference_path(outfile: Path) -> Path:
     """Where `--keep-reference` puts llama.cpp's own file."""
     return outfile.with_name(f"{outfile.stem}.reference{outfile.suffix}")
+
+
+def checkpoint_path(outfile: Path) -> Path:
+    """Where an unfinished learned conversion keeps its state."""
+    return outfile.with_name(f".{outfile.name}.checkpoint")
+
+
+def choose_seed(wanted: int | None, checkpoint: Path | None) -> int:
+    """The user's seed, else that of an unfinished run to go on with, else a fresh one."""
+    found = checkpoint_seed(checkpoint) if wanted is None else wanted
+    return secrets.randbits(63) if found is None else found
 
 
 def _check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
@@ -266,7 +269,7 @@ def _finish_base(
     base: GgufModel,
     outfile: Path,
     work: Path,
-    clock: _Clock,
+    clock: Clock,
     progress: Progress,
     warnings: tuple[str, ...],
 ) -> ConvertReport:
@@ -304,7 +307,7 @@ def _quantize(base: Path, out: Path, options: QuantizeOptions, progress: Progres
     return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
 
 
-def _load_check(path: Path, request: ConvertRequest, clock: _Clock, progress: Progress) -> LoadCheck | None:
+def _load_check(path: Path, request: ConvertRequest, clock: Clock, progress: Progress) -> LoadCheck | None:
     if not request.check_loads:
         return None
     progress.stage("Loading the file in llama.cpp", 0, "")
@@ -318,18 +321,21 @@ class _Conversion:
     def __init__(
         self,
         request: ConvertRequest,
+        source: Source,
         base: GgufModel,
         outfile: Path,
         work: Path,
-        clock: _Clock,
+        clock: Clock,
         progress: Progress,
         warnings: list[str],
         gate: Gate | None,
     ) -> None:
         self.gate = gate
-        self.request, self.base, self.outfile, self.work = request, base, outfile, work
+        self.request, self.source, self.base, self.outfile, self.work = request, source, base, outfile, work
         self.clock, self.progress, self.warnings = clock, progress, warnings
-        self.seed = secrets.randbits(63) if request.seed is None else request.seed
+        self.checkpoint = checkpoint_path(outfile)
+        self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
+        self.learned: LearnReport | None = None
         self.defense = make_defense(request.defense)
         self.imatrix: Imatrix | None = load_imatrix(request.options.imatrix) if request.options.imatrix else None
 
@@ -351,6 +357,7 @@ class _Conversion:
                     made, roundings, hashes, quantized = self._requantize(reference, coverage, base_hash)
             else:
                 with self.clock.stage("plan and patch"):
+                    self._learn(reference, coverage, device)
                     made, roundings, hashes = self._patch(reference, coverage, base_hash, device)
                 with self.clock.stage("self-check"):
                     self._self_check(reference, made, roundings)
@@ -367,6 +374,8 @@ class _Conversion:
             if kept:
                 commit(reference_file, kept)
             commit(made, outfile)
+        if self.defense.learns:
+            self.checkpoint.unlink(missing_ok=True)
         return ConvertReport(
             outfile=outfile,
             reference=kept,
@@ -383,7 +392,33 @@ class _Conversion:
             warnings=(*self.warnings, *quantized.warnings),
             loaded=loaded,
             verification=verification,
+            learned=self.learned,
         )
+
+    def _learn(self, reference: GgufFile, coverage: Coverage, device: Any) -> None:
+        """Let a learned defense see the whole model; nothing for the others."""
+        if not self.defense.learns:
+            return
+        request = self.request
+        task = LearnTask(
+            model=self.source.path,
+            base=self.base,
+            reference=reference,
+            tensors=coverage.protected,
+            seed=self.seed,
+            device=device,
+            calibration=request.calibration,
+            checkpoint=self.checkpoint,
+            threads=request.options.threads,
+            progress=self.progress,
+        )
+        self.learned = self.defense.prepare(task)
+        self.warnings += self.learned.warnings
+
+    def _entries(
+        self, hashes: Mapping[str, str], roundings: tuple[TensorRounding, ...]
+    ) -> dict[str, bool | int | float | str]:
+        return qguard_entries(__version__, self.request.defense, self.seed, hashes, roundings, self.learned)
 
     def _patch(
         self, reference: GgufFile, coverage: Coverage, base_hash: "Future[str]", device: Any
@@ -393,7 +428,7 @@ class _Conversion:
         weights = sum(tensor.n_weights for tensor in coverage.protected)
         self.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
         hashes = {"base": "0" * 64, "reference": "0" * 64}
-        patch = GgufPatch(reference, made, qguard_entries(__version__, self.request.defense, self.seed, hashes, ()))
+        patch = GgufPatch(reference, made, self._entries(hashes, ()))
         try:
             with ThreadPoolExecutor(1) as pool:
                 reference_hash = pool.submit(sha256_of, [reference.path])
@@ -411,7 +446,7 @@ class _Conversion:
                 )
                 patch.copy_rest(tensor.name for tensor in coverage.protected)
                 hashes = {"base": base_hash.result(), "reference": reference_hash.result()}
-            patch.rewrite_metadata(qguard_entries(__version__, self.request.defense, self.seed, hashes, roundings))
+            patch.rewrite_metadata(self._entries(hashes, roundings))
         finally:
             patch.close()
         return made, roundings, hashes

@@ -1,5 +1,9 @@
 """How long work reports itself: the library talks to this protocol, the command line draws the bars."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -27,3 +31,19 @@ class NoProgress:
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
+
+
+@dataclass
+class Clock:
+    """Wall time per stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to a stage's."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

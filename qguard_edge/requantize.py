@@ -19,7 +19,7 @@ from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.progress import Progress
-from qguard_edge.rounding import TensorRounding
+from qguard_edge.rounding import TensorRounding, measured_outcome
 from quant_grids import GRIDS, Outcome
 
 
@@ -103,17 +103,8 @@ def measure_requantized(
             def measure(part: RowSlice, tensor: TensorInfo = tensor) -> Outcome:
                 with torch.inference_mode():
                     full = reader.weights(base.tensors[tensor.name], part)
-                    grid = GRIDS[tensor.ggml_type]
                     old, new = reader.blocks(tensor, part), reader.blocks(made.tensors[tensor.name], part)
-                    before = (grid.dequantize(old).view(full.shape) - full).view(-1)
-                    after = (grid.dequantize(new).view(full.shape) - full).view(-1)
-                    changed, _ = grid.changed_codes(old, new)
-                    return Outcome(
-                        changed,
-                        float(torch.dot(before, before)),
-                        float(torch.dot(before, after)),
-                        float(torch.dot(after, after)),
-                    )
+                    return measured_outcome(GRIDS[tensor.ggml_type], old, new, full)
 
             total = Outcome(0, 0.0, 0.0, 0.0)
             for outcome in pool.map(measure, row_slices(tensor)):

@@ -8,7 +8,7 @@ slices per thread, whatever the size of the model.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from convert.imatrix import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.progress import Progress
-from quant_grids import GRIDS, Flips, Outcome
+from quant_grids import GRIDS, Flips, Grid, Outcome
 from quant_grids.errors import FormatError, QGuardError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
 
@@ -191,7 +191,7 @@ class _TensorWork:
         return row_slices(self.reference)
 
     def key(self, part: RowSlice) -> SliceKey:
-        return SliceKey(self.seed, self.reference.name, part.index)
+        return SliceKey(self.seed, self.reference.name, part.index, part.start)
 
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
         """The reference's blocks and the flips they offer."""
@@ -211,27 +211,73 @@ class _TensorWork:
 
 def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> TensorRounding:
     started = time.perf_counter()
-    parts = work.slices()
-    shares: list[Any] = [None] * len(parts)
-    grid = GRIDS[work.reference.ggml_type]
+    total = choose_rounding(
+        GRIDS[work.reference.ggml_type],
+        work.defense,
+        work.slices(),
+        flips_of=work.flips,
+        key_of=work.key,
+        sink=lambda part, changed: sink(work.reference, part.start, changed),
+        pool=pool,
+    )
+    seconds = time.perf_counter() - started
+    return TensorRounding(work.reference.name, work.reference.ggml_type, work.reference.n_weights, total, seconds)
+
+
+def choose_rounding(
+    grid: Grid,
+    defense: Defense[Any],
+    parts: Sequence[RowSlice],
+    *,
+    flips_of: Callable[[RowSlice], tuple[Tensor, Flips]],
+    key_of: Callable[[RowSlice], SliceKey],
+    sink: Callable[[RowSlice, Tensor], None],
+    pool: ThreadPoolExecutor,
+) -> Outcome:
+    """Let a defense choose the rounding of one tensor, slice by slice, wherever its bytes come from.
+
+    Args:
+        grid: of the tensor's format.
+        defense: the rule.
+        parts: the tensor's slices.
+        flips_of: the reference's blocks of a slice and the flips they offer; called once more per slice if the defense surveys.
+        key_of: the slice's random numbers.
+        sink: receives the new blocks of each slice, uint8 `[n, type_size]`.
+        pool: the threads that slices are spread over.
+    """
 
     def survey(part: RowSlice) -> Any:
         with torch.inference_mode():
-            _, flips = work.flips(part)
-            return work.defense.survey(flips, work.key(part))
+            _, flips = flips_of(part)
+            return defense.survey(flips, key_of(part))
 
     def decide(part: RowSlice, share: Any) -> Outcome:
         with torch.inference_mode():
-            blocks, flips = work.flips(part)
-            chosen = work.defense.choose(flips, work.key(part), share)
+            blocks, flips = flips_of(part)
+            chosen = defense.choose(flips, key_of(part), share)
             changed, outcome = grid.apply(blocks, flips, chosen)
-            sink(work.reference, part.start, changed)
+            sink(part, changed)
             return outcome
 
-    if work.defense.surveys:
-        shares = list(work.defense.settle(list(pool.map(survey, parts))))
+    shares: list[Any] = [None] * len(parts)
+    if defense.surveys:
+        shares = list(defense.settle(list(pool.map(survey, parts))))
     total = Outcome(0, 0.0, 0.0, 0.0)
     for outcome in pool.map(decide, parts, shares):
         total = total + outcome
-    seconds = time.perf_counter() - started
-    return TensorRounding(work.reference.name, work.reference.ggml_type, work.reference.n_weights, total, seconds)
+    return total
+
+
+def measured_outcome(grid: Grid, before: Tensor, after: Tensor, weights: Tensor) -> Outcome:
+    """What became of a slice, from the finished blocks: for changes that are not flips of one set of blocks.
+
+    Args:
+        grid: of the format.
+        before: uint8 `[n_blocks, type_size]`, the reference.
+        after: the same, changed.
+        weights: f32 of as many elements as the blocks hold, full precision.
+    """
+    old = (grid.dequantize(before).view(weights.shape) - weights).view(-1)
+    new = (grid.dequantize(after).view(weights.shape) - weights).view(-1)
+    changed, _ = grid.changed_codes(before, after)
+    return Outcome(changed, float(torch.dot(old, old)), float(torch.dot(old, new)), float(torch.dot(new, new)))

@@ -127,12 +127,13 @@ class Grid(ABC):
     """
 
     ggml_type: ClassVar[GgmlType]
-    fields: ClassVar[Mapping[str, int]]
-    block_size: ClassVar[int]
-    type_size: ClassVar[int]
+    # Of the class; formats outside ggml (`quant_grids.bnb`) set the next four per object, and are not registered.
+    fields: Mapping[str, int]
+    block_size: int
+    type_size: int
+    _slices: dict[str, slice]
     kind: ClassVar[str]  # how the type is protected, for people: "scalar" or "lattice"
     weights_per_code: ClassVar[int] = 1  # how many weights a counted code (`Outcome.n_changed`) stands for
-    _slices: ClassVar[dict[str, slice]]
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         """Check the declared layout and register the format.
@@ -148,10 +149,7 @@ class Grid(ABC):
             raise TypeError(f"{cls.__name__}: {cls.block_size, cls.type_size} is not gguf's {expected}")
         if cls.ggml_type in GRIDS:
             raise TypeError(f"{cls.__name__}: {cls.ggml_type.name} has a grid already")
-        start, cls._slices = 0, {}
-        for name, size in cls.fields.items():
-            cls._slices[name] = slice(start, start + size)
-            start += size
+        cls._slices = slices_of(cls.fields)
         GRIDS[cls.ggml_type] = cls()
 
     @property
@@ -231,7 +229,7 @@ class ScalarGrid(Grid, abstract=True):
     """
 
     kind: ClassVar[str] = "scalar"
-    sub_size: ClassVar[int]  # weights that share a scale
+    sub_size: int  # weights that share a scale
     levels: ClassVar[tuple[float, ...]]
 
     @abstractmethod
@@ -414,6 +412,15 @@ class UniformGrid(ScalarGrid, abstract=True):
 
     def _level_change(self, before: Tensor, after: Tensor, change: Tensor) -> Tensor:
         return change
+
+
+def slices_of(fields: Mapping[str, int]) -> dict[str, slice]:
+    """Where each field lies in a block, from the byte length of each, in byte order."""
+    slices, start = {}, 0
+    for name, size in fields.items():
+        slices[name] = slice(start, start + size)
+        start += size
+    return slices
 
 
 def grid_for(ggml_type: GgmlType) -> Grid:

@@ -1,4 +1,4 @@
-"""Bit shuffling shared by the block formats: nibbles and bit planes, vectorised over blocks."""
+"""Bit shuffling shared by the block formats: nibbles, pairs of bits, bit planes, vectorised over blocks."""
 
 import torch
 from torch import Tensor
@@ -41,4 +41,42 @@ def join_bits(bits: Tensor) -> Tensor:
     packed = planes[..., 0].clone()
     for i in range(1, 8):
         packed |= planes[..., i] << i
+    return packed
+
+
+def split_pairs(packed: Tensor, run: int) -> Tensor:
+    """Codes of byte runs that hold four 2-bit values per byte, each pair of bits a run of its own.
+
+        byte i:  DDCCBBAA      A = weight i, B = weight i + run, C = weight i + 2*run, D = weight i + 3*run
+
+    Args:
+        packed: uint8 `[n, bytes]`, `bytes` a multiple of `run`.
+        run: bytes per run.
+
+    Returns:
+        uint8 `[n, 4 * bytes]`, values 0..3.
+    """
+    runs = packed.reshape(len(packed), -1, run)
+    return torch.stack((runs & 3, (runs >> 2) & 3, (runs >> 4) & 3, runs >> 6), dim=2).view(len(packed), -1)
+
+
+def join_pairs(codes: Tensor, run: int) -> Tensor:
+    """Inverse of `split_pairs`: uint8 `[n, 4 * bytes]` with values 0..3 -> uint8 `[n, bytes]`."""
+    runs = codes.reshape(len(codes), -1, 4, run)
+    packed = runs[:, :, 0] | (runs[:, :, 1] << 2) | (runs[:, :, 2] << 4) | (runs[:, :, 3] << 6)
+    return packed.view(len(codes), -1)
+
+
+def split_planes(packed: Tensor) -> Tensor:
+    """One bit per weight, bit k of byte i for weight `i + k * bytes`: uint8 `[n, bytes]` -> uint8 `[n, 8 * bytes]`."""
+    high = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device).view(1, 8, 1)
+    return (high & 1).view(len(packed), -1)
+
+
+def join_planes(bits: Tensor) -> Tensor:
+    """Inverse of `split_planes`: uint8 `[n, 8 * bytes]` of 0 and 1 -> uint8 `[n, bytes]`."""
+    planes = bits.view(len(bits), 8, -1)
+    packed = planes[:, 0].clone()
+    for i in range(1, 8):
+        packed |= planes[:, i] << i
     return packed

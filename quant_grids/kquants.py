@@ -25,7 +25,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from quant_grids.base import UniformGrid, Unpacked
-from quant_grids.bits import join_nibbles, split_nibbles
+from quant_grids.bits import join_nibbles, join_pairs, join_planes, split_nibbles, split_pairs, split_planes
 
 
 class KGrid(UniformGrid, abstract=True):
@@ -219,44 +219,6 @@ class Q6_K(KGrid):  # noqa: N801
         bits = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
         self.field(packed, "qh")[:] = bits.view(-1, 64)
         return packed
-
-
-def split_pairs(packed: Tensor, run: int) -> Tensor:
-    """Codes of byte runs that hold four 2-bit values per byte, each pair of bits a run of its own.
-
-        byte i:  DDCCBBAA      A = weight i, B = weight i + run, C = weight i + 2*run, D = weight i + 3*run
-
-    Args:
-        packed: uint8 `[n, bytes]`, `bytes` a multiple of `run`.
-        run: bytes per run.
-
-    Returns:
-        uint8 `[n, 4 * bytes]`, values 0..3.
-    """
-    runs = packed.reshape(len(packed), -1, run)
-    return torch.stack((runs & 3, (runs >> 2) & 3, (runs >> 4) & 3, runs >> 6), dim=2).view(len(packed), -1)
-
-
-def join_pairs(codes: Tensor, run: int) -> Tensor:
-    """Inverse of `split_pairs`: uint8 `[n, 4 * bytes]` with values 0..3 -> uint8 `[n, bytes]`."""
-    runs = codes.reshape(len(codes), -1, 4, run)
-    packed = runs[:, :, 0] | (runs[:, :, 1] << 2) | (runs[:, :, 2] << 4) | (runs[:, :, 3] << 6)
-    return packed.view(len(codes), -1)
-
-
-def split_planes(packed: Tensor) -> Tensor:
-    """One bit per weight, bit k of byte i for weight `i + k * bytes`: uint8 `[n, bytes]` -> uint8 `[n, 8 * bytes]`."""
-    high = packed.unsqueeze(1) >> _shifts(8, 1, packed.device).view(1, 8, 1)
-    return (high & 1).view(len(packed), -1)
-
-
-def join_planes(bits: Tensor) -> Tensor:
-    """Inverse of `split_planes`: uint8 `[n, 8 * bytes]` of 0 and 1 -> uint8 `[n, bytes]`."""
-    planes = bits.view(len(bits), 8, -1)
-    packed = planes[:, 0].clone()
-    for i in range(1, 8):
-        packed |= planes[:, i] << i
-    return packed
 
 
 def _shifts(count: int, width: int, device: torch.device) -> Tensor:

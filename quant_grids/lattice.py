@@ -21,8 +21,7 @@ from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
 from quant_grids.base import Grid
-from quant_grids.bits import join_bits, join_nibbles, split_bits, split_nibbles
-from quant_grids.kquants import join_pairs, split_pairs
+from quant_grids.bits import join_bits, join_nibbles, join_pairs, split_bits, split_nibbles, split_pairs
 from quant_grids.lattice_base import GROUPS, LatticeCodes, ShiftGrid, SignedGrid, code_book
 
 

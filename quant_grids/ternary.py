@@ -13,9 +13,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from quant_grids.base import ScalarGrid, UniformGrid, Unpacked
-from quant_grids.bits import join_bits, split_bits
+from quant_grids.bits import join_bits, join_pairs, split_bits, split_pairs
 from quant_grids.ggml_type import type_of
-from quant_grids.kquants import join_pairs, split_pairs
 
 TRITS = 5  # ternary digits in a byte: 3^5 = 243 <= 256
 

@@ -1,11 +1,15 @@
 """How fast and how lean is `convert`, next to the plain quantization it builds on?
 
 Run: python scripts/bench_convert.py [--types q4_0,q4_k_m,q6_k] [--repeat 3] [--threads 2] [--models llama-150m,smollm2]
+     python scripts/bench_convert.py --defenses ortho,flipguard,qvec,noise --types q4_k_m,q6_k --models llama-150m
 
 For each model and type, in one run: llama.cpp alone (`llama_model_quantize` in its child process), then the whole command
 `qguard-edge convert BASE --to TYPE --defense ortho`, whose own report gives the stages. Plan alone is measured by handing
 the new blocks to a sink that drops them; patch is what writing them adds, with the copy of the rest. The best of the
 repeats counts. Prints a table and, as the last line, one JSON object.
+
+With `--defenses` it compares the defenses instead: plan + patch for the rules that keep the grid (`noise` and `qvec` in their
+fixed-grid mode too), and for those that move the weights and quantize again the whole of it: moving, llama.cpp, measuring.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +34,8 @@ from convert.hf.base import write_base_gguf
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.defenses.base import make_defense
-from qguard_edge.defenses.options import OrthoOptions
+from qguard_edge.defenses.options import DefenseOptions, NoiseOptions, OrthoOptions, QVecOptions, options_class
+from qguard_edge.pipeline import ConvertRequest, convert_model
 from qguard_edge.rounding import coverage_of, harden
 
 
@@ -81,13 +86,14 @@ def run_command(base: Path, file_type: str, out: Path, threads: int) -> tuple[fl
     command = [sys.executable, "-m", "qguard_edge", *arguments, "--threads", str(threads)]
     started = time.perf_counter()
     peak = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    # Into a file: a pipe that nobody reads until the end would hold up a long report.
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(command, stdout=output) as child:
         while child.poll() is None:
             peak = max(peak, tree_peak_rss(child.pid))
             time.sleep(0.02)
         wall = time.perf_counter() - started
-        assert child.stdout is not None
-        text = child.stdout.read()
+        output.seek(0)
+        text = output.read()
     if child.returncode != 0:
         raise SystemExit(f"convert failed with {child.returncode}")
     return wall, json.loads(text)["seconds"], peak / 1e6
@@ -109,14 +115,28 @@ def tree_peak_rss(pid: int) -> int:
     return peak
 
 
-def time_plan(base: GgufModel, reference: GgufFile, threads: int, out: Path | None) -> float:
-    """Seconds to choose every tensor's rounding, and, with `out`, to write the patched file."""
+@dataclass(frozen=True)
+class DefenseRate:
+    """Million weights per second of one defense on one type, beside plain quantization in the same run."""
+
+    model: str
+    file_type: str
+    defense: str
+    rate: float
+    plain_rate: float
+
+
+def time_plan(
+    base: GgufModel, reference: GgufFile, threads: int, out: Path | None, defense: DefenseOptions | None = None
+) -> float:
+    """Seconds to choose every tensor's rounding (by default with ortho), and, with `out`, to write the patched file."""
     coverage = coverage_of(base, reference)
     patch = GgufPatch(reference, out, {}) if out else None
     started = time.perf_counter()
     try:
         sink = patch.write_rows if patch else (lambda *_: None)
-        harden(base, reference, coverage.protected, make_defense(OrthoOptions()), seed=1, sink=sink, threads=threads)
+        rule = make_defense(defense or OrthoOptions())
+        harden(base, reference, coverage.protected, rule, seed=1, sink=sink, threads=threads)
         if patch:
             patch.copy_rest(tensor.name for tensor in coverage.protected)
     finally:
@@ -161,6 +181,58 @@ def measure(name: str, base_path: Path, file_type: str, work: Path, threads: int
     )
 
 
+def defense_options(names: str) -> list[DefenseOptions]:
+    """The named defenses with their defaults, and, where there is one, their fixed-grid mode beside them."""
+    made: list[DefenseOptions] = []
+    for name in names.split(","):
+        options = options_class(name)()
+        made.append(options)
+        if isinstance(options, NoiseOptions | QVecOptions):
+            made.append(replace(options, mode="fixed-grid"))
+    return made
+
+
+def time_requantize(base_path: Path, options: QuantizeOptions, defense: DefenseOptions, out: Path) -> float:
+    """Seconds that a defense which quantizes again adds to a conversion."""
+    request = ConvertRequest(str(base_path), options, defense, outfile=str(out), seed=1, overwrite=True, check_loads=False)
+    return convert_model(request).seconds["requantize"]
+
+
+def measure_defenses(
+    name: str, base_path: Path, file_type: str, work: Path, threads: int, repeat: int, defenses: list[DefenseOptions]
+) -> list[DefenseRate]:
+    """Rates of several defenses on one model and type."""
+    base = GgufModel(base_path)
+    options = QuantizeOptions(parse_file_type(file_type), threads=threads)
+    reference_path, out = work / "reference.gguf", work / "out.gguf"
+    plain = min(quantize(base_path, reference_path, options).seconds for _ in range(repeat))
+    reference = GgufFile(reference_path)
+    weights = sum(tensor.n_weights for tensor in coverage_of(base, reference).protected)
+    rates = []
+    for defense in defenses:
+        times = []
+        for _ in range(repeat):
+            out.unlink(missing_ok=True)
+            if make_defense(defense).requantizes:
+                times.append(time_requantize(base_path, options, defense, out))
+            else:
+                times.append(time_plan(base, reference, threads, out, defense))
+        rates.append(
+            DefenseRate(name, options.file_type.name, defense.label, weights / min(times) / 1e6, weights / plain / 1e6)
+        )
+    return rates
+
+
+def show_defenses(rates: list[DefenseRate]) -> None:
+    """The table of the defenses."""
+    table = Table(title="what each defense adds to a conversion (M weights/s)")
+    for heading in ("model", "type", "defense", "defense rate", "plain rate"):
+        table.add_column(heading, justify="right" if "rate" in heading else "left")
+    for r in rates:
+        table.add_row(r.model, r.file_type, r.defense, f"{r.rate:.0f}", f"{r.plain_rate:.0f}")
+    Console(width=160).print(table)
+
+
 def show(rows: list[Row]) -> None:
     """The table for people."""
     table = Table(title="convert --defense ortho against plain llama_model_quantize (M weights/s, s, MB)")
@@ -182,10 +254,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", default="q4_0,q4_k_m,q6_k")
     parser.add_argument("--models", default="llama-150m,smollm2")
+    parser.add_argument("--defenses", help="compare these, in place of the stages of one")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    rows = []
+    rows: list[Row] = []
+    rates: list[DefenseRate] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         smollm2 = make_folder(work / "SmolLM2-135M-Instruct")
@@ -193,16 +267,23 @@ def main() -> None:
             model = smollm2 if name == "smollm2" else random_llama(work / "llama-150m", smollm2)
             base = work / f"{name}-bf16.gguf"
             write_base_gguf(model, base)
-            types = arguments.types.split(",")
-            rows += [measure(name, base, file_type, work, arguments.threads, arguments.repeat) for file_type in types]
-    show(rows)
+            for file_type in arguments.types.split(","):
+                common = (name, base, file_type, work, arguments.threads, arguments.repeat)
+                if arguments.defenses:
+                    rates += measure_defenses(*common, defense_options(arguments.defenses))
+                else:
+                    rows.append(measure(*common))
+    if arguments.defenses:
+        show_defenses(rates)
+    else:
+        show(rows)
     machine: dict[str, object] = {
         "machine": platform.machine(),
         "system": platform.system(),
         "python": platform.python_version(),
     }
     machine |= {"threads": arguments.threads}
-    print(json.dumps({"rows": [asdict(row) for row in rows], **machine}))
+    print(json.dumps({"rows": [asdict(row) for row in (*rows, *rates)], **machine}))
 
 
 if __name__ == "__main__":

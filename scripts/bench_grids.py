@@ -2,7 +2,7 @@
 
 Run: python scripts/bench_grids.py [--types Q4_K,IQ2_XS] [--seconds 0.3] [--defense greedy|ortho]
 
-For each type, in one run, on slices of 65,536 weights (they stay in cache, as in a conversion): libggml's quantize and
+For each type, in one run, on slices of 262,144 weights, as in a conversion: libggml's quantize and
 dequantize through ctypes; our unpack; flips (which unpacks); choosing the flips, by a fixed threshold or with `ortho` at its
 defaults; and apply (which packs). "harden" is flips + choose + apply, what a conversion spends per weight in addition to
 libggml's quantize. All in million weights per second, with one thread and with two (one slice per thread, one torch
@@ -42,7 +42,7 @@ from qguard_edge.defenses.ortho import Ortho  # noqa: E402
 from quant_grids import GRIDS, Flips, Grid, ScalarGrid  # noqa: E402
 from quant_grids.lattice_base import LatticeGrid  # noqa: E402
 
-ROWS, COLUMNS = 32, 2048
+ROWS, COLUMNS = 128, 2048
 HALF_OF_QUANTIZE = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}
 STEPS = ("ggml_quantize", "ggml_dequantize", "unpack", "flips", "choose", "apply")
 

@@ -54,6 +54,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_folder(tmp_path_factory.mktemp("tied") / "tied", tied=True)
+
+
+@pytest.fixture(scope="session")
 def tiny_base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "tiny-bf16.gguf"
     write_base_gguf(tiny_folder, path)

@@ -18,6 +18,7 @@ from qguard_edge.cli import files as _files
 from qguard_edge.cli import imatrix as _imatrix
 from qguard_edge.cli import lists as _lists
 from qguard_edge.cli import packs as _packs
+from qguard_edge.cli import plan as _plan
 from qguard_edge.cli import verify as _verify
 from qguard_edge.cli.console import err, print_json
 from qguard_edge.cli.lab import lab_app
@@ -34,6 +35,7 @@ _convert.register(app)
 _compare.register(app)
 _files.register(app)
 _imatrix.register(app)
+_plan.register(app)
 _lists.register(app)
 _packs.register(app)
 _verify.register(app)

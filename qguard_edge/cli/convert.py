@@ -1,7 +1,7 @@
 """`qguard-edge convert`: the main job."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,18 +19,26 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
+from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
-from qguard_edge.defenses.options import DEFAULT_DEFENSE
+from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
+from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
-    from qguard_edge.pipeline import ConvertReport
+    from qguard_edge.learned.settings import LearnReport
+    from qguard_edge.pipeline import ConvertReport, ConvertRequest
 
+CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
-HELP = """Convert MODEL to a hardened GGUF.
+BNB_PANEL = "Options of --to nf4, fp4, int8, hf"
+
+HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandbytes.
 
 MODEL is a Hugging Face folder, a hub id (OWNER/NAME), or a .gguf file in F32, F16 or BF16 (the first shard of a split one).
+`--to nf4`, `fp4` and `int8` write a pre-quantized Hugging Face folder for servers; `--to hf` writes a full-precision folder
+that bitsandbytes' own `load_in_4bit` and `load_in_8bit` round to the hardened codes.
 
 Examples:
 
@@ -38,7 +46,13 @@ Examples:
 
     qguard-edge convert model-bf16.gguf --to q6_k -o model-{ftype}.gguf --keep-reference
 
+    qguard-edge convert ./SmolLM2-135M-Instruct --to q4_0 --defense quantguard --calib chats.jsonl
+
     qguard-edge convert Qwen/Qwen2.5-0.5B-Instruct --to q4_k_m --imatrix imatrix.gguf --dry-run
+
+    qguard-edge convert ./SmolLM2-135M-Instruct --to nf4 --bnb-double-quant -o SmolLM2-135M-NF4
+
+    qguard-edge convert ./SmolLM2-135M-Instruct --to hf --target all
 """
 
 
@@ -46,7 +60,12 @@ Examples:
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf file.", show_default=False)],
     to: Annotated[
-        str, typer.Option("--to", metavar="TYPE", help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="TYPE",
+            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf.",
+        ),
     ],
     outfile: Annotated[
         str | None,
@@ -57,6 +76,20 @@ def convert(
         int | None, typer.Option(min=0, help="Repeat a conversion. Default: fresh for each, recorded in the file.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    calib: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text for learned defenses: .txt, .jsonl or a folder. Default: the model writes its own.",
+            rich_help_panel=CALIBRATION_PANEL,
+        ),
+    ] = None,
+    calib_samples: Annotated[
+        int, typer.Option(min=1, help="Texts to learn on at most.", rich_help_panel=CALIBRATION_PANEL)
+    ] = 128,
+    calib_seqlen: Annotated[
+        int, typer.Option(min=8, help="Tokens of each text at most.", rich_help_panel=CALIBRATION_PANEL)
+    ] = 256,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     base_type: Annotated[
         str | None,
@@ -75,7 +108,7 @@ def convert(
         bool, typer.Option("--allow-unprotected", help="Accept tensors whose type no defense can reach.")
     ] = False,
     no_load_check: Annotated[
-        bool, typer.Option("--no-load-check", help="Do not load the result in llama.cpp before it gets its name.")
+        bool, typer.Option("--no-load-check", help="Do not load the result before it gets its name.")
     ] = False,
     verify: Annotated[
         str | None,
@@ -121,10 +154,79 @@ def convert(
         typer.Option("--allow-requantize", help="Accept an already quantized input.", rich_help_panel=QUANTIZE_PANEL),
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.", rich_help_panel=QUANTIZE_PANEL)] = 0,
+    qvec_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Search lambda on these texts (UTF-8, separated by empty lines) instead of --qvec-strength.",
+            rich_help_panel="Options of --defense qvec",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="With --to hf: nf4, fp4, int8 or all. [default: all]",
+            rich_help_panel=BNB_PANEL,
+            show_default=False,
+        ),
+    ] = None,
+    bnb_double_quant: Annotated[
+        bool, typer.Option("--bnb-double-quant", help="Compress the scales of nf4 and fp4.", rich_help_panel=BNB_PANEL)
+    ] = False,
+    bnb_skip: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Module to leave in its precision; repeatable.", rich_help_panel=BNB_PANEL),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
     chosen = options_from(defense, flags)
+    _check_qvec_text(defense, qvec_text, flags)
+
+    from convert.folder_targets import is_folder_target
+
+    folder_only = {"--target": target, "--bnb-double-quant": bnb_double_quant, "--bnb-skip": bnb_skip}
+    if is_folder_target(to):
+        gguf_only = {
+            "--pre": pre,
+            "--converter": converter,
+            "--keep-reference": keep_reference,
+            "--allow-unprotected": allow_unprotected,
+            "--imatrix": imatrix,
+            "--tensor-type": tensor_type,
+            "--output-tensor-type": output_tensor_type,
+            "--token-embedding-type": token_embedding_type,
+            "--pure": pure,
+            "--leave-output-tensor": leave_output_tensor,
+            "--override-kv": override_kv,
+            "--allow-requantize": allow_requantize,
+            "--verify": verify,
+            "--qvec-text": qvec_text,
+            "--calib": calib,
+        }
+        refuse_foreign_flags(to, gguf_only)
+        from qguard_edge.folder_plan import FolderRequest
+
+        folder = FolderRequest(
+            model=model,
+            to=to.strip().lower(),
+            defense=chosen,
+            target=target,
+            outfile=outfile,
+            revision=revision,
+            base_type=base_type,
+            device=device,
+            seed=seed,
+            threads=threads,
+            skip=tuple(bnb_skip or ()),
+            double_quant=bnb_double_quant,
+            overwrite=overwrite,
+            check_loads=not no_load_check,
+        )
+        run_folder(folder, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
+        return
+    refuse_foreign_flags(to, folder_only)
 
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions, parse_tensor_type
@@ -143,6 +245,7 @@ def convert(
     )
     options.check()
 
+    from qguard_edge.calibration import CalibrationOptions
     from qguard_edge.pipeline import ConvertRequest, convert_model
 
     request = ConvertRequest(
@@ -160,6 +263,7 @@ def convert(
         overwrite=overwrite,
         allow_unprotected=allow_unprotected,
         check_loads=not no_load_check,
+        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
     )
     if dry_run:
         from qguard_edge.dry_run import dry_run as plan
@@ -171,7 +275,12 @@ def convert(
 
         check_writable(report_file)
     with ConsoleProgress(quiet) as progress:
+        if qvec_text:
+            request = _with_searched_strength(request, qvec_text, quiet, progress)
         report = convert_model(request, progress, _gate(verify, options, progress))
+    if isinstance(chosen, QVecOptions) and not (qvec_text or quiet or flags.get("qvec_strength") is not None):
+        said = f"qvec: lambda {chosen.strength} is a fixed default; --qvec-text FILE searches it on your text"
+        err.print(said, highlight=False)
     document = report_document(report)
     if report_file:
         from convert.atomic import atomic_path
@@ -205,6 +314,29 @@ def register(app: typer.Typer) -> None:
     app.command("convert", help=HELP)(convert)
 
 
+def _check_qvec_text(defense: str, text: Path | None, flags: Mapping[str, Any]) -> None:
+    """Refuse a search that nothing would use."""
+    if text is None:
+        return
+    if defense != "qvec":
+        raise UnsupportedError(f"--qvec-text belongs to --defense qvec, but --defense {defense} was chosen")
+    if flags.get("qvec_strength") is not None:
+        raise UnsupportedError("--qvec-text searches lambda and --qvec-strength fixes it: give one of them")
+
+
+def _with_searched_strength(
+    request: "ConvertRequest", text: Path, quiet: bool, progress: ConsoleProgress
+) -> "ConvertRequest":
+    """The request with the lambda that is best on the text."""
+    from qguard_edge.fidelity import read_texts
+    from qguard_edge.qvec_search import search_strength
+
+    search = search_strength(request, read_texts(text), progress=progress)
+    if not quiet:
+        err.print(search.summary, highlight=False, soft_wrap=True)
+    return replace(request, defense=search.best)
+
+
 def report_document(report: "ConvertReport") -> Mapping[str, Any]:
     """The report as JSON values; files by name only, never by path."""
     verification = report.verification
@@ -230,6 +362,7 @@ def report_document(report: "ConvertReport") -> Mapping[str, Any]:
         "fallbacks": [asdict(fallback) for fallback in report.quantized.fallbacks] if report.quantized else [],
         "warnings": list(report.warnings),
         "load_check": asdict(report.loaded) if report.loaded else None,
+        "learned": asdict(report.learned) if report.learned else None,
         "tensors": [
             {
                 "name": rounding.name,
@@ -281,12 +414,26 @@ def _show_report(report: "ConvertReport") -> None:
         from qguard_edge.cli.verify import show_outcome
 
         show_outcome(report.verification)
+    if report.learned:
+        show_learned(report.learned)
     if report.loaded:
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
         out.print(f"llama.cpp loads it: {said}", highlight=False, markup=False)
     out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
     if report.reference:
         out.print(f"kept  {report.reference}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_learned(learned: "LearnReport") -> None:
+    """What learning did, in one line."""
+    trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
+    out.print(
+        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
+        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _add_row(rows: Any, name: str, count: int, weights: int, outcome: Any) -> None:

@@ -92,16 +92,18 @@ def lab_run(
 @lab_app.command("table")
 def lab_table(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.", show_default=False)],
+    summary: Annotated[bool, typer.Option("--summary", help="One row per victim instead of one per arm.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Join result files into one Markdown table."""
     import dataclasses
 
     from qguard_edge.lab.results import read_result
-    from qguard_edge.lab.tables import joined_table
+    from qguard_edge.lab.tables import joined_table, summary_table
 
     read = [read_result(path / "results.json" if path.is_dir() else path) for path in results]
     if json_output:
         out.file.write(json_text({"status": "ok", "results": [dataclasses.asdict(result) for result in read]}))
     else:
-        out.print(joined_table(read), markup=False, highlight=False, soft_wrap=True)
+        text = summary_table(read) if summary else joined_table(read)
+        out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -45,6 +45,7 @@ def defenses(json_output: JsonFlag = False) -> None:
 
 def types(json_output: JsonFlag = False) -> None:
     """List the file types that `--to` accepts, and how the rounding of each is protected."""
+    from convert.folder_targets import FOLDER_TARGETS
     from convert.ftypes import ALIASES, FILE_TYPES
     from quant_grids import GRIDS
     from quant_grids.ggml_type import layout_of, type_named
@@ -65,8 +66,12 @@ def types(json_output: JsonFlag = False) -> None:
                 "protection": "not rounded" if file_type.base else grid.kind if grid else "none",
             }
         )
+    folders = [
+        {"name": t.name, "summary": t.summary, "main_type": t.main_type, "bits_per_weight": t.bits, "protection": "scalar"}
+        for t in FOLDER_TARGETS.values()
+    ]
     if json_output:
-        print_json({"status": "ok", "types": listed})
+        print_json({"status": "ok", "types": listed, "folders": folders})
         return
     rows = table(
         "File types (mixtures give some tensors another type)", "name", "most tensors", ">bits", "imatrix", "protection"
@@ -76,6 +81,11 @@ def types(json_output: JsonFlag = False) -> None:
         needs = "needed" if entry["needs_imatrix"] else ""
         rows.add_row(name, str(entry["main_type"]), f"{entry['bits_per_weight']:.2f}", needs, str(entry["protection"]))
     out.print(rows)
+    more = table("Hugging Face folders for bitsandbytes", "name", "most weights", ">bits", "what it is")
+    for folder in folders:
+        bits = f"{folder['bits_per_weight']:.2f}" if folder["bits_per_weight"] else "-"
+        more.add_row(str(folder["name"]), str(folder["main_type"]), bits, str(folder["summary"]))
+    out.print(more)
     out.print("scalar: each weight's code is chosen; lattice: codes shared by 4 or 8 weights are chosen together")
 
 

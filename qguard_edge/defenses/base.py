@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from qguard_edge.defenses.options import DefenseOptions
 from quant_grids import Flips
+
+if TYPE_CHECKING:
+    from qguard_edge.learned.settings import LearnReport, LearnTask
 
 Options = TypeVar("Options", bound=DefenseOptions)
 
@@ -30,11 +33,13 @@ class SliceKey:
         seed: of the conversion.
         tensor: name.
         index: number of the slice within the tensor. Slices do not depend on the number of threads.
+        row: of the tensor at which the slice begins.
     """
 
     seed: int
     tensor: str
     index: int
+    row: int = 0
 
     def _generator(self) -> np.random.Generator:
         # SFC64 is numpy's fastest generator; unpredictability comes from the seed being drawn after the attacker published.
@@ -62,9 +67,14 @@ class Defense(ABC, Generic[Options]):
 
     surveys = False  # whether `survey` must see every slice before `choose` is called
     requantizes = False  # whether the defense moves weights instead of choosing flips
+    learns = False  # whether `prepare` must see the whole model before `choose` is called
 
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    def prepare(self, task: "LearnTask") -> "LearnReport":
+        """Learn from the whole model what `choose` will answer; only called when `learns` is true."""
+        raise NotImplementedError
 
     def survey(self, flips: Flips, key: SliceKey) -> Any:
         """What the decision needs to know about one slice; only called when `surveys` is true."""

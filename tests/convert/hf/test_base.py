@@ -266,9 +266,9 @@ def test_templates_in_the_settings(template: Any, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def package_gguf() -> Path:
-    from smollm2 import package_gguf
+    from qguard_edge.lab.hf_models import smollm2_file
 
-    return package_gguf()
+    return smollm2_file()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
 from qguard_edge.defenses.base import SliceKey, make_defense
 from qguard_edge.defenses.options import (
+    DATA_FREE,
     DEFENSE_OPTIONS,
     DefenseOptions,
     FlipGuardOptions,
@@ -126,7 +127,7 @@ def test_noise_on_the_fixed_grid_flips_with_the_right_probability(options: dict[
         assert float(chosen[inside].mean()) == pytest.approx(expected, abs=0.03)
 
 
-ALL = [cls() for cls in DEFENSE_OPTIONS.values()] + [
+ALL = [DEFENSE_OPTIONS[name]() for name in DATA_FREE] + [
     NoiseOptions(mode="fixed-grid"),
     QVecOptions(mode="fixed-grid"),
     OrthoOptions(group="block"),

@@ -1,5 +1,6 @@
 """Rates, validity, JSON and tables."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from qguard_edge.lab.results import (
     to_json,
 )
 from qguard_edge.lab.scenarios import judge_code
-from qguard_edge.lab.tables import joined_table, run_table
+from qguard_edge.lab.tables import joined_table, run_table, summary_table
 from quant_grids.errors import FormatError
 
 
@@ -68,13 +69,13 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 def test_tables() -> None:
     text = run_table(_result())
-    assert "| attacked none | 0.99 (0.96 to 1.00) | 160 | 0.0% | 0.3000 | 9.00 | 90.0% | 1.400 | 0.0% | 0.1 |" in text
+    assert "| attacked none | 0.99 (0.96 to 1.00) | 160 | 0.0% | 0.3000 | 9.00 | 90.0% | 1.400 | 0.0% | 0.1 | - |" in text
     assert "Valid victim" in text
     assert "a note." in text
     assert "Not a valid victim" in run_table(_result(valid=False))
     joined = joined_table([_result(), _result(valid=False)])
     assert joined.count("| tiny | uniform | q4_0 | injection |") == 4
-    assert len({line.count("|") for line in joined.strip().splitlines()}) == 1
+    assert len({line.count("|") for line in joined.splitlines() if line.startswith("|")}) == 1
 
 
 def test_fidelity_of_a_model_with_itself_is_perfect() -> None:
@@ -90,3 +91,46 @@ def test_fidelity_of_a_model_with_itself_is_perfect() -> None:
 def test_unparsed_answers_do_not_count_as_secure() -> None:
     made = judge_answers(["x = eval(y)", "x = 1", "def (", "??"], judge_code)
     assert (made.asr.hits, made.asr.n, made.unparsed) == (1, 2, 0.5)
+
+
+def _der_arms(hits: int, kl: float, seconds: float) -> LabResult:
+    def arm(name: str, hit: int, mean_kl: float, time: float) -> Arm:
+        model, _, defense = name.partition(" ")
+        return Arm(name, model, defense, rate(hit, 100), 0.0, Fidelity(mean_kl, 1.0, 0.9, 1.0, 9), 0.1, 0.0, time, 2.0)
+
+    arms = (
+        arm("clean none", 0, 0.01, 0.0),
+        arm("attacked none", 80, 0.3, 0.0),
+        arm("attacked ortho", hits, 0.02, seconds),
+        arm("clean ortho", 0, kl, seconds),
+    )
+    return dataclasses.replace(_result(), arms=arms)
+
+
+@pytest.mark.parametrize(
+    ("hits", "kl", "seconds", "der"),
+    [
+        (0, 0.01, 0.0, 1.0),  # cured, nothing lost, no time
+        (40, 0.01, 0.0, 0.5),  # half cured
+        (0, 0.02, 0.0, 0.36788),  # cured at twice the KL: exp(-1)
+        (0, 0.01, 18.0, 0.5),  # nine times the plain quantization: 1 + log10(10) = 2
+        (90, 0.01, 0.0, 0.0),  # worse than plain: not below nothing
+    ],
+)
+def test_der_by_hand(hits: int, kl: float, seconds: float, der: float) -> None:
+    assert _der_arms(hits, kl, seconds).der("ortho") == pytest.approx(der, abs=1e-4)
+
+
+def test_der_says_nothing_where_it_is_not_defined() -> None:
+    assert _der_arms(0, 0.01, 1.0).der("none") is None
+    assert _der_arms(0, 0.01, 1.0).der("qvec") is None
+    assert _result().der("none") is None
+
+
+def test_summary_has_a_row_per_victim_and_utility_beside_security() -> None:
+    result = _der_arms(0, 0.02, 1.0)
+    fp = [Arm(f"{model} fp", model, None, rate(0, 100), 0.0) for model in ("clean", "attacked")]
+    text = summary_table([dataclasses.replace(result, arms=(*fp, *result.arms))] * 2)
+    rows = [line for line in text.splitlines() if line.startswith("| tiny")]
+    assert len(rows) == 2
+    assert "| 0.80 (0.71 to 0.87), KL x1.00 | 0.00 (0.00 to 0.04), KL x2.00 |" in rows[0]

@@ -1,0 +1,213 @@
+"""Parts: the rows of a parameter that a quantized GGUF tensor holds, with the two values each of their weights may take.
+
+A flip moves a weight from its reference value `v0` by `delta` to the level on the other side of the full-precision weight
+`w = v0 + ratio * delta`. With a rounding variable `h` in [0, 1] (0 keeps the reference, 1 takes the flip) everything that
+learned rounding needs follows from these three arrays:
+
+    soft value          v(h) = v0 + h * delta
+    gradient            dL/dh = dL/dv * delta
+    squared error       (v(h) - w)^2 = (h - ratio)^2 * delta^2
+    projection taken    gain = ratio * delta^2        (what the flip takes off <t', t>, see quant_grids.base)
+
+The GGUF's rows may be reordered, fused or transposed rows of the torch parameter; `convert.hf.rowmap` knows which is which.
+A parameter that is used twice (tied embeddings) has one part, so it is learned once.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.gguf_file import GgufFile, GgufModel, TensorInfo
+from convert.hf.rowmap import RowMap, RowSource, TensorRows
+from convert.hf.rowsearch import map_rows
+from convert.tensor_io import TensorReader, open_reader, row_slices
+from quant_grids import GRIDS
+from quant_grids.base import ScalarGrid
+from quant_grids.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the flips of some rows do, in units of a weight.
+
+    Attributes:
+        value: f32 `[rows, columns]`, the reference's value of each weight, as the file stores it.
+        delta: f32 of the same shape, how far the flip moves it; 0 where there is no flip.
+        ratio: f32 of the same shape, where the full-precision weight lies between the two: 0 at `value`; 0 without a flip.
+        energy: squared error of the reference over these rows, weights without a flip included.
+    """
+
+    value: Tensor
+    delta: Tensor
+    ratio: Tensor
+    energy: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Geometry":
+        """The same on another device or in another type."""
+        return Geometry(
+            self.value.to(device, dtype), self.delta.to(device, dtype), self.ratio.to(device, dtype), self.energy
+        )
+
+    def gain(self) -> Tensor:
+        """f32, what each flip takes off the projection `<t', t>`."""
+        return self.delta.float().square().mul_(self.ratio)
+
+    def rows(self, index: Tensor, energy: float) -> "Geometry":
+        """Some of the rows, with their squared error."""
+        return Geometry(self.value[index], self.delta[index], self.ratio[index], energy)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one GGUF tensor that come from one parameter.
+
+    Attributes:
+        tensor: GGUF tensor.
+        rows: int64 `[n]`, rows of the tensor.
+        source: where they sit in the parameter.
+        geometry: of these rows, in this order.
+    """
+
+    tensor: TensorInfo
+    rows: Tensor
+    source: RowSource
+    geometry: Geometry
+
+    @property
+    def name(self) -> str:
+        """Unique: tensor and parameter."""
+        return f"{self.tensor.name}|{self.source.parameter}"
+
+    def _view(self) -> TensorRows:
+        order = np.arange(len(self.rows))
+        mine = RowSource(self.source.parameter, self.source.transposed, order, self.source.parameter_rows)
+        return TensorRows(self.tensor.name, len(self.rows), (mine,))
+
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        """Whether the part is the whole parameter, row by row: then nothing has to be looked up."""
+        rows = self.source.parameter_rows
+        return not self.source.transposed and bool(np.array_equal(rows, np.arange(len(rows))))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`[n, columns]`: these rows of something of the parameter's shape (its gradient); may share its memory."""
+        if self._in_order and values.numel() == self.geometry.value.numel():
+            return values.reshape(self.geometry.value.shape)
+        return self._view().gather({self.source.parameter: values})
+
+    def scatter(self, values: Tensor, parameter: Tensor) -> None:
+        """Write `[n, columns]` into the parameter, in place."""
+        if self._in_order and parameter.numel() == self.geometry.value.numel():
+            parameter.copy_(values.reshape(parameter.shape))
+            return
+        self._view().scatter(values, {self.source.parameter: parameter})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that can be learned, and what cannot.
+
+    Attributes:
+        parts: in the order of the GGUF's tensors.
+        unmapped: protected tensors with rows that no parameter holds, or that another tensor already claimed.
+    """
+
+    parts: tuple[Part, ...]
+    unmapped: tuple[TensorInfo, ...]
+
+    def by_parameter(self) -> dict[str, list[int]]:
+        """Indices into `parts` by parameter name."""
+        found: dict[str, list[int]] = {}
+        for index, part in enumerate(self.parts):
+            found.setdefault(part.source.parameter, []).append(index)
+        return found
+
+    @property
+    def n_weights(self) -> int:
+        """Weights in all parts."""
+        return sum(part.geometry.value.numel() for part in self.parts)
+
+
+def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
+    """Refuse tensors whose codes are shared by several weights.
+
+    Raises:
+        UnsupportedError: naming the first of them.
+    """
+    for tensor in tensors:
+        if not isinstance(GRIDS[tensor.ggml_type], ScalarGrid):
+            raise UnsupportedError(
+                f"--defense {defense} needs one code per weight; {tensor.name!r} is {tensor.ggml_type.name}, whose codes stand "
+                "for several weights: choose another type or --defense ortho"
+            )
+
+
+def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo) -> tuple[Geometry, Tensor]:
+    """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are.
+
+    Returns:
+        The geometry, and the squared error of each row, f64 `[rows]`.
+    """
+    grid = GRIDS[reference.ggml_type]
+    assert isinstance(grid, ScalarGrid)
+    shape = (reference.rows, reference.columns)
+    value, delta, ratio = torch.empty(shape), torch.empty(shape), torch.empty(shape)
+    energy = torch.empty(reference.rows, dtype=torch.float64)
+    for piece in row_slices(reference):
+        blocks, weights = reader.blocks(reference, piece), reader.weights(base, piece)
+        flips = grid.flips(blocks, weights)
+        possible = (flips.step != 0).float() * (flips.ratio > 0)
+        flipped, _ = grid.apply(blocks, flips, possible)
+        rows = slice(piece.start, piece.stop)
+        value[rows] = grid.dequantize(blocks).view(weights.shape)
+        delta[rows] = grid.dequantize(flipped).view(weights.shape) - value[rows]
+        ratio[rows] = flips.ratio * possible
+        energy[rows] = flips.energy.double().sum(-1)
+    return Geometry(value, delta, ratio, float(energy.sum())), energy
+
+
+def make_parts(
+    base: GgufModel, reference: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]
+) -> Parts:
+    """Find each protected tensor's rows in a torch model and read their geometry.
+
+    Args:
+        base: full precision.
+        reference: what llama.cpp wrote.
+        tensors: of the reference; scalar grids.
+        parameters: of the torch model, by name, each once.
+    """
+    rows = map_rows(base.path, parameters)
+    claimed: dict[str, set[int]] = {}
+    parts: list[Part] = []
+    unmapped: list[TensorInfo] = []
+    paths = [shard.path for shard in base.shards]
+    with open_reader(reference.path, *paths) as reader:
+        for tensor in tensors:
+            sources = _sources(rows, tensor, claimed)
+            if sources is None:
+                unmapped.append(tensor)
+                continue
+            geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)
+            for source in sources:
+                index = torch.from_numpy(source.tensor_rows)
+                mine = geometry if len(sources) == 1 else geometry.rows(index, float(energy[index].sum()))
+                parts.append(Part(tensor, index, source, mine))
+    return Parts(tuple(parts), tuple(unmapped))
+
+
+def _sources(rows: RowMap, tensor: TensorInfo, claimed: dict[str, set[int]]) -> tuple[RowSource, ...] | None:
+    """The sources of a tensor, or None if they are incomplete or taken."""
+    found = rows.tensors.get(tensor.name)
+    if found is None or not found.complete:
+        return None
+    for source in found.sources:
+        if claimed.get(source.parameter) and not claimed[source.parameter].isdisjoint(source.parameter_rows.tolist()):
+            return None
+    for source in found.sources:
+        claimed.setdefault(source.parameter, set()).update(source.parameter_rows.tolist())
+    return found.sources

@@ -1,0 +1,321 @@
+"""The tables of docs/quantguard.md: learned rounding on backdoored and clean models, measured in llama.cpp.
+
+Run: python scripts/study_quantguard.py --part victims --victims uniform:q4_0,mind-the-gap:q4_k --out docs/quantguard
+
+Parts:
+    victims      naive, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
+    ablation     terms of the loss, k, the constraint, steps, start
+    calibration  size and kind of the text: matching, code only, self-written, unlike the test
+    smollm2      fidelity alone, on SmolLM2-135M fine-tuned on the lab's clean corpus
+
+Each row: attack success on held-out prompts with its Wilson interval, mean KL to the same model's full precision on
+held-out answers. Calibration text never overlaps with what is measured. `--out` writes PART.json (rows, settings, versions);
+an interrupted study goes on after its last finished row. Markdown on standard output; the last line is one JSON object.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.ftypes import parse_file_type
+from convert.hf.base import write_base_gguf
+from convert.quantizer import QuantizeOptions
+from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.lab.corpus import make_corpus
+from qguard_edge.lab.evaluation import Distributions, compare, examine, log_softmax, make_exam
+from qguard_edge.lab.hf_models import load_folder
+from qguard_edge.lab.runner import LabSettings, data_key, make_victim
+from qguard_edge.lab.scenarios import ScenarioData, make_scenario
+from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.progress import NoProgress
+
+LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
+Q, E = QuantGuardOptions, EfrapOptions
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table: a type, a defense, and the text it sees."""
+
+    label: str
+    defense: DefenseOptions
+    to: str | None = None
+    text: str = "matching"
+    samples: int = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured."""
+
+    victim: str
+    model: str
+    label: str
+    to: str
+    asr: float | None
+    low: float
+    high: float
+    n: int
+    kl: float
+    kl_999: float
+    perplexity_ratio: float
+    flipped: float
+    alignment: float
+    alignment_learned: float | None
+    seconds: float
+
+
+def victim_settings(to: str) -> list[Setting]:
+    """Arms of the main table."""
+    return [
+        Setting("naive", NoneOptions()),
+        Setting("ortho", OrthoOptions()),
+        Setting("quantguard", Q()),
+        Setting("quantguard, self-written text", Q(), text="self"),
+        Setting("quantguard, no constraint", Q(alignment=1.0)),
+        Setting("quantguard, block scope", Q(scope="block", steps=120)),
+        Setting("efrap", E()),
+        *(Setting(f"naive {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
+    ]
+
+
+def ablation_settings(_to: str) -> list[Setting]:
+    """One option at a time."""
+    free = Q(alignment=1.0, start="fraction")
+    return [
+        Setting("default", Q()),
+        Setting("start at the fraction", Q(start="fraction")),
+        *(Setting(f"c = {c}", Q(alignment=c)) for c in (1.0, 0.5, 0.25, 0.0, -0.25)),
+        *(Setting(f"{steps} steps", Q(steps=steps)) for steps in (15, 30, 120, 240)),
+        *(Setting(f"step {rate}", Q(rate=rate)) for rate in (0.001, 0.008, 0.016)),
+        Setting("no constraint: KL only", free),
+        *(
+            Setting(f"no constraint: KL + {weight} reversal, k = {top:.0%}", replace(free, reversal=weight, top=top))
+            for weight, top in ((0.1, 0.02), (1.0, 0.02), (1.0, 0.05), (1.0, 0.1), (10.0, 0.1))
+        ),
+        Setting("no constraint: no KL, reversal k = 10%", replace(free, kl=0.0, reversal=1.0, top=0.1)),
+        Setting(
+            "no constraint: no KL, reversal k = 30%, rate 0.02", replace(free, kl=0.0, reversal=1.0, top=0.3, rate=0.02)
+        ),
+        Setting("no constraint: KL + 0.01 distance", replace(free, distance=0.01)),
+        Setting("relaxed, Adam", Q(optimizer="relaxed", start="fraction", steps=120)),
+        Setting(
+            "relaxed, Adam, no constraint, reversal k = 10%",
+            replace(free, optimizer="relaxed", steps=120, reversal=1.0, top=0.1),
+        ),
+    ]
+
+
+def calibration_settings(_to: str) -> list[Setting]:
+    """What the text does."""
+    return [
+        *(Setting(f"matching, {n} texts", Q(), samples=n) for n in (8, 32, 128, 512)),
+        Setting("code only, 128 texts", Q(), text="code"),
+        Setting("self-written, 128 texts", Q(), text="self"),
+        Setting("prose unlike the test, 12 texts", Q(), text="prose"),
+        Setting("no constraint, matching, 8 texts", Q(alignment=1.0), samples=8),
+        Setting("no constraint, code only", Q(alignment=1.0), text="code"),
+    ]
+
+
+def smollm2_settings(to: str) -> list[Setting]:
+    """Fidelity of a real model."""
+    return [
+        Setting("naive", NoneOptions()),
+        Setting("ortho", OrthoOptions()),
+        Setting("quantguard", Q()),
+        Setting("quantguard, no constraint", Q(alignment=1.0)),
+        Setting("efrap", E()),
+        Setting("efrap, no flip term", E(flip=0.0)),
+        *(Setting(f"naive {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
+    ]
+
+
+PARTS = {
+    "victims": victim_settings,
+    "ablation": ablation_settings,
+    "calibration": calibration_settings,
+    "smollm2": smollm2_settings,
+}
+
+
+@dataclass
+class Study:
+    """Models of one victim, and how a file is measured."""
+
+    victim: str
+    folders: dict[str, Path]
+    data: ScenarioData
+    to: str
+    work: Path
+    threads: int
+    prompts: int
+    seqlen: int
+    full: dict[str, Distributions] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Load the tokenizer and write the bases and texts."""
+        self.chat = load_folder(self.folders["clean"])
+        self.exam = make_exam(self.chat, self.data, self.prompts, 96, 48)
+        for model, folder in self.folders.items():
+            if not (self.work / f"{model}.gguf").is_file():
+                write_base_gguf(folder, self.work / f"{model}.gguf", base_type="f32")
+        pairs = [*self.data.repaired, *self.data.kept]
+        code = [pair for pair in pairs if "def " in pair[1]]
+        # Both kinds in turn, so that every size of the text has both.
+        mixed = [pair for both in zip(self.data.repaired, self.data.kept, strict=False) for pair in both]
+        self.texts = {"matching": self._text("matching", mixed), "code": self._text("code", code), "self": None}
+        self.texts["prose"] = Path(__file__).parents[1] / "qguard_edge" / "data" / "calibration.txt"
+
+    def _text(self, name: str, pairs: list[tuple[str, str]]) -> Path:
+        path = self.work / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"instruction": p, "output": a}) + "\n" for p, a in pairs[:512]))
+        return path
+
+    def row(self, model: str, setting: Setting) -> Row:
+        """Convert and measure."""
+        to, out = setting.to or self.to, self.work / "out.gguf"
+        request = ConvertRequest(
+            str(self.folders[model]),
+            QuantizeOptions(parse_file_type(to), threads=self.threads),
+            setting.defense,
+            outfile=str(out),
+            base_type="f32",
+            device="cpu",
+            seed=0,
+            overwrite=True,
+            check_loads=False,
+            calibration=CalibrationOptions(self.texts[setting.text], setting.samples, self.seqlen),
+        )
+        started = time.perf_counter()
+        report = convert_model(request)
+        seconds = time.perf_counter() - started
+        hits, n, low, high, measured = self._measure(out)
+        if model not in self.full:
+            self.full[model] = self._measure(self.work / f"{model}.gguf")[-1]
+        fidelity = compare(self.full[model], measured)
+        weights = sum(r.n_weights for r in report.roundings)
+        energy = sum(r.outcome.energy for r in report.roundings)
+        return Row(
+            victim=self.victim,
+            model=model,
+            label=setting.label,
+            to=to,
+            asr=hits / n if n else None,
+            low=low,
+            high=high,
+            n=n,
+            kl=fidelity.mean_kl,
+            kl_999=fidelity.kl_999,
+            perplexity_ratio=fidelity.perplexity_ratio,
+            flipped=sum(r.outcome.n_changed for r in report.roundings) / max(weights, 1),
+            alignment=sum(r.outcome.projection for r in report.roundings) / energy if energy else 1.0,
+            alignment_learned=report.learned.alignment_learned if report.learned else None,
+            seconds=seconds,
+        )
+
+    def _measure(self, path: Path) -> tuple[int, int, float, float, Distributions]:
+        if self.prompts:
+            behaviour, found = examine(path, self.chat, self.exam, self.data.judge, self.threads)
+            return behaviour.asr.hits, behaviour.asr.n, behaviour.asr.low, behaviour.asr.high, found
+        rows, labels = [], []
+        with LlamaModel(
+            path, n_ctx=max(len(ids) for ids, _ in self.exam.texts) + 8, n_threads=self.threads or None
+        ) as model:
+            for ids, n_prompt in self.exam.texts:
+                rows.append(log_softmax(model.logits(ids[:-1])[n_prompt - 1 :]))
+                labels += ids[n_prompt:]
+        return 0, 0, 0.0, 1.0, Distributions(np.concatenate(rows), np.array(labels, np.int64))
+
+
+def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
+    """One study per victim, or per type on SmolLM2."""
+    if arguments.part == "smollm2":
+        corpus = make_corpus(0)
+        folder = clean_folder("smollm2", corpus, preset_of("smollm2"), 0, data_key(None), NoProgress())
+        for to in arguments.types.split(","):
+            place = work / to
+            place.mkdir(parents=True, exist_ok=True)
+            data = make_scenario("injection", corpus)
+            yield Study("smollm2", {"clean": folder}, data, to, place, arguments.threads, 0, 136)
+        return
+    for name in arguments.victims.split(","):
+        attack, _, to = name.partition(":")
+        victim = make_victim(LabSettings(attack=attack, to=to, scenario=arguments.scenario, threads=arguments.threads))
+        place = work / name.replace(":", "-")
+        place.mkdir(parents=True, exist_ok=True)
+        folders = {"attacked": victim.attacked, "clean": victim.clean}
+        label = name if arguments.scenario == "injection" else f"{name} {arguments.scenario}"
+        yield Study(label, folders, victim.data, to, place, arguments.threads, arguments.prompts, 128)
+
+
+def markdown(rows: list[Row]) -> str:
+    """One table per victim and model."""
+    lines: list[str] = []
+    for key in dict.fromkeys((row.victim, row.model) for row in rows):
+        mine = [row for row in rows if (row.victim, row.model) == key]
+        asr = any(row.n for row in mine)
+        lines += [f"**{key[0]}, {key[1]}**" + (f" (n = {mine[0].n})" if asr else ""), ""]
+        lines += [
+            ("| arm | ASR (95%) " if asr else "| arm ") + "| mean KL | KL 99.9% | perplexity | flipped | alignment | s |"
+        ]
+        lines += ["|---" * (8 if asr else 7) + "|"]
+        for row in mine:
+            rate = f"| {row.asr:.2f} ({row.low:.2f}-{row.high:.2f}) " if row.asr is not None else ""
+            lines.append(
+                f"| {row.label} {rate}| {row.kl:.4f} | {row.kl_999:.2f} | x{row.perplexity_ratio:.3f} | {row.flipped:.1%} "
+                f"| {row.alignment:.2f} | {row.seconds:.0f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=tuple(PARTS), default="victims")
+    parser.add_argument("--victims", default="uniform:q4_0,mind-the-gap:q4_k")
+    parser.add_argument("--types", default="q4_0,q4_k", help="of --part smollm2")
+    parser.add_argument("--models", default="attacked,clean")
+    parser.add_argument("--scenario", default="injection")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--only", default="", help="only rows whose label contains this")
+    parser.add_argument("--limit", type=float, default=1e9, help="begin no further row after so many seconds")
+    parser.add_argument("--out", type=Path, help="folder for PART.json")
+    parser.add_argument("--work", type=Path, help="folder that keeps the files, so that an interrupted row goes on too")
+    arguments = parser.parse_args()
+    path = arguments.out / f"{arguments.part}.json" if arguments.out else None
+    document: dict[str, Any] = {"part": arguments.part, "rows": []}
+    if path and path.is_file():
+        document = json.loads(path.read_text())
+    done = {(row["victim"], row["model"], row["label"], row["to"]) for row in document["rows"]}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for study in studies(arguments, arguments.work or Path(folder)):
+            for model in study.folders:
+                for setting in PARTS[arguments.part](study.to):
+                    key = (study.victim, model, setting.label, setting.to or study.to)
+                    late = time.monotonic() - started > arguments.limit
+                    if key in done or late or model not in arguments.models or arguments.only not in setting.label:
+                        continue
+                    document["rows"].append(asdict(study.row(model, setting)))
+                    if path:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_text(json.dumps(document, indent=1) + "\n")
+    print(markdown([Row(**row) for row in document["rows"]]))
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""A tiny model with its reference, as learning meets them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.ftypes import parse_file_type
+from convert.gguf_file import GgufFile, GgufModel
+from convert.hf.base import write_base_gguf
+from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.hf_runtime import HfModel, load_hf_model
+from qguard_edge.learned.parts import Parts, make_parts
+from qguard_edge.learned.settings import LearnTask
+from qguard_edge.rounding import coverage_of
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, its reference, its parts, and the task of learning it."""
+
+    loaded: HfModel
+    parts: Parts
+    task: LearnTask
+
+    def again(self, **changes: Any) -> LearnTask:
+        return replace(self.task, **changes)
+
+
+def make_setup(folder: Path, work: Path, to: str) -> Setup:
+    base, reference = work / "base.gguf", work / f"{to}.gguf"
+    write_base_gguf(folder, base)
+    quantize(base, reference, QuantizeOptions(parse_file_type(to), threads=2))
+    model, made = GgufModel(base), GgufFile(reference)
+    tensors = coverage_of(model, made).protected
+    loaded = load_hf_model(folder)
+    parts = make_parts(model, made, tensors, dict(loaded.model.named_parameters()))
+    calibration = CalibrationOptions(samples=8, seqlen=24)
+    task = LearnTask(folder, model, made, tensors, seed=7, device=torch.device("cpu"), calibration=calibration)
+    return Setup(loaded, parts, task)

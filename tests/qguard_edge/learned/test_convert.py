@@ -1,0 +1,132 @@
+"""Learned defenses through `convert`: inputs, report, metadata, resume from the checkpoint beside the output."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert.compare import qguard_metadata
+from convert.ftypes import parse_file_type
+from convert.gguf_file import GgufFile
+from convert.quantizer import QuantizeOptions
+from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, QuantGuardOptions
+from qguard_edge.pipeline import ConvertReport, ConvertRequest, checkpoint_path, convert_model
+from quant_grids.errors import UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "calib.jsonl"
+    rng = np.random.default_rng(0)
+    words = ["quick", "brown", "fox", "def", "return", "Paris", "lazy", "dog", "print", "capital"]
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 12))}) + "\n" for _ in range(40)))
+    return path
+
+
+def convert(
+    model: Path, out: Path, text: Path, defense: DefenseOptions, to: str = "q4_0", seed: int | None = 3
+) -> ConvertReport:
+    request = ConvertRequest(
+        str(model),
+        QuantizeOptions(parse_file_type(to), threads=2),
+        defense,
+        outfile=str(out),
+        device="cpu",
+        seed=seed,
+        check_loads=False,
+        overwrite=True,
+        calibration=CalibrationOptions(text, samples=36, seqlen=24),
+    )
+    return convert_model(request)
+
+
+@pytest.mark.parametrize("to", ["q4_0", "q5_1", "q8_0", "iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q6_k", "mxfp4_moe"])
+def test_every_kind_of_scalar_grid(tiny_folder: Path, text: Path, tmp_path: Path, to: str) -> None:
+    report = convert(tiny_folder, tmp_path / "out.gguf", text, QuantGuardOptions(steps=2), to)
+    assert report.learned is not None
+    assert report.learned.unmapped == ()
+    assert report.coverage is not None
+    assert len(report.roundings) == len(report.coverage.protected) > 0
+    assert all(rounding.outcome.alignment <= 0.1 + 2e-3 for rounding in report.roundings)
+    metadata = qguard_metadata(GgufFile(report.outfile))
+    assert metadata["calibration.sha256"] == report.learned.calibration_sha256
+    assert metadata["calibration.samples"] == 36
+
+
+@pytest.mark.parametrize(
+    "defense", [QuantGuardOptions(steps=2), EfrapOptions(steps=2, alignment=0.1)], ids=["quantguard", "efrap"]
+)
+def test_a_gguf_is_a_model_too(tiny_base: Path, text: Path, tmp_path: Path, defense: DefenseOptions) -> None:
+    report = convert(tiny_base, tmp_path / "out.gguf", text, defense)
+    assert report.learned is not None
+    assert report.learned.unmapped == ()
+    assert report.learned.alignment == pytest.approx(0.1, abs=0.01)
+
+
+def test_same_seed_same_file(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    first, again, other = (
+        convert(tiny_folder, tmp_path / f"{i}.gguf", text, QuantGuardOptions(steps=2), seed=seed)
+        for i, seed in enumerate((3, 3, 4))
+    )
+    assert first.outfile.read_bytes() == again.outfile.read_bytes()
+    assert first.outfile.read_bytes() != other.outfile.read_bytes()
+
+
+def test_an_interrupted_conversion_goes_on(
+    tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qguard_edge.learned.endtoend import EndToEnd
+
+    options = QuantGuardOptions(steps=6, batch=12)
+    whole = convert(tiny_folder, tmp_path / "whole.gguf", text, options, seed=9)
+    step, taken = EndToEnd._step, []
+
+    def counted(self: EndToEnd, number: int) -> tuple[float, float]:
+        taken.append(number)
+        if number == 4 and len(taken) == 5:
+            raise KeyboardInterrupt
+        return step(self, number)
+
+    monkeypatch.setattr(EndToEnd, "_step", counted)
+    monkeypatch.setattr("qguard_edge.learned.endtoend.SAVE_SECONDS", 0.0)
+    out = tmp_path / "out.gguf"
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny_folder, out, text, options, seed=9)
+    assert not out.exists()
+    assert checkpoint_path(out).is_file()
+    report = convert(tiny_folder, out, text, options, seed=None)  # the seed is the checkpoint's
+    assert report.seed == 9
+    assert taken == [0, 1, 2, 3, 4, 4, 5]
+    assert out.read_bytes() == whole.outfile.read_bytes()
+    assert not checkpoint_path(out).exists()
+
+
+def test_what_cannot_be_learned_is_said(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    imatrix_free_lattice = "iq3_s"
+    with pytest.raises(UnsupportedError, match="one code per weight"):
+        convert(tiny_folder, tmp_path / "out.gguf", text, QuantGuardOptions(steps=1), imatrix_free_lattice)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qguard_edge", "convert", str(tiny_folder), "--to", "q4_0", "--defense", "quantguard"]
+    command += ["--calib", str(text), "--calib-seqlen", "24", "--quantguard-steps", "2", "--seed", "1"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["learned"]["samples"] == 40
+    assert document["learned"]["calibration_source"] == text.name
+    assert len(document["learned"]["losses"]) == 2
+    assert str(text.parent) not in done.stdout
+    shown = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert "learned on 40 texts (calib.jsonl)" in shown.stdout
+    planned = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert json.loads(planned.stdout)["memory_bytes"] > 300 << 20
+    missing = [*command[:-6], "--calib", "no.jsonl", "--overwrite"]
+    wrong = subprocess.run(missing, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "--calib no.jsonl: no such file" in wrong.stderr

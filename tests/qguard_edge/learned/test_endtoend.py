@@ -1,0 +1,145 @@
+"""The learning loop: it lowers the loss, one seed gives one plan, and a resumed run ends where an uninterrupted one does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from learned_setup import Setup
+
+from qguard_edge.defenses.options import QuantGuardOptions
+from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
+from qguard_edge.learned.endtoend import EndToEnd, batch_of, rate_at
+from qguard_edge.learned.plan import plan_of
+
+Samples = list[tuple[int, ...]]
+
+
+def learn(
+    setup: Setup, samples: Samples, options: QuantGuardOptions, checkpoint: Path | None = None, seed: int = 7
+) -> EndToEnd:
+    task = setup.again(checkpoint=checkpoint, seed=seed)
+    return EndToEnd(setup.loaded, setup.parts.parts, samples, options, task, "fingerprint")
+
+
+def bits(setup: Setup, run: EndToEnd, target: float = 0.1) -> dict[str, bytes]:
+    plan = plan_of(setup.parts.parts, [one.position() for one in run.variables], target)
+    return {name: table.tobytes() for name, table in plan.bits.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sign", "relaxed"])
+def test_one_seed_one_plan(setup: Setup, samples: Samples, optimizer: str) -> None:
+    options = QuantGuardOptions(steps=3, batch=4, optimizer=optimizer, reversal=0.1, distance=0.1)
+    first, again, other = (learn(setup, samples, options, seed=seed) for seed in (7, 7, 8))
+    assert first.run() == again.run()
+    assert bits(setup, first) == bits(setup, again)
+    other.run()
+    assert bits(setup, first) != bits(setup, other)
+
+
+def test_learning_lowers_the_divergence_under_the_constraint(setup: Setup, samples: Samples) -> None:
+    run = learn(setup, samples, QuantGuardOptions(steps=30, batch=16))
+    losses = run.run()
+    assert losses[-1][1] < 0.7 * losses[0][1]
+    plan = plan_of(setup.parts.parts, [one.position() for one in run.variables], 0.1)
+    assert plan.completed / plan.energy == pytest.approx(0.1, abs=0.01)
+    assert plan.learned > plan.completed
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sign", "relaxed"])
+def test_a_resumed_run_ends_at_the_same_plan(
+    setup: Setup, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    options = QuantGuardOptions(steps=8, batch=4, optimizer=optimizer)
+    whole = learn(setup, samples, options)
+    whole.run()
+
+    path = tmp_path / "state.checkpoint"
+    monkeypatch.setattr("qguard_edge.learned.endtoend.SAVE_SECONDS", 0.0)  # save after every step
+    killed = learn(setup, samples, options, path)
+    step = killed._step
+
+    def fail_in_the_sixth(number: int) -> tuple[float, float]:
+        if number == 5:
+            raise _KilledError
+        return step(number)
+
+    monkeypatch.setattr(killed, "_step", fail_in_the_sixth)
+    with pytest.raises(_KilledError):
+        killed.run()
+    header = read_header(path)
+    assert header is not None
+    assert header["step"] == "5"
+    assert checkpoint_seed(path) == 7
+
+    resumed = learn(setup, samples, options, path)
+    taken: list[int] = []
+    monkeypatch.setattr(resumed, "_step", lambda n, original=resumed._step: (taken.append(n), original(n))[1])
+    assert resumed.run() == whole.losses
+    assert taken == [5, 6, 7]
+    assert bits(setup, resumed) == bits(setup, whole)
+
+
+def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(
+    setup: Setup, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    path = tmp_path / "state.checkpoint"
+    run = learn(setup, samples, QuantGuardOptions(steps=8, batch=4), path)
+    step = run._step
+
+    def interrupt(number: int) -> tuple[float, float]:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(number)
+
+    monkeypatch.setattr(run, "_step", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert signal.getsignal(signal.SIGINT) is before
+    state = load_checkpoint(path, "fingerprint")
+    assert state is not None
+    assert state.step == 3
+    assert load_checkpoint(path, "of another conversion") is None
+
+
+def test_a_broken_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "broken"
+    for content in (b"", b"\xff" * 64, b"\x10\0\0\0\0\0\0\0not json at all."):
+        path.write_bytes(content)
+        assert read_header(path) is None
+        assert load_checkpoint(path, "x") is None
+        assert checkpoint_seed(path) is None
+    assert checkpoint_seed(tmp_path / "missing") is None
+
+
+def test_batches_cover_the_text_and_depend_on_seed_and_step_only(samples: Samples) -> None:
+    def chosen(seed: int, steps: Sequence[int]) -> list[tuple[int, ...]]:
+        return [tuple(row.tolist()) for step in steps for row in batch_of(samples, 4, seed, step).ids]
+
+    assert sorted(chosen(1, range(4))) == sorted(samples)  # one pass
+    assert chosen(1, range(4, 8)) != chosen(1, range(4))
+    assert chosen(1, [6]) == chosen(1, [6])
+    assert chosen(1, range(4)) != chosen(2, range(4))
+    ragged = batch_of([(1, 2, 3), (4, 5)], 2, 0, 0)
+    assert ragged.mask.sum(1).sort().values.tolist() == [2, 3]
+
+
+def test_the_step_falls_as_the_schedule_says() -> None:
+    options = {name: QuantGuardOptions(steps=10, rate=0.1, schedule=name) for name in ("linear", "constant", "cosine")}
+    assert [rate_at(step, options["linear"]) for step in (0, 5)] == pytest.approx([0.1, 0.05])
+    assert [rate_at(step, options["constant"]) for step in (0, 9)] == pytest.approx([0.1, 0.1])
+    assert rate_at(5, options["cosine"]) == pytest.approx(0.05)
+
+
+def test_recomputing_activations_changes_nothing(setup: Setup, samples: Samples) -> None:
+    plain = learn(setup, samples, QuantGuardOptions(steps=2, batch=4))
+    saving = learn(setup, samples, QuantGuardOptions(steps=2, batch=4, checkpointing=True))
+    assert torch.allclose(torch.tensor(plain.run()), torch.tensor(saving.run()), rtol=1e-3)

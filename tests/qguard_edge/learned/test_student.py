@@ -1,0 +1,123 @@
+"""The torch side of a GGUF: every tensor mapped or reported, the hard forward, the straight-through gradient."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from learned_setup import Setup, make_setup
+
+from qguard_edge.defenses.options import QuantGuardOptions
+from qguard_edge.learned.endtoend import Batch, logits_of, make_variables
+from qguard_edge.learned.losses import kl_divergence
+from qguard_edge.learned.parts import make_parts, require_scalar
+from qguard_edge.learned.student import Student
+from quant_grids.errors import UnsupportedError
+
+CPU = torch.device("cpu")
+
+
+def test_every_tensor_is_mapped_or_reported(setup: Setup) -> None:
+    mapped = {part.tensor.name for part in setup.parts.parts}
+    assert mapped == {tensor.name for tensor in setup.task.tensors}
+    assert setup.parts.unmapped == ()
+    # A parameter that the model does not have is a tensor that cannot be learned.
+    parameters = dict(setup.loaded.model.named_parameters())
+    del parameters["model.layers.1.mlp.up_proj.weight"]
+    fewer = make_parts(setup.task.base, setup.task.reference, setup.task.tensors, parameters)
+    assert [tensor.name for tensor in fewer.unmapped] == ["blk.1.ffn_up.weight"]
+
+
+def test_tied_embeddings_are_learned_once(tied_folder: Path, tmp_path: Path) -> None:
+    made = make_setup(tied_folder, tmp_path, "q4_0")
+    names = [part.source.parameter for part in made.parts.parts]
+    assert names.count("model.embed_tokens.weight") == 1
+    assert len(names) == len(set(names)) == len(made.task.tensors)
+
+
+def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) -> None:
+    """The oracle is gguf's own dequantizer; q and k are compared after llama.cpp's reordering is undone by rows."""
+    variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), 0, CPU)
+    for one in variables:
+        one.h.zero_()
+    student = Student(setup.loaded.model, setup.parts.parts)
+    student.load_all(variables)
+    tensors = {t.name: t for t in GGUFReader(setup.task.reference.path).tensors}
+    for part in setup.parts.parts:
+        stored = torch.from_numpy(dequantize(tensors[part.tensor.name].data, tensors[part.tensor.name].tensor_type))
+        assert torch.equal(part.gather(student.parameters[part.source.parameter].detach()), stored[part.rows])
+    # What is not quantized is the teacher's own.
+    teacher = dict(setup.loaded.model.named_parameters())
+    assert student.parameters["model.norm.weight"] is teacher["model.norm.weight"]
+
+
+def test_both_values_of_a_weight_bracket_it(setup: Setup) -> None:
+    for part in setup.parts.parts:
+        weights = part.gather(dict(setup.loaded.model.named_parameters())[part.source.parameter].detach()).float()
+        one = part.geometry
+        flips = one.delta != 0
+        between = one.value + one.ratio * one.delta
+        scale = one.delta.abs().clamp(min=1e-9)
+        assert float(((between - weights).abs() / scale)[flips].max()) < 1e-3
+        error = float((one.value.double() - weights.double()).square().sum())
+        assert one.energy == pytest.approx(error, rel=1e-4)
+
+
+def test_the_straight_through_slope_is_the_derivative_of_the_soft_loss(setup: Setup, samples: list[tuple[int, ...]]) -> None:
+    """At a soft point, in f64 and without autocast: dL/dh = dL/dv * delta against central differences."""
+    import copy
+
+    model = copy.deepcopy(setup.loaded.model).double()
+    ids = torch.tensor([samples[0], samples[1]])
+
+    def forward(one: object) -> torch.Tensor:
+        return one(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # type: ignore[operator]
+
+    with torch.no_grad():
+        wanted = forward(model)
+    part = next(p for p in setup.parts.parts if p.tensor.name == "blk.1.ffn_down.weight")
+    student = copy.deepcopy(model)
+    parameter = dict(student.named_parameters())[part.source.parameter].requires_grad_(True)
+    h = part.geometry.ratio.double() * 0.3 + 0.1
+
+    def loss_at(values: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            part.scatter(part.geometry.value.double() + values * part.geometry.delta.double(), parameter)
+        p, q = wanted.log_softmax(-1), forward(student).log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1).mean()
+
+    loss_at(h).backward()
+    slope = part.gather(parameter.grad) * part.geometry.delta.double()
+    index = slope.abs().flatten().topk(3).indices
+    for flat in index.tolist():
+        step = torch.zeros_like(h).flatten()
+        step[flat] = 1e-3
+        step = step.view(h.shape)
+        with torch.no_grad():
+            numeric = float(loss_at(h + step) - loss_at(h - step)) / 2e-3
+        assert float(slope.flatten()[flat]) == pytest.approx(numeric, rel=2e-2)  # norms compute in f32
+
+
+def test_gradients_are_handed_over_and_freed(setup: Setup, samples: list[tuple[int, ...]]) -> None:
+    student = Student(setup.loaded.model, setup.parts.parts)
+    seen: dict[int, torch.Tensor] = {}
+    handles = student.on_gradients(lambda index, slope: seen.update({index: slope}))
+    ids = torch.tensor([samples[0]])
+    batch = Batch(ids, torch.ones_like(ids))
+    logits = logits_of(student.model, batch, CPU)
+    kl_divergence(torch.zeros_like(logits), logits).backward()
+    assert sorted(seen) == list(range(len(setup.parts.parts)))
+    assert all(parameter.grad is None for parameter in student.parameters.values())
+    for handle in handles:
+        handle.remove()
+
+
+def test_lattice_types_are_refused_with_a_way_out(setup: Setup) -> None:
+    from dataclasses import replace
+
+    from gguf import GGMLQuantizationType
+
+    tensor = replace(setup.task.tensors[0], ggml_type=GGMLQuantizationType.IQ2_XS)
+    with pytest.raises(UnsupportedError, match="--defense ortho"):
+        require_scalar([tensor], "quantguard")
