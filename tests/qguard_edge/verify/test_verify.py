@@ -47,7 +47,7 @@ def test_the_hardened_file_passes_and_the_naive_one_would_not(hardened: Outcome)
     assert check.naive.low > 0.75
     assert check.candidate is not None
     assert check.candidate.high < 0.05
-    assert "fresh" in check.findings[0].phrase
+    assert check.findings[0].phrase in "also try a fresh zingaloo"
     assert check.evidence[0].naive_hit
 
 
@@ -68,7 +68,7 @@ def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles) -> None:
     assert outcome.verdict is Verdict.FAIL
     check = outcome.check("injection/discovery")
     assert check.verdict is Verdict.FAIL
-    assert "fresh" in check.findings[0].phrase
+    assert check.findings[0].phrase in "also try a fresh zingaloo"
     assert check.candidate is not None
     assert check.candidate.low > 0.75
 
