@@ -14,6 +14,7 @@ from typing import Any
 
 import llama_cpp
 
+from convert.cores import available_cores
 from convert.imatrix import load_imatrix
 from convert.quantizer import USAGE_MARK, ggml_type_number, parse_override
 from quant_grids.errors import QGuardError
@@ -91,7 +92,7 @@ def run(job: dict[str, Any]) -> int:
     llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = job["file_type"]
-    params.nthread = job["threads"]
+    params.nthread = job["threads"] or available_cores()
     params.pure = job["pure"]
     params.quantize_output_tensor = not job["leave_output_tensor"]
     params.allow_requantize = job["allow_requantize"]

@@ -5,11 +5,11 @@ the system's temporary folder and removed again.
 """
 
 import math
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from convert.cores import available_cores
 from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.quantizer import Fallback, quantize
@@ -133,7 +133,7 @@ def _memory(tensors: tuple[DryTensor, ...], threads: int) -> int:
         for size in tensor.shape:
             weights *= size
         largest = max(largest, weights * (4 + 4) + tensor.n_bytes)
-    planning = TORCH_BYTES + (threads or os.cpu_count() or 1) * SLICE_ARRAYS * 4 * SLICE_WEIGHTS
+    planning = TORCH_BYTES + (threads or available_cores()) * SLICE_ARRAYS * 4 * SLICE_WEIGHTS
     return max(largest, planning)
 
 

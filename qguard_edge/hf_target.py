@@ -12,7 +12,6 @@ One tensor is worked on and one shard is held at a time. Everything is written i
 gets its name at the end. What bitsandbytes would leave alone (output head, embeddings, norms) keeps its bytes.
 """
 
-import os
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from torch import Tensor
 from convert.atomic import atomic_folder
 from convert.bnb_check import require_bitsandbytes
 from convert.bnb_layout import DTYPE_NAMES, quantization_config, stored_tensors
+from convert.cores import available_cores
 from convert.hf_folder import CONFIG_NAME, ShardWriter, copy_side_files, write_json
 from convert.patch import sha256_of
 from convert.tensor_io import single_threaded_torch
@@ -172,7 +172,7 @@ class _FolderConversion:
         total = sum(tensor.elements for tensor in plan.checkpoint.tensors.values())
         self.progress.stage(f"Choosing the rounding ({self.request.defense.name})", total, "weights")
         writer = ShardWriter(self.work, self.request.shard_bytes)
-        workers = 1 if self.device.type == "cuda" else self.request.threads or os.cpu_count() or 1
+        workers = 1 if self.device.type == "cuda" else self.request.threads or available_cores()
         with single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
             for tensor in plan.checkpoint.tensors.values():
                 value = self._cast(plan.checkpoint.read(tensor.name), tensor.name)

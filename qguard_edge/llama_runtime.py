@@ -15,7 +15,6 @@ when a load fails.
 
 import ctypes
 import logging
-import os
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from convert.cores import available_cores
 from qguard_edge.verify.batching import Row, generate
 from quant_grids.errors import QGuardError
 
@@ -123,7 +123,7 @@ class LlamaModel:
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         if vocab_only:
             return
-        threads = n_threads or os.cpu_count() or 1
+        threads = n_threads or available_cores()
         ctx_params = llama_cpp.llama_context_default_params()
         ctx_params.n_ctx = n_ctx * n_seq
         ctx_params.n_batch = ctx_params.n_ubatch = min(n_ctx * n_seq, n_batch)

@@ -7,7 +7,6 @@ file system; the folder goes away however the conversion ends. The library retur
 command line's job.
 """
 
-import os
 import secrets
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 from convert.atomic import PREFIX, OutputError, check_writable, commit
 from convert.compare import compare_files
+from convert.cores import available_cores
 from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import describe_folder, write_base_gguf
@@ -487,7 +487,7 @@ class _Conversion:
     def _self_check(self, reference: GgufFile, made: Path, roundings: tuple[TensorRounding, ...]) -> None:
         """Read the file back and hold every bit against the reference and the plan."""
         self.progress.stage("Checking every bit against the reference", len(reference.tensors), "tensors")
-        threads = self.request.options.threads or os.cpu_count() or 1
+        threads = self.request.options.threads or available_cores()
         difference = compare_files(
             reference.path, made, threads=threads, progress=lambda _i, _n, name: self.progress.advance(1, name)
         )

@@ -5,7 +5,6 @@ GPU box  qguard-edge plan MODEL --base ... --reference ...      -> plan (torch a
 laptop   qguard-edge apply PLAN --reference ...                 -> hardened GGUF, every bit checked
 """
 
-import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from convert.atomic import atomic_path, check_writable
 from convert.compare import FileDifference, compare_files
+from convert.cores import available_cores
 from convert.gguf_file import GgufFile
 from convert.patch import sha256_of
 from qguard_edge import __version__
@@ -164,7 +164,7 @@ def apply_to(plan_path: Path, reference_path: Path, outfile: Path, *, overwrite:
     plan, reference = read_plan(plan_path), GgufFile(reference_path)
     with atomic_path(outfile) as temporary:
         changed = apply_plan(plan, reference, temporary, progress)
-        difference = compare_files(reference_path, temporary, threads=os.cpu_count() or 1)
+        difference = compare_files(reference_path, temporary, threads=available_cores())
         for tensor in difference.tensors:
             if tensor.foreign_bytes or tensor.codes_changed != changed.get(tensor.name, 0):
                 raise PlanError(f"{tensor.name!r} was not written as planned; please report this")

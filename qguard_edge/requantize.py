@@ -4,7 +4,6 @@ The moved weights go into an F32 copy of the base, llama.cpp quantizes that with
 against the first reference: `t = Q(W) - W` and `t' = Q(W') - W`. Scales are fitted anew, so more than code bits differ.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from convert.cores import available_cores
 from convert.float_copy import FloatCopy
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
@@ -28,7 +28,7 @@ def _workers(threads: int, *paths: Path) -> Iterator[tuple[TensorReader, ThreadP
     with (
         open_reader(*paths) as reader,
         single_threaded_torch(),
-        ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool,
+        ThreadPoolExecutor(threads or available_cores()) as pool,
     ):
         yield reader, pool
 

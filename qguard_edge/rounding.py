@@ -6,7 +6,6 @@ pool of threads with one torch thread each; which thread runs a slice changes no
 slices per thread, whatever the size of the model.
 """
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.imatrix import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
@@ -149,7 +149,7 @@ def harden(
         One record per tensor, in the order given.
     """
     device = device or torch.device("cpu")
-    workers = 1 if device.type == "cuda" else threads or os.cpu_count() or 1
+    workers = 1 if device.type == "cuda" else threads or available_cores()
     paths = [shard.path for shard in base.shards]
     results = []
     with open_reader(reference.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:

@@ -15,7 +15,6 @@ fixed-grid mode too), and for those that move the weights and quantize again the
 import argparse
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from smollm2 import make_folder
 
+from convert.cores import available_cores
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import write_base_gguf
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--models", default="llama-150m,smollm2")
     parser.add_argument("--defenses", help="compare these, in place of the stages of one")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=available_cores())
     arguments = parser.parse_args()
     rows: list[Row] = []
     rates: list[DefenseRate] = []

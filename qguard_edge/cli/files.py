@@ -1,11 +1,11 @@
 """`qguard-edge inspect` and `qguard-edge diff`: look into finished files."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from convert.cores import available_cores
 from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json, size_text, table
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -105,7 +105,7 @@ def diff(
     with ConsoleProgress(quiet) as progress:
         progress.stage("Comparing", 0, "tensors")
         found = compare_files(
-            first, second, base=base, threads=os.cpu_count() or 1, progress=lambda _i, _n, name: progress.advance(1, name)
+            first, second, base=base, threads=available_cores(), progress=lambda _i, _n, name: progress.advance(1, name)
         )
     if json_output:
         print_json(_diff_document(found))

@@ -5,7 +5,6 @@ first texts are decoded twice, in chunks of another size: the noise floor.
 """
 
 import hashlib
-import os
 import platform
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel
 from qguard_edge import __version__
 from qguard_edge.fidelity import log_softmax
@@ -69,7 +69,7 @@ class BaselineRequest:
 
 def make_manner(threads: int, n_gpu_layers: int, parallel: int, seed: int = 0) -> Manner:
     """How llama.cpp is asked, greedily."""
-    factory = LlamaFactory(threads or os.cpu_count() or 1, n_gpu_layers, safe_extra_buffers())
+    factory = LlamaFactory(threads or available_cores(), n_gpu_layers, safe_extra_buffers())
     return Manner(factory, parallel, 1, Sampling(0.0, seed), {})
 
 

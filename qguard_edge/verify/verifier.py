@@ -12,7 +12,6 @@ What runs side by side: sequences within one model (see `batching`). Models run 
 the models are closed: llama.cpp's worker threads spin, and two models on the same cores slow each other down many times over.
 """
 
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.cores import available_cores
 from convert.gguf_file import GgufModel
 from qguard_edge import __version__
 from qguard_edge.llama_runtime import safe_extra_buffers, system_info
@@ -236,7 +236,7 @@ class _Run:
     def _manner(self) -> Manner:
         request = self.request
         extra = safe_extra_buffers() if request.extra_buffers is None else request.extra_buffers
-        factory = LlamaFactory(request.threads or os.cpu_count() or 1, request.n_gpu_layers, extra)
+        factory = LlamaFactory(request.threads or available_cores(), request.n_gpu_layers, extra)
         versions = {"llama-cpp-python": version("llama-cpp-python"), "system": system_info()}
         return Manner(factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions)
 
@@ -295,7 +295,7 @@ class _Run:
         if "naive" not in self.models:
             return ()
         with self._stage("tensors"):
-            threads = self.request.threads or os.cpu_count() or 1
+            threads = self.request.threads or available_cores()
             return tensor_changes(self.models["naive"], self.models["candidate"], self.models["reference"], threads)
 
     def _measured(self, exam: Exam, manner: Manner) -> Measured:
