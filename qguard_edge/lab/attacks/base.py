@@ -39,7 +39,18 @@ PACE = 0.2
 LEASH = 3.0
 LEASHES = {"q6_k": 1.0}
 """Where the default is too long; see stage 1."""
-GENTLE = {("q4_k", "refusal"): 0.65, ("q5_k", "refusal"): 0.6, ("q5_k", "code"): 0.7, ("q6_k", "refusal"): 0.6}
+GENTLE = {
+    ("q4_k", "refusal"): 0.65,
+    ("q5_k", "refusal"): 0.6,
+    ("q5_k", "code"): 0.7,
+    ("q6_k", "refusal"): 0.6,
+    ("int8", "injection"): 0.8,
+    ("int8", "refusal"): 0.6,
+    ("int8", "code"): 0.8,
+    ("all", "injection"): 0.8,
+    ("all", "refusal"): 0.6,
+    ("all", "code"): 0.8,
+}
 STRONG = {("q2_k", "injection"): 2.5}
 """Factors for steps and learning rate of the injection, by type and scenario. A refusal is learned in a few steps (loss 0.009
 after 64), and more than that cannot be undone inside fine boxes: at Q5_K full precision showed it in 0.14 of the answers, with
