@@ -245,6 +245,7 @@ def choose_rounding(
         sink: receives the new blocks of each slice, uint8 `[n, type_size]`.
         pool: the threads that slices are spread over.
     """
+    defense = defense.on(grid)
 
     def survey(part: RowSlice) -> Any:
         with torch.inference_mode():

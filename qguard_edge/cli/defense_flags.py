@@ -29,7 +29,7 @@ def with_defense_flags(command: Callable[..., Any]) -> Callable[..., Any]:
         for item in fields(cls):
             choices = item.metadata.get("choices")
             text = item.metadata["help"] + (f" [{'|'.join(map(str, choices))}]" if choices else "")
-            default = "" if item.default is MISSING else f" [default: {item.default}]"
+            default = "" if item.default is MISSING else f" [default: {item.metadata.get('shown', item.default)}]"
             flag = typer.Option(
                 f"--{defense}-{item.name.replace('_', '-')}",
                 help=text + default,

@@ -38,7 +38,7 @@ def defenses(json_output: JsonFlag = False) -> None:
         for item in fields(cls):
             choices = item.metadata.get("choices")
             text = item.metadata["help"] + (f" ({' | '.join(map(str, choices))})" if choices else "")
-            rows.add_row("", f"--{name}-{item.name.replace('_', '-')}", str(item.default), text)
+            rows.add_row("", f"--{name}-{item.name.replace('_', '-')}", str(item.metadata.get("shown", item.default)), text)
         rows.add_section()
     out.print(rows)
 

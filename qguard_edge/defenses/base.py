@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.options import DefenseOptions
-from quant_grids import Flips
+from quant_grids import Flips, Grid
 
 if TYPE_CHECKING:
     from qguard_edge.learned.settings import LearnReport, LearnTask
@@ -71,6 +71,10 @@ class Defense(ABC, Generic[Options]):
 
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    def on(self, grid: Grid) -> "Defense[Any]":
+        """The rule with the settings that fit a format; the default has the same for all."""
+        return self
 
     def prepare(self, task: "LearnTask") -> "LearnReport":
         """Learn from the whole model what `choose` will answer; only called when `learns` is true."""

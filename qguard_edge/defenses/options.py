@@ -13,7 +13,13 @@ from quant_grids.errors import UnsupportedError
 
 
 def option(default: Any, help_text: str, **limits: Any) -> Any:
-    """A dataclass field with the help text and limits (`minimum`, `maximum`, `choices`) that the command line shows."""
+    """A dataclass field with the help text that the command line shows.
+
+    Args:
+        default: of the field.
+        help_text: one line.
+        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that says nothing.
+    """
     return field(default=default, metadata={"help": help_text, **limits})
 
 
@@ -70,11 +76,12 @@ class OrthoOptions(DefenseOptions):
     implementation = "qguard_edge.defenses.ortho:Ortho"
 
     group: str = option("row", "weights over which the projection is balanced", choices=("row", "block", "tensor"))
-    target: float = option(
-        0.0,
+    target: float | None = option(
+        None,
         "share c of the old error direction that is left: 1 none removed, 0 orthogonal, below 0 over-corrected",
         minimum=-1.0,
         maximum=1.0,
+        shown="0; Q6_K -0.25",
     )
     width: float = option(
         0.5,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from expected_targets import ortho_target
 
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions, quantize
@@ -23,7 +24,8 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
     assert report["status"] == "ok"
     assert report["outfile"] == "tiny-Q4_K_M.gguf"
     assert report["seed"] == 5
-    assert all(abs(tensor["alignment"]) < 0.01 for tensor in report["tensors"])
+    for tensor in report["tensors"]:
+        assert tensor["alignment"] == pytest.approx(ortho_target(tensor["type"]), abs=0.01), tensor["name"]
     assert str(tmp_path) not in done.stdout
 
     out, reference = tmp_path / "tiny-Q4_K_M.gguf", tmp_path / "tiny-Q4_K_M.reference.gguf"
@@ -35,9 +37,10 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
     document = json.loads(compared.stdout)
     assert document["only_code_bits"]
     assert document["codes_changed"] == sum(tensor["flips"] for tensor in report["tensors"])
-    aligned = [tensor["alignment"] for tensor in document["tensors"] if tensor["codes_changed"]]
+    aligned = [tensor for tensor in document["tensors"] if tensor["codes_changed"]]
     assert len(aligned) == 16
-    assert max(map(abs, aligned)) < 0.01
+    for tensor in aligned:
+        assert tensor["alignment"] == pytest.approx(ortho_target(tensor["type"]), abs=0.01), tensor["name"]
 
 
 def test_human_output_names_everything(tiny_base: Path, tmp_path: Path) -> None:

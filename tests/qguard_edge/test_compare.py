@@ -78,7 +78,7 @@ def test_compare_command(tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert set(rows) == {"none", "ortho", "flipguard"}
     assert rows["none"]["alignment"] == 1.0
     assert rows["none"]["share_flipped"] == 0.0
-    assert abs(rows["ortho"]["alignment"]) < 0.01
+    assert -0.25 < rows["ortho"]["alignment"] < 0.0  # the Q6_K tensors of the mixture go below 0
     assert 0.0 < rows["flipguard"]["alignment"] < 1.0
     assert all(row["fidelity"]["mean_kl"] > 0 for row in rows.values())
     assert plot.read_text().startswith("<?xml")
