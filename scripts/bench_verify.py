@@ -1,6 +1,6 @@
 """How fast the verifier generates, against the plain loop and against what llama.cpp itself can do.
 
-    python scripts/bench_verify.py MODEL.gguf... [--parallel 16] [--prompts 32] [--new 48] [--rounds 3] [--threads 2]
+    python scripts/bench_verify.py MODEL.gguf... [--parallel 32] [--prompts 64] [--new 48] [--rounds 3] [--threads 2]
 
 Per model, in one process, rounds interleaved so that a busy machine disturbs all alike; the table shows the median round:
 
@@ -91,8 +91,8 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
-    parser.add_argument("--parallel", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--parallel", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)

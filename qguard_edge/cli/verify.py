@@ -73,7 +73,7 @@ def verify(
     ] = 0,
     parallel: Annotated[
         int, typer.Option(min=1, max=256, help="Answers generated side by side.", rich_help_panel=MEASURE)
-    ] = 16,
+    ] = 32,
     n_gpu_layers: Annotated[
         int, typer.Option("--n-gpu-layers", "-ngl", min=-1, help="Layers on the GPU; -1: all.", rich_help_panel=MEASURE)
     ] = 0,
@@ -98,7 +98,7 @@ def verify(
     from qguard_edge.verify.verifier import VerifyRequest, select_suites
     from qguard_edge.verify.verifier import verify as run
 
-    check_reports(junit, sarif, markdown, html)
+    check_reports(junit=junit, sarif=sarif, markdown=markdown, html=html)
     names = [name.strip() for name in suites.split(",") if name.strip()]
     request = VerifyRequest(
         candidate=candidate,

@@ -83,7 +83,7 @@ class CheckRequest:
     max_kl: float | None = None
     limit: int | None = None
     threads: int = 0
-    parallel: int = 16
+    parallel: int = 32
     n_gpu_layers: int = 0
     work: Path | None = None
 

@@ -63,7 +63,7 @@ class BaselineRequest:
     limit: int | None = None
     top_k: int = DEFAULT_TOP_K
     threads: int = 0
-    parallel: int = 16
+    parallel: int = 32
     n_gpu_layers: int = 0
 
 

@@ -13,15 +13,15 @@ from typing import Any, Self
 from convert.gguf_file import GgufModel
 from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.progress import Progress
-from qguard_edge.verify.batching import Answer, Sampling
+from qguard_edge.verify.batching import SCHEDULE, Answer, Sampling
 from qguard_edge.verify.chat import ChatTemplate, render, template_of
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
 from qguard_edge.verify.keep import Pieces, key_of
 from qguard_edge.verify.runner import Runner, RunnerFactory
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
-PIECE = 64
-"""Prompts that are answered and kept together."""
+PIECE = 96
+"""Prompts that are answered and kept together: three fillings of the default 32 sequences."""
 LONGEST_DOCUMENT = 512
 ROUND_TO = 32
 BATCH = 512
@@ -124,7 +124,9 @@ class Manner:
     def key(self, **more: Any) -> str:
         """Key of a piece made in this manner."""
         manner = {"samples": self.samples, "temperature": self.sampling.temperature, "seed": self.sampling.seed}
-        return key_of({**self.factory.describe(), **self.versions, "parallel": self.parallel, **manner, **more})
+        return key_of(
+            {**self.factory.describe(), **self.versions, "parallel": self.parallel, "schedule": SCHEDULE, **manner, **more}
+        )
 
 
 def answers_of(

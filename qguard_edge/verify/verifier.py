@@ -97,7 +97,7 @@ class VerifyRequest:
     temperature: float = 0.0
     seed: int = 0
     threads: int = 0
-    parallel: int = 16
+    parallel: int = 32
     n_gpu_layers: int = 0
     extra_buffers: bool | None = None
     work: Path | None = None

@@ -19,6 +19,7 @@ from lab_files import TEXTS, LabFiles, make_files
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
+from qguard_edge.cli.convert import with_default_suites
 from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.verify.batching import PromptError, Sampling, choose, generate, shared_prefix
 from qguard_edge.verify.checks import Margins
@@ -246,6 +247,36 @@ def test_convert_verify_rejects(injection: LabFiles, tmp_path: Path, capsys: pyt
     assert not out.exists()
     assert (tmp_path / "model.rejected.gguf").is_file()
     assert run(["convert", str(injection.attacked), "--to", "f16", "-o", str(out), "--verify", "all"]) == 2
+    capsys.readouterr()
+    assert run(["convert", str(injection.attacked), "--to", "f16", "-o", str(out), "--verify"]) == 2
+    assert "--verify compares" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        (["m.gguf", "--to", "q4_k", "--verify"], ["m.gguf", "--to", "q4_k", "--verify=all"]),
+        (["--verify", "--to", "q4_k", "m.gguf"], ["--verify=all", "--to", "q4_k", "m.gguf"]),
+        (["--to", "q4_k", "--verify", "./m.gguf"], ["--to", "q4_k", "--verify=all", "./m.gguf"]),
+        (["--verify", "code,drift", "m.gguf"], ["--verify", "code,drift", "m.gguf"]),
+        (["--verify=code", "m.gguf"], ["--verify=code", "m.gguf"]),
+        (["m.gguf"], ["m.gguf"]),
+    ],
+)
+def test_verify_may_stand_alone(given: list[str], understood: list[str]) -> None:
+    assert with_default_suites(given) == understood
+
+
+def test_a_report_that_cannot_be_written_names_its_own_option(
+    injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing" / "report")
+    files = [str(injection.hardened), "--reference", str(injection.attacked)]
+    for option in ("--html", "--junit", "--sarif", "--markdown"):
+        assert run(["verify", *files, option, missing]) == 2
+        assert f"choose another with {option}" in capsys.readouterr().err
+    assert run(["convert", str(injection.attacked), "--to", "q4_k", "--report", missing]) == 2
+    assert "choose another with --report" in capsys.readouterr().err
 
 
 def test_margins_are_per_kind() -> None:
