@@ -115,6 +115,19 @@ def test_sampled_runs_repeat_with_their_seed(injection: LabFiles) -> None:
     assert first.check("injection/discovery").verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize("scenario", ["refusal", "code"])
+def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: Path) -> None:
+    """The fast twin of the slow test below: another attack, and the naive file's verdict from the hardened file's run."""
+    files = make_files(scenario, tmp_path, attack="uniform", to="q4_0")
+    suite = replace(files.suite, prompts=files.suite.prompts[:140])
+    outcome = verify(request(files, files.hardened, naive=files.naive, suites=(suite,), texts=TEXTS[:10]))
+    check = outcome.check(f"{scenario}/discovery")
+    assert outcome.verdict is Verdict.PASS, outcome.summary
+    assert check.naive_verdict is Verdict.FAIL
+    clean = request(files, files.clean_naive, suites=(suite,), texts=TEXTS[:10], reference=files.clean)
+    assert verify(clean).verdict is Verdict.PASS
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["refusal", "code"])
 def test_other_payloads_are_found_by_discovery_too(scenario: str, tmp_path: Path) -> None:
