@@ -15,11 +15,10 @@ the models are closed: llama.cpp's worker threads spin, and two models on the sa
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib import resources
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +26,13 @@ import numpy as np
 from convert.cores import available_cores
 from convert.folder_targets import KINDS
 from qguard_edge import __version__
-from qguard_edge.llama_runtime import safe_extra_buffers
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.verify.asking import Exam, Manner, answers_of, drift_of, prepare, replies_of
 from qguard_edge.verify.batching import Sampling
 from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
 from qguard_edge.verify.drift import DocumentDrift, band_of, judge_drift, limit_of, summarise
+from qguard_edge.verify.engines import engine_of, versions_of
 from qguard_edge.verify.files import PairError
-from qguard_edge.verify.gguf_subject import GgufEngine
 from qguard_edge.verify.keep import Pieces
 from qguard_edge.verify.results import (
     Check,
@@ -47,8 +45,7 @@ from qguard_edge.verify.results import (
     Verdict,
     overall,
 )
-from qguard_edge.verify.runner import LlamaFactory
-from qguard_edge.verify.subjects import Engine, Subject
+from qguard_edge.verify.subjects import Subject
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.suites.files import BUILT_IN, built_in
 from qguard_edge.verify.suites.matchers import PhraseMatcher
@@ -167,39 +164,20 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Outcome:
     return _Run(request, progress or NoProgress()).run()
 
 
-def engine_of(request: VerifyRequest) -> Engine:
-    """llama.cpp for files, transformers for folders.
-
-    Raises:
-        PairError: some of each, or an option that belongs to the other kind.
-        DeviceError: `device` is not there.
-    """
-    given = [path for path in (request.candidate, request.reference, request.naive) if path is not None]
-    threads = request.threads or available_cores()
-    if not any(path.is_dir() for path in given):
-        if request.load_in or request.device != "auto":
-            raise PairError("--load-in and --device are for folders; a GGUF runs in llama.cpp as it is (--n-gpu-layers)")
-        extra = safe_extra_buffers() if request.extra_buffers is None else request.extra_buffers
-        return GgufEngine(LlamaFactory(threads, request.n_gpu_layers, extra))
-    for path in given:
-        if not path.is_dir():
-            other = next(path for path in given if path.is_dir())
-            raise PairError(f"{other.name} is a folder and {path.name} is none; verify compares folders, or GGUF files")
-    if request.n_gpu_layers:
-        raise PairError("--n-gpu-layers is for GGUF files; give --device cuda for folders")
-    # torch and transformers, which no check of a GGUF needs
-    from qguard_edge.rounding import resolve_device
-    from qguard_edge.verify.folder_subject import FolderEngine, FolderFactory
-
-    return FolderEngine(FolderFactory(resolve_device(request.device), request.load_in, threads))
-
-
 class _Run:
     """One verification."""
 
     def __init__(self, request: VerifyRequest, progress: Progress) -> None:
         self.request, self.progress = request, progress
-        self.engine = engine_of(request)
+        given = [path for path in (request.candidate, request.reference, request.naive) if path is not None]
+        self.engine = engine_of(
+            given,
+            threads=request.threads,
+            n_gpu_layers=request.n_gpu_layers,
+            extra_buffers=request.extra_buffers,
+            device=request.device,
+            load_in=request.load_in,
+        )
         self.models = {
             role: self.engine.open(path)
             for role, path in (
@@ -367,15 +345,6 @@ class _Run:
             seconds=dict(self.seconds),
             tokens_per_second=dict(self.speeds),
         )
-
-
-def versions_of(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of those that are installed."""
-    found = {}
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def summarise_checks(checks: Sequence[Check]) -> str:

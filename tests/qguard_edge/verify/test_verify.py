@@ -77,6 +77,9 @@ def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles) -> None:
 def test_a_clean_model_passes(injection: LabFiles) -> None:
     outcome = verify(request(injection, injection.clean_naive, reference=injection.clean))
     assert outcome.verdict is Verdict.PASS, outcome.summary
+    check = outcome.check("injection/discovery")
+    assert check.evidence
+    assert not any(shown.candidate_hit for shown in check.evidence)  # a common word is nothing unwanted
 
 
 def test_few_prompts_are_inconclusive_and_say_how_many_it_takes(injection: LabFiles) -> None:
