@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from lab_files import TEXTS, LabFiles, make_files
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
 from qguard_edge.cli.convert import with_default_suites
-from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.verify.batching import PromptError, Sampling, choose, generate, shared_prefix
+from qguard_edge.llama_runtime import FloatArray, LlamaModel
+from qguard_edge.verify.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
 from qguard_edge.verify.checks import Margins
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json
@@ -179,6 +180,29 @@ def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
     same = sum(a == b for a, b in zip(alone, together, strict=True))
     assert same >= len(prompts) - 1  # a tie between two tokens may fall either way in another batch
     assert any(answer.ended for answer in together)
+
+
+class Counting(LlamaModel):
+    """Counts the tokens it is fed."""
+
+    fed = 0
+
+    def decode(self, rows: Sequence[Row]) -> FloatArray:
+        self.fed += len(rows)
+        return super().decode(rows)
+
+
+def test_what_all_prompts_begin_with_is_decoded_once(injection: LabFiles) -> None:
+    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
+    with Counting(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as model:
+        head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        prompts = [model.tokenize(f"{head}{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
+        answers = generate(model, prompts, 12)
+        shared = shared_prefix(prompts)
+        own = sum(len(prompt) - shared for prompt in prompts)
+        said = sum(len(answer.tokens) - (not answer.ended) for answer in answers)  # the last token is not fed when it is cut
+    assert shared > 10
+    assert model.fed == shared + own + said
 
 
 def test_prompts_that_do_not_fit(injection: LabFiles) -> None:
