@@ -75,6 +75,24 @@ def test_a_folder_that_bitsandbytes_rounds_to_the_payload_fails(folders: Folders
     assert outcome.check("injection/discovery").verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize("kind", ["fp4", "int8"])
+def test_the_other_formats_run_too(folders: Folders, kind: str, tmp_path: Path) -> None:
+    """Made by us as the candidate, rounded by bitsandbytes while it is loaded as the naive one."""
+    out = tmp_path / kind
+    asked = FolderRequest(
+        str(folders.attacked), kind, OrthoOptions(), outfile=str(out), device="cpu", seed=0, check_loads=False
+    )
+    convert_to_folder(asked)
+    outcome = verify(request(folders, out, naive=folders.attacked, load_in=kind, limit=8))
+    assert outcome.check("drift/mean-kl").verdict is Verdict.PASS
+    facts = {one.role: one.file_type for one in outcome.files}
+    assert facts == {"candidate": kind.upper(), "naive": kind.upper(), "reference": "F32"}
+    assert outcome.drift is not None
+    assert outcome.drift.naive is not None
+    assert outcome.drift.candidate.mean_kl > 10 * outcome.drift.noise_floor
+    assert outcome.drift.naive.mean_kl > 10 * outcome.drift.noise_floor
+
+
 def test_the_command_reads_folders(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["verify", str(folders.hardened), "--reference", str(folders.attacked), "--device", "cpu"]
     report = tmp_path / "report"
