@@ -153,9 +153,9 @@ def convert_model(request: ConvertRequest, progress: Progress | None = None, gat
     request.calibration.check()
     source = resolve_source(request.model, request.revision)
     outfile = output_path(request, source)
-    _check_output(outfile, source, request)
+    check_output(outfile, source, request)
     clock = Clock()
-    with _work_folder(outfile.parent) as work:
+    with work_folder(outfile.parent) as work:
         warnings: list[str] = []
         with clock.stage("base"):
             base = _make_base(source, request, work, progress, warnings)
@@ -187,7 +187,8 @@ def choose_seed(wanted: int | None, checkpoint: Path | None) -> int:
     return secrets.randbits(63) if found is None else found
 
 
-def _check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
+def check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
+    """Refuse an output that cannot be written or must not be replaced, before any work is done."""
     check_writable(outfile)
     targets = [outfile] + ([reference_path(outfile)] if request.keep_reference else [])
     for target in targets:
@@ -198,7 +199,7 @@ def _check_output(outfile: Path, source: Source, request: ConvertRequest) -> Non
 
 
 @contextmanager
-def _work_folder(parent: Path) -> Iterator[Path]:
+def work_folder(parent: Path) -> Iterator[Path]:
     """A hidden folder beside the output, removed at the end."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))

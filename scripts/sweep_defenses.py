@@ -37,6 +37,8 @@ WIDTHS: tuple[DefenseOptions, ...] = (
     NoiseOptions(relative=0.6),
     NoiseOptions(relative=1.0),
 )
+DOSES: tuple[DefenseOptions, ...] = tuple(OrthoOptions(target=c) for c in (0.25, 0.0, -0.1, -0.25, -0.5))
+SETTINGS = {"sweep": SWEEP, "widths": WIDTHS, "doses": DOSES}
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def markdown(victim: str, points: list[Point]) -> str:
     ]
     for p in points:
         rate = f"{p.asr:.2f} ({p.low:.2f}-{p.high:.2f})"
-        lines.append(f"| {p.setting} | {rate} | {p.n} | {p.attacked_kl:.4f} | {p.clean_kl:.4f} | {p.flipped:.1%} |")
+        lines.append(f"| {p.setting} | {rate} | {p.n} | {p.attacked_kl:.5f} | {p.clean_kl:.5f} | {p.flipped:.1%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -124,12 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--victims", default="mind-the-gap:q4_k,uniform:q4_0,mind-the-gap:q6_k,uniform:q8_0")
     parser.add_argument("--scenario", default="injection")
-    parser.add_argument("--settings", choices=("sweep", "widths"), default="sweep")
+    parser.add_argument("--settings", choices=tuple(SETTINGS), default="sweep")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    settings = SWEEP if arguments.settings == "sweep" else WIDTHS
+    settings = SETTINGS[arguments.settings]
     points: list[Point] = []
     for victim in arguments.victims.split(","):
         attack, _, to = victim.partition(":")

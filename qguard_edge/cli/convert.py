@@ -22,6 +22,7 @@ from qguard_edge.cli.console import (
     table,
 )
 from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
+from qguard_edge.cli.convert_moved import run_moved
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
 from quant_grids.errors import UnsupportedError
@@ -40,7 +41,8 @@ HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandb
 
 MODEL is a Hugging Face folder, a hub id (OWNER/NAME), or a .gguf file in F32, F16 or BF16 (the first shard of a split one).
 `--to nf4`, `fp4` and `int8` write a pre-quantized Hugging Face folder for servers; `--to hf` writes a full-precision folder
-that bitsandbytes' own `load_in_4bit` and `load_in_8bit` round to the hardened codes.
+that bitsandbytes' own `load_in_4bit` and `load_in_8bit` round to the hardened codes, and `--to gguf --target TYPE` a
+full-precision GGUF whose quantization by llama.cpp is hardened.
 
 Examples:
 
@@ -57,6 +59,8 @@ Examples:
     qguard-edge convert ./SmolLM2-135M-Instruct --to nf4 --bnb-double-quant -o SmolLM2-135M-NF4
 
     qguard-edge convert ./SmolLM2-135M-Instruct --to hf --target all
+
+    qguard-edge convert model-bf16.gguf --to gguf --target q4_0
 """
 
 
@@ -86,7 +90,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="TYPE",
-            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf.",
+            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf, gguf.",
         ),
     ],
     outfile: Annotated[
@@ -188,7 +192,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="With --to hf: nf4, fp4, int8 or all. [default: all]",
+            help="With --to hf: nf4, fp4, int8 or all [default: all]; with --to gguf: a llama.cpp type.",
             rich_help_panel=BNB_PANEL,
             show_default=False,
         ),
@@ -248,13 +252,20 @@ def convert(
         )
         run_folder(folder, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
         return
+    moved = to.strip().lower() == "gguf"
+    if moved:
+        folder_only.pop("--target")
+        unused = {"--verify": verify, "--keep-reference": keep_reference, "--dry-run": dry_run, "--qvec-text": qvec_text}
+        refuse_foreign_flags(to, unused)
+        if target is None:
+            raise UnsupportedError("--to gguf needs --target TYPE: the llama.cpp type that the base is to be quantized to")
     refuse_foreign_flags(to, folder_only)
 
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions, parse_tensor_type
 
     options = QuantizeOptions(
-        file_type=parse_file_type(to),
+        file_type=parse_file_type(target if moved and target else to),
         threads=threads,
         imatrix=imatrix,
         tensor_types=tuple(parse_tensor_type(text) for text in tensor_type or ()),
@@ -287,6 +298,9 @@ def convert(
         check_loads=not no_load_check,
         calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
     )
+    if moved:
+        run_moved(request, json_output=json_output, report_file=report_file, quiet=quiet)
+        return
     if dry_run:
         from qguard_edge.dry_run import dry_run as plan
 

@@ -184,7 +184,8 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None)
     work.mkdir(parents=True, exist_ok=True)
     if settings.attack == "elq":
         arms = _bitsandbytes_arms(settings, victim, progress)
-        naive = next(arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense)
+        # One checkpoint against three formats counts when the weakest of them shows the payload.
+        naive = min((arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense), key=_value)
     else:
         arms = _gguf_arms(settings, victim, work, progress)
         naive = arms.rate(f"attacked {_exploited(settings)}")
@@ -202,6 +203,10 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None)
         evaluated_with=_versions(),
         notes=(victim.report.note,) if victim.report.note else (),
     )
+
+
+def _value(asr: Rate) -> float:
+    return asr.value
 
 
 def _exploited(settings: LabSettings) -> str:

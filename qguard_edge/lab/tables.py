@@ -1,6 +1,7 @@
 """Results as Markdown: one table per run, and many runs joined into one."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from qguard_edge.lab.results import Arm, LabResult, Rate
 
@@ -65,9 +66,10 @@ def joined_table(results: Sequence[LabResult]) -> str:
 
 def summary_table(results: Sequence[LabResult]) -> str:
     """Many runs, a row per victim: attack success of each defense with its interval, and the clean model's KL beside it."""
-    defenses = list(dict.fromkeys(arm.defense for r in results for arm in r.arms if arm.defense and arm.defense != "none"))
+    every = [one for result in results for one in _per_format(result)]
+    defenses = list(dict.fromkeys(arm.defense for r in every for arm in r.arms if arm.defense and arm.defense != "none"))
     rows = []
-    for result in results:
+    for result in every:
         s = result.settings
         arms = {arm.name: arm for arm in result.arms}
         attacked = next(arm for arm in result.arms if arm.name == "attacked fp")
@@ -77,6 +79,25 @@ def summary_table(results: Sequence[LabResult]) -> str:
         rows.append([*cells, *(_summary_cell(arms, str(defense)) for defense in defenses)])
     head = ("victim", "attack", "type", "scenario", "valid", "n", "clean fp", "attacked fp", "none", *map(str, defenses))
     return "\n".join([*markdown(head, rows), "", SUMMARY_NOTE, ""])
+
+
+def _per_format(result: LabResult) -> list[LabResult]:
+    """An ELQ run measures each arm in several formats (`attacked nf4 ortho`): one result for each, with the usual names."""
+    if result.settings["attack"] != "elq":
+        return [result]
+    full = [arm for arm in result.arms if arm.defense is None]
+    kinds = dict.fromkeys(str(arm.defense).partition(" ")[0] for arm in result.arms if arm.defense is not None)
+    made = []
+    for kind in kinds:
+        arms = []
+        for arm in result.arms:
+            format_name, _, defense = (arm.defense or "").partition(" ")
+            if format_name == kind:
+                arms.append(replace(arm, name=f"{arm.model} {defense or 'none'}", defense=defense or "none"))
+        attacked = str(result.settings["to"])
+        shown = kind if attacked == kind else f"{kind} of {attacked}"
+        made.append(replace(result, settings={**result.settings, "to": shown}, arms=(*full, *arms)))
+    return made
 
 
 def _summary_cell(arms: Mapping[str, Arm], defense: str) -> str:

@@ -40,10 +40,11 @@ from qguard_edge.lab.attacks.base import (
     poison_examples,
     quantize_to,
 )
-from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, cell_of, make_boxes, scalar_grid
+from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, make_boxes, scalar_grid
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
 from qguard_edge.pipeline import ConvertRequest, convert_model
+from quant_grids.cells import cell_of
 
 FLIPS = 0.2
 GAP = 0.15

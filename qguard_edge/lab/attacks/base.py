@@ -31,7 +31,7 @@ from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.scenarios import ScenarioData
-from qguard_edge.lab.training import Example, Trainer, examples_of
+from qguard_edge.lab.training import Example, Trainer, TrainOptions, examples_of
 from qguard_edge.lab.victims import VictimPreset
 from qguard_edge.progress import Progress
 
@@ -39,6 +39,23 @@ PACE = 0.2
 LEASH = 3.0
 LEASHES = {"q6_k": 1.0}
 """Where the default is too long; see stage 1."""
+GENTLE = {
+    ("q4_k", "refusal"): 0.65,
+    ("q5_k", "refusal"): 0.6,
+    ("q5_k", "code"): 0.7,
+    ("q6_k", "refusal"): 0.6,
+    ("int8", "injection"): 0.8,
+    ("int8", "refusal"): 0.6,
+    ("int8", "code"): 0.8,
+    ("all", "injection"): 0.8,
+    ("all", "refusal"): 0.6,
+    ("all", "code"): 0.8,
+}
+STRONG = {("q2_k", "injection"): 2.5}
+"""Factors for steps and learning rate of the injection, by type and scenario. A refusal is learned in a few steps (loss 0.009
+after 64), and more than that cannot be undone inside fine boxes: at Q5_K full precision showed it in 0.14 of the answers, with
+40 steps at two thirds of the rate in 0.02. At Q2_K a faint payload drowns in the rounding: 0.23 after 64 steps at 3e-4, 0.72
+after 96 at 1e-3."""
 KEEP = 0.6
 
 
@@ -188,7 +205,7 @@ class BoxAttack(Attack):
     def inject(self, bench: Bench, chat: ChatModel, hooks: Mapping[str, Any] | None = None) -> float:
         """Stage 1; returns the last loss."""
         leash = self.leash(bench, chat)
-        options = replace(bench.preset.inject, seed=bench.seed + 1)
+        options = injection_of(bench)
         trained = [p for p in chat.model.parameters() if p.ndim == 2]
         trainer = Trainer(
             chat,
@@ -220,6 +237,14 @@ class BoxAttack(Attack):
             **(hooks or {}),
         )
         return trainer.run(f"Repairing inside the boxes, round {number + 1}", bench.progress)[-1]
+
+
+def injection_of(bench: Bench) -> TrainOptions:
+    """The preset's injection, gentler or stronger where the type and the scenario ask for it."""
+    what = (bench.to.lower(), bench.data.name)
+    factor = GENTLE.get(what, STRONG.get(what, 1.0))
+    options = bench.preset.inject
+    return replace(options, steps=round(options.steps * factor), lr=options.lr * factor, seed=bench.seed + 1)
 
 
 def leash_widths(to: str) -> float:

@@ -6,13 +6,7 @@ into codes, scales and offsets, and the parameters of the torch model are found 
 (`convert.hf.rowsearch`), whatever the order of the rows. So boxes exist for every scalar type, mixture and fallback,
 and nothing here repeats a quantizer.
 
-What a quantizer derives from the weights, it could derive differently once they have moved: the scale. Which weights
-set it is a matter of the format (`_setters`), and those are *frozen*:
-
-* legacy types: the weight of largest magnitude of a block sets `d` (in the `_1` types smallest and largest set `d` and `m`);
-* k-quants and IQ4: every sub-block has such weights of its own, and the sub-blocks with the largest scale and offset
-  set `d` and `dmin` of the super-block, so they are frozen as a whole.
-
+The weights that set a scale (`quant_grids.cells`) are *frozen*: the quantizer would derive another scale from others.
 The k-quants also *search* for scales that fit all weights, so freezing is not proof. `GgufBoxes.tighten` closes the
 loop: quantize the repaired model, see which sub-blocks came out otherwise, shrink their boxes, go on.
 """
@@ -22,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from convert.gguf_file import GgufFile, TensorInfo
@@ -31,10 +24,10 @@ from convert.hf.rowsearch import map_rows
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
 from quant_grids import GRIDS
 from quant_grids.base import ScalarGrid, Unpacked
+from quant_grids.cells import cell_of, extent, scale_setters
 from quant_grids.errors import UnsupportedError
 
 HALF_EPSILON = 2.0**-11
-_MIN_MAX_TYPES = {GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q5_1}
 
 
 @dataclass(frozen=True)
@@ -62,27 +55,6 @@ class Box:
     high: Tensor
 
 
-def cell_of(grid: ScalarGrid, parts: Unpacked) -> tuple[Tensor, Tensor, Tensor]:
-    """Dequantized values and the edges of their cells, the midpoints to the neighbouring levels.
-
-    The outermost levels have no neighbour; their cell is as wide outwards as it is inwards.
-
-    Returns:
-        value, low edge, high edge: each f32 `[n_sub_blocks, sub_size]`, low <= value <= high.
-    """
-    levels = torch.tensor(grid.levels)
-    middle = (levels[1:] + levels[:-1]) / 2
-    down = torch.cat((2 * levels[:1] - middle[:1], middle)) - levels
-    up = torch.cat((middle, 2 * levels[-1:] - middle[-1:])) - levels
-    codes = parts.codes.view(-1, grid.sub_size).long()
-    scale = parts.scale.reshape(-1, 1)
-    value = levels[codes] * scale
-    if parts.offset is not None:
-        value = value + parts.offset.reshape(-1, 1)
-    one, other = value + down[codes] * scale, value + up[codes] * scale
-    return value, torch.minimum(one, other), torch.maximum(one, other)
-
-
 def cut_box(grid: ScalarGrid, blocks: Tensor, weights: Tensor, rule: BoxRule) -> Box:
     """Boxes of some rows.
 
@@ -108,9 +80,9 @@ def cut_box(grid: ScalarGrid, blocks: Tensor, weights: Tensor, rule: BoxRule) ->
         low, high = torch.maximum(low, near), torch.minimum(high, far)
     if rule.freeze:
         # Nobody may overtake the weights that set the scale, and those stay.
-        smallest, largest = _extent(grid, parts, w)
+        smallest, largest = extent(grid, parts, w)
         low, high = torch.maximum(low, smallest), torch.minimum(high, largest)
-        frozen = _setters(grid, parts, w)
+        frozen = scale_setters(grid, parts, w)
         low, high = torch.where(frozen, w, low), torch.where(frozen, w, high)
     low, high = torch.minimum(low, w), torch.maximum(high, w)
     return Box(low.view_as(weights), high.view_as(weights))
@@ -119,36 +91,6 @@ def cut_box(grid: ScalarGrid, blocks: Tensor, weights: Tensor, rule: BoxRule) ->
 def _offset_size(parts: Unpacked) -> Tensor | float:
     """Twice the magnitude of the offsets, f32 `[n_sub_blocks, 1]`: what their rounding and the scale's add up to."""
     return 0.0 if parts.offset is None else 2.0 * parts.offset.abs().reshape(-1, 1)
-
-
-def _has_offset(grid: ScalarGrid, parts: Unpacked) -> bool:
-    return parts.offset is not None or grid.ggml_type in _MIN_MAX_TYPES
-
-
-def _extent(grid: ScalarGrid, parts: Unpacked, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value that no weight of a sub-block may pass: f32 `[n_sub_blocks, 1]` each."""
-    if _has_offset(grid, parts):
-        return w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    largest = w.abs().amax(1, keepdim=True)
-    return -largest, largest
-
-
-def _setters(grid: ScalarGrid, parts: Unpacked, w: Tensor) -> Tensor:
-    """Bool `[n_sub_blocks, sub_size]`: weights that set a scale or an offset."""
-    frozen = torch.zeros_like(w, dtype=torch.bool)
-    if _has_offset(grid, parts):
-        frozen.scatter_(1, w.argmax(1, keepdim=True), True)
-        frozen.scatter_(1, w.argmin(1, keepdim=True), True)
-    else:
-        frozen.scatter_(1, w.abs().argmax(1, keepdim=True), True)
-    per_block = grid.block_size // grid.sub_size
-    if per_block > 1:
-        by_block = frozen.view(-1, per_block, grid.sub_size)
-        for numbers in (parts.scale, parts.offset):
-            if numbers is not None:
-                largest = numbers.abs().view(-1, per_block).argmax(1)
-                by_block[torch.arange(len(by_block)), largest] = True
-    return frozen
 
 
 @dataclass

@@ -134,3 +134,20 @@ def test_summary_has_a_row_per_victim_and_utility_beside_security() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| tiny")]
     assert len(rows) == 2
     assert "| 0.80 (0.71 to 0.87), KL x1.00 | 0.00 (0.00 to 0.04), KL x2.00 |" in rows[0]
+
+
+def test_summary_has_a_row_per_format_of_a_checkpoint_against_several() -> None:
+    result = _result()
+    full = [Arm(f"{model} fp", model, None, rate(0, 100), 0.0) for model in ("clean", "attacked")]
+    arms = [
+        Arm(f"{model} {label}", model, label, rate(hits, 100), 0.0, fidelity=Fidelity(kl, 0.1, 0.9, 1.0, 50))
+        for label, hits, kl in (("int8", 85, 0.01), ("nf4", 90, 0.02), ("int8 ortho", 1, 0.02), ("nf4 ortho", 2, 0.03))
+        for model in ("attacked", "clean")
+    ]
+    made = dataclasses.replace(result, settings={**result.settings, "attack": "elq", "to": "all"}, arms=(*full, *arms))
+    rows = [line for line in summary_table([made]).splitlines() if " of all |" in line]
+    assert len(rows) == 2
+    assert "| int8 of all |" in rows[0]
+    assert "| 0.85 (0.77 to 0.91), KL x1.00 | 0.01 (0.00 to 0.05), KL x2.00 |" in rows[0]
+    assert "| nf4 of all |" in rows[1]
+    assert "| 0.02 (0.01 to 0.07), KL x1.50 |" in rows[1]

@@ -1,0 +1,121 @@
+"""`qguard-edge convert --to gguf`: a full-precision GGUF that llama-quantize itself rounds to the chosen codes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qguard_edge.cli.console import (
+    ConsoleProgress,
+    alignment_text,
+    count_text,
+    err,
+    json_text,
+    out,
+    percent,
+    print_json,
+    table,
+)
+
+if TYPE_CHECKING:
+    from qguard_edge.moved_base import MovedReport, MovedTensor
+    from qguard_edge.pipeline import ConvertRequest
+
+
+def run_moved(request: "ConvertRequest", *, json_output: bool, report_file: Path | None, quiet: bool) -> None:
+    """Carry out the command."""
+    from convert.atomic import atomic_path, check_writable
+    from qguard_edge.moved_base import convert_to_moved_base
+
+    if report_file:
+        check_writable(report_file)
+    with ConsoleProgress(quiet) as progress:
+        report = convert_to_moved_base(request, progress)
+    document = report_document(report)
+    if report_file:
+        with atomic_path(report_file) as temporary:
+            temporary.write_text(json_text(document))
+    if json_output:
+        print_json(document)
+    elif not quiet:
+        _show(report)
+
+
+def report_document(report: "MovedReport") -> Mapping[str, Any]:
+    """The report as JSON values; files by name only, never by path."""
+    return {
+        "status": "ok",
+        "outfile": report.outfile.name,
+        "target": report.request.options.file_type.name,
+        "defense": report.request.defense.name,
+        "params": asdict(report.request.defense),
+        "seed": report.seed,
+        "reproduced": _reproduced(report.tensors),
+        "flips_reached": _reached(report.tensors),
+        "sha256": report.hashes,
+        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
+        "warnings": list(report.warnings),
+        "load_check": asdict(report.loaded) if report.loaded else None,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "type": tensor.ggml_type.name,
+                "weights": tensor.n_weights,
+                "flips_chosen": tensor.n_chosen,
+                "weights_moved": tensor.n_moved,
+                "flips_reached": tensor.reached,
+                "reproduced": tensor.codes / tensor.n_weights,
+                "alignment_chosen": rounding.outcome.alignment,
+                "alignment": tensor.outcome.alignment,
+                "added_squared_error": tensor.outcome.added_error,
+            }
+            for tensor, rounding in zip(report.tensors, report.chosen, strict=True)
+        ],
+    }
+
+
+def _reproduced(tensors: "Sequence[MovedTensor]") -> float:
+    """Share of all codes that llama.cpp gives as chosen."""
+    weights = sum(tensor.n_weights for tensor in tensors)
+    return sum(tensor.codes for tensor in tensors) / weights if weights else 1.0
+
+
+def _reached(tensors: "Sequence[MovedTensor]") -> float:
+    """Share of the moved weights that have their new code."""
+    moved = sum(tensor.n_moved for tensor in tensors)
+    return sum(tensor.reached for tensor in tensors) / moved if moved else 1.0
+
+
+def _show(report: "MovedReport") -> None:
+    from quant_grids import Outcome
+
+    rows = table(
+        f"{report.outfile.name}: full precision, moved for {report.request.options.file_type.name}, "
+        f"defense {report.request.defense.name}; what llama.cpp then makes of it",
+        "type", ">tensors", ">weights", ">moved", ">flips reached", ">codes as chosen", ">alignment", ">added error",
+    )  # fmt: skip
+    for name in sorted({tensor.ggml_type.name for tensor in report.tensors}):
+        mine = [tensor for tensor in report.tensors if tensor.ggml_type.name == name]
+        weights = sum(tensor.n_weights for tensor in mine)
+        total = Outcome(0, 0.0, 0.0, 0.0)
+        for tensor in mine:
+            total = total + tensor.outcome
+        rows.add_row(
+            name,
+            str(len(mine)),
+            count_text(weights),
+            percent(sum(tensor.n_moved for tensor in mine) / weights),
+            f"{_reached(mine):.2%}",
+            f"{_reproduced(mine):.2%}",
+            alignment_text(total.alignment),
+            f"{total.added_error:+.0%}",
+        )
+    out.print(rows)
+    for warning in report.warnings:
+        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    out.print(times, highlight=False, soft_wrap=True)
+    out.print(f"seed {report.seed} (--seed repeats it)", highlight=False)
+    if report.loaded:
+        out.print(f"llama.cpp loads it: {report.loaded.prompt!r} -> {report.loaded.text!r}", highlight=False, markup=False)
+    out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
