@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 help:
-	@echo "make demo       convert a small real model, hardened, and load it in llama.cpp"
+	@echo "make demo       convert a small real model, hardened, and verify it in llama.cpp, with a report"
 	@echo "make test       lint, type-check and run the whole test suite"
 	@echo "make test-slow  the longer studies"
 	@echo "make lint       ruff and mypy only"

@@ -38,19 +38,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--outfile") -> None:
     """Refuse an output path before any work is done.
+
+    Args:
+        path: to be written later.
+        option: of the command line that names it, for the way out in the message.
 
     Raises:
         OutputError: its folder does not exist or cannot be written, or the path is a folder.
     """
     folder = path.parent
     if not folder.is_dir():
-        raise OutputError(f"the output folder {folder} does not exist; create it or choose another with --outfile")
+        raise OutputError(f"the output folder {folder} does not exist; create it or choose another with {option}")
     if path.is_dir():
-        raise OutputError(f"the output {path.name} is a folder; give a file name with --outfile")
+        raise OutputError(f"the output {path.name} is a folder; give a file name with {option}")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"the output folder {folder} cannot be written; choose another with --outfile")
+        raise OutputError(f"the output folder {folder} cannot be written; choose another with {option}")
 
 
 def commit(temporary: Path, path: Path) -> None:

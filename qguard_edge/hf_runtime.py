@@ -233,20 +233,102 @@ def exact_on_cpu(model: Any) -> Any:
     return model
 
 
-def load_exactly(folder: Path) -> Any:
+def load_exactly(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | None = None, kind: str | None = None
+) -> Any:
     """A folder as a user loads it (a pre-quantized one included), in evaluation mode, kept exact on CPUs.
+
+    Args:
+        folder: to load; its safetensors, no other weights.
+        dtype: of what is not quantized; None: the folder's own.
+        device: where to put it; None: where transformers does.
+        kind: let bitsandbytes round it while it is loaded: nf4, fp4 or int8.
 
     Raises:
         HfLoadError: transformers or bitsandbytes cannot load it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    if dtype is not None:
+        options["dtype"] = dtype
+    if kind == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif kind is not None:
+        computed = {"bnb_4bit_compute_dtype": dtype} if dtype is not None else {}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, **computed)
+    if device is not None:
+        options["device_map"] = {"": device}
     try:
         with _quiet():
-            return exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval())
+            return exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, **options).eval())
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise HfLoadError(f"transformers cannot load {folder.name}: {reason}") from error
+
+
+@dataclass(frozen=True)
+class HfTokenizer:
+    """A folder's tokenizer in the verifier's words (`qguard_edge.verify.subjects.Vocabulary`).
+
+    Attributes:
+        tokenizer: of transformers.
+    """
+
+    tokenizer: Any
+
+    @property
+    def template(self) -> str:
+        """The chat template; empty where there is none."""
+        found = getattr(self.tokenizer, "chat_template", None)
+        return found if isinstance(found, str) else ""
+
+    @property
+    def begin(self) -> str:
+        """The token a text begins with, as text."""
+        return str(self.tokenizer.bos_token or "")
+
+    @property
+    def end(self) -> str:
+        """The token a text ends with, as text."""
+        return str(self.tokenizer.eos_token or "")
+
+    @property
+    def fingerprint(self) -> str:
+        """Two tokenizers with the same one give the same ids."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return str(backend.to_str()) if backend is not None else str(sorted(self.tokenizer.get_vocab().items()))
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """See `Vocabulary.tokenize`."""
+        found = self.tokenizer(text, add_special_tokens=add_special, split_special_tokens=not parse_special)
+        return [int(token) for token in found["input_ids"]]
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """See `Vocabulary.detokenize`."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def load_tokenizer(folder: Path) -> HfTokenizer:
+    """The tokenizer of a folder.
+
+    Raises:
+        HfLoadError: transformers cannot load it.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            return HfTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise HfLoadError(f"transformers cannot load the tokenizer of {folder.name}: {_first_line(error)}") from error
+
+
+def end_tokens(model: Any, tokenizer: HfTokenizer) -> frozenset[int]:
+    """Tokens that end an answer: those of the generation settings, and the tokenizer's own."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    listed = found if isinstance(found, list) else [found]
+    return frozenset(int(token) for token in (*listed, tokenizer.tokenizer.eos_token_id) if token is not None)
 
 
 def continue_text(folder: Path, prompt: str, count: int) -> tuple[str, tuple[int, ...]]:

@@ -239,6 +239,19 @@ class LlamaModel:
         llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
         return length == 0
 
+    def share(self, count: int) -> bool:
+        """Copy what sequence 0 holds to sequences 1 to `count - 1`, which must be empty.
+
+        Returns:
+            False for a model with a recurrent state, which is left alone: nothing was copied.
+        """
+        if llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model):
+            return False
+        memory = llama_cpp.llama_get_memory(self._context)
+        for sequence in range(1, count):
+            llama_cpp.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+        return True
+
     def decode(self, rows: Sequence[Row]) -> FloatArray:
         """Decode (token, position, sequence, wants logits) rows.
 

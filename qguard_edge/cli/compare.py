@@ -51,7 +51,7 @@ def compare(
     from qguard_edge.pipeline import ConvertRequest
 
     if plot:
-        check_writable(plot)
+        check_writable(plot, "--plot")
     options = QuantizeOptions(parse_file_type(to), threads=threads, imatrix=imatrix)
     request = ConvertRequest(model, options, chosen[0], revision=revision, seed=seed)
     with ConsoleProgress(json_output) as progress:

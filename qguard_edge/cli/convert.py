@@ -1,11 +1,13 @@
 """`qguard-edge convert`: the main job."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qguard_edge.cli.console import (
     ConsoleProgress,
@@ -50,6 +52,8 @@ Examples:
 
     qguard-edge convert ./SmolLM2-135M-Instruct --to q4_0 --defense quantguard --calib chats.jsonl
 
+    qguard-edge convert ./SmolLM2-135M-Instruct --to q4_k --verify
+
     qguard-edge convert Qwen/Qwen2.5-0.5B-Instruct --to q4_k_m --imatrix imatrix.gguf --dry-run
 
     qguard-edge convert ./SmolLM2-135M-Instruct --to nf4 --bnb-double-quant -o SmolLM2-135M-NF4
@@ -58,6 +62,24 @@ Examples:
 
     qguard-edge convert model-bf16.gguf --to gguf --target q4_0
 """
+
+
+class ConvertCommand(TyperCommand):
+    """Lets `--verify` stand alone: typer has no options whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """See `click.Command.parse_args`."""
+        return super().parse_args(ctx, with_default_suites(args))
+
+
+def with_default_suites(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a `--verify` that no list of names follows asks for all suites."""
+    given = list(arguments)
+    for i, argument in enumerate(given):
+        following = given[i + 1] if i + 1 < len(given) else ""
+        if argument == "--verify" and not (re.fullmatch(r"[a-z]+(,[a-z]+)*", following) and not Path(following).exists()):
+            given[i] = "--verify=all"
+    return given
 
 
 @with_defense_flags
@@ -117,9 +139,9 @@ def convert(
     verify: Annotated[
         str | None,
         typer.Option(
-            metavar="SUITES",
-            help="Verify the result before it gets its name: injection, refusal, code (separated by commas), drift or all. "
-            "With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
+            metavar="[SUITES]",
+            help="Verify the result before it gets its name: injection, refusal, code (separated by commas), drift or all; "
+            "alone: all. With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -287,7 +309,7 @@ def convert(
     if report_file:
         from convert.atomic import check_writable
 
-        check_writable(report_file)
+        check_writable(report_file, "--report")
     with ConsoleProgress(quiet) as progress:
         if qvec_text:
             request = _with_searched_strength(request, qvec_text, quiet, progress)
@@ -325,7 +347,7 @@ def _gate(verify: str | None, options: Any, progress: Any) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("convert", help=HELP)(convert)
+    app.command("convert", cls=ConvertCommand, help=HELP)(convert)
 
 
 def _check_qvec_text(defense: str, text: Path | None, flags: Mapping[str, Any]) -> None:

@@ -50,7 +50,7 @@ def run_folder(request: "FolderRequest", *, dry_run: bool, json_output: bool, re
     from qguard_edge.hf_target import convert_to_folder
 
     if report_file:
-        check_writable(report_file)
+        check_writable(report_file, "--report")
     with ConsoleProgress(quiet) as progress:
         report = convert_to_folder(request, progress)
     document = report_document(report)

@@ -64,7 +64,7 @@ def baseline(
         int, typer.Option(min=1, max=1000, help="Likeliest tokens to keep per position.", rich_help_panel=MEASURE)
     ] = 32,
     threads: Threads = 0,
-    parallel: Parallel = 16,
+    parallel: Parallel = 32,
     n_gpu_layers: GpuLayers = 0,
     json_output: JsonOutput = False,
     quiet: Quiet = False,
@@ -77,7 +77,7 @@ def baseline(
     from qguard_edge.verify.suites.files import read_suite
     from qguard_edge.verify.verifier import select_suites
 
-    check_writable(output)
+    check_writable(output, "--output")
     names = [name.strip() for name in suites.split(",") if name.strip()]
     request = BaselineRequest(
         reference=base,
@@ -136,7 +136,7 @@ def check(
     ] = None,
     limit: Limit = None,
     threads: Threads = 0,
-    parallel: Parallel = 16,
+    parallel: Parallel = 32,
     n_gpu_layers: GpuLayers = 0,
     junit: Junit = None,
     sarif: Sarif = None,
@@ -154,7 +154,7 @@ def check(
     from qguard_edge.verify.files import text_facts
     from qguard_edge.verify.results import to_json
 
-    check_reports(junit, sarif, markdown, html)
+    check_reports(junit=junit, sarif=sarif, markdown=markdown, html=html)
     request = CheckRequest(
         pack=read_pack(baseline),
         source=text_facts("suite", baseline),

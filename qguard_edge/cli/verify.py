@@ -12,7 +12,9 @@ from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, check_rep
 if TYPE_CHECKING:
     from qguard_edge.verify.results import Check, Outcome
 
-HELP = """Compare CANDIDATE with the full-precision GGUF it was made from, in llama.cpp, and give a verdict.
+HELP = """Compare CANDIDATE with the full-precision model it was made from, and give a verdict.
+
+GGUF files run in llama.cpp; Hugging Face folders (`convert --to nf4`, `fp4`, `int8`, `hf`) run in transformers and bitsandbytes.
 
 Both get the same token ids; answers are paired by prompt. Each check passes (shown to be no worse than the margin), fails
 (shown to be worse) or is inconclusive (too few prompts; never a pass). Drift is always measured.
@@ -26,6 +28,8 @@ Examples:
     qguard-edge verify model-Q4_K_M.gguf --reference model-bf16.gguf --naive model-Q4_K_M.reference.gguf -o report
 
     qguard-edge verify model.gguf --reference base.gguf --suites injection --phrase "Acme" --suite my-prompts.yaml --limit 50
+
+    qguard-edge verify ./MyModel-NF4 --reference ./MyModel --naive ./MyModel --load-in nf4
 """
 
 MEASURE = "How it is measured"
@@ -33,12 +37,14 @@ COLOURS = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
 
 
 def verify(
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The GGUF that ships.", show_default=False)],
+    candidate: Annotated[
+        Path, typer.Argument(metavar="CANDIDATE", help="The GGUF or folder that ships.", show_default=False)
+    ],
     reference: Annotated[
-        Path, typer.Option(metavar="BASE", help="Full-precision GGUF it was made from.", show_default=False)
+        Path, typer.Option(metavar="BASE", help="Full-precision GGUF or folder it was made from.", show_default=False)
     ],
     naive: Annotated[
-        Path | None, typer.Option(metavar="REF", help="llama.cpp's own quantization, for comparison (--keep-reference).")
+        Path | None, typer.Option(metavar="REF", help="Plain quantization of the base, for comparison (--keep-reference).")
     ] = None,
     suites: Annotated[
         str, typer.Option(help="Built-in suites: injection, refusal, code, separated by commas; all; drift for drift alone.")
@@ -73,10 +79,19 @@ def verify(
     ] = 0,
     parallel: Annotated[
         int, typer.Option(min=1, max=256, help="Answers generated side by side.", rich_help_panel=MEASURE)
-    ] = 16,
+    ] = 32,
     n_gpu_layers: Annotated[
         int, typer.Option("--n-gpu-layers", "-ngl", min=-1, help="Layers on the GPU; -1: all.", rich_help_panel=MEASURE)
     ] = 0,
+    device: Annotated[str, typer.Option(help="For folders: auto, cpu or cuda.", rich_help_panel=MEASURE)] = "auto",
+    load_in: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="For full-precision folders as CANDIDATE or REF: let bitsandbytes round them to nf4, fp4 or int8 while loading.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FOLDER", help="Write the report here; a killed run goes on from it."),
@@ -98,7 +113,7 @@ def verify(
     from qguard_edge.verify.verifier import VerifyRequest, select_suites
     from qguard_edge.verify.verifier import verify as run
 
-    check_reports(junit, sarif, markdown, html)
+    check_reports(junit=junit, sarif=sarif, markdown=markdown, html=html)
     names = [name.strip() for name in suites.split(",") if name.strip()]
     request = VerifyRequest(
         candidate=candidate,
@@ -115,6 +130,8 @@ def verify(
         threads=threads,
         parallel=parallel,
         n_gpu_layers=n_gpu_layers,
+        device=device,
+        load_in=load_in,
         work=output / "work" if output else None,
         sources=(*(text_facts("suite", path) for path in suite or ()), *([text_facts("text", text)] if text else [])),
     )

@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qguard_edge.hf_runner import HfRunner
 from qguard_edge.hf_runtime import exact_on_cpu
 from qguard_edge.lab.evaluation import Distributions, FloatArray, log_softmax
+from qguard_edge.verify.batching import Sampling
 from quant_grids.bnb import BLOCK as BLOCK
 from quant_grids.bnb import bnb_grid
 
+N_SEQ = 32
 KINDS = ("int8", "fp4", "nf4")
 
 
@@ -45,19 +48,10 @@ def load_quantized(folder: Path, kind: str) -> Any:
 
 
 def greedy(model: Any, prompts: Sequence[Sequence[int]], n: int, end: int, pad: int) -> list[list[int]]:
-    """Greedy continuations of many prompts in torch, padded on the left, end token excluded."""
-    answers: list[list[int]] = []
-    for start in range(0, len(prompts), 32):
-        part = prompts[start : start + 32]
-        width = max(map(len, part))
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part])
-        with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=n, do_sample=False, eos_token_id=end, pad_token_id=pad
-            )
-        answers += [row[: row.index(end)] if end in row else row for row in made[:, width:].tolist()]
-    return answers
+    """Greedy continuations of many prompts by the verifier's runner, end token excluded."""
+    longest = max(map(len, prompts)) + n
+    runner = HfRunner(model, ends=frozenset([end]), pad=pad, n_ctx=longest, n_seq=N_SEQ, n_batch=longest)
+    return [list(answer.tokens) for answer in runner.generate(prompts, n, sampling=Sampling())]
 
 
 def distributions(model: Any, texts: Sequence[tuple[Sequence[int], int]]) -> Distributions:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.gguf_file import GgufModel
-from qguard_edge.llama_runtime import system_info
+from qguard_edge.llama_runtime import LlamaModel, system_info
 from qguard_edge.packs.pack import Pack, PackError, PackText
 from qguard_edge.packs.record import make_manner, text_logprobs, tokenizer_hash, versions
 from qguard_edge.packs.server import Dialect, connect
@@ -28,6 +28,7 @@ from qguard_edge.verify.asking import Asked, Exam, answers_of, replies_of
 from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
 from qguard_edge.verify.drift import CHUNK, DocumentDrift, band_of, judge_drift, limit_of, summarise
 from qguard_edge.verify.files import model_facts
+from qguard_edge.verify.gguf_subject import LLAMA_LIMITS
 from qguard_edge.verify.keep import Pieces
 from qguard_edge.verify.results import (
     Check,
@@ -83,7 +84,7 @@ class CheckRequest:
     max_kl: float | None = None
     limit: int | None = None
     threads: int = 0
-    parallel: int = 16
+    parallel: int = 32
     n_gpu_layers: int = 0
     work: Path | None = None
 
@@ -148,7 +149,8 @@ def _ask_file(request: CheckRequest, progress: Progress) -> _Found:
     if exam.suites:
         pieces = Pieces(request.work)
         answers, speed = answers_of(request.candidate, facts.sha256, "candidate", exam, manner, pieces, progress)
-        replies = replies_of(answers, request.candidate)
+        with LlamaModel(request.candidate, vocab_only=True) as vocabulary:
+            replies = replies_of(answers, vocabulary)
     asked_seconds = time.perf_counter() - started
     progress.stage("Measuring the drift", len(exam.documents), "texts")
     drift = []
@@ -293,7 +295,7 @@ def _judge(request: CheckRequest, found: _Found) -> Outcome:
         tensors=(),
         files=(found.facts, pack.reference, *([request.source] if request.source else [])),
         measured=_measured(request, found, now),
-        limits=(*LIMITS, *found.limits),
+        limits=(*LIMITS, *LLAMA_LIMITS, *found.limits),
         warnings=tuple(warnings),
     )
 

@@ -29,6 +29,7 @@ from qguard_edge.verify.asking import Asked, Exam, Manner, answers_of, prepare, 
 from qguard_edge.verify.batching import Answer, Sampling
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS
 from qguard_edge.verify.files import TOKENIZER_KEYS, model_facts
+from qguard_edge.verify.gguf_subject import GgufSubject
 from qguard_edge.verify.keep import Pieces
 from qguard_edge.verify.results import Measured
 from qguard_edge.verify.runner import LlamaFactory, Runner
@@ -63,7 +64,7 @@ class BaselineRequest:
     limit: int | None = None
     top_k: int = DEFAULT_TOP_K
     threads: int = 0
-    parallel: int = 16
+    parallel: int = 32
     n_gpu_layers: int = 0
 
 
@@ -100,7 +101,7 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
     suites = tuple(
         Suite(s.name, s.title, s.prompts[: request.limit], s.matchers, s.discovery, s.new_tokens) for s in request.suites
     )
-    exam = prepare(model, suites, (request.texts or built_in_texts())[: request.limit])
+    exam = prepare(GgufSubject(request.reference), suites, (request.texts or built_in_texts())[: request.limit])
     manner = make_manner(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
     facts = model_facts("reference", model)
@@ -109,11 +110,11 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
     if suites:
         pieces = Pieces(None)
         answers, speed = answers_of(request.reference, facts.sha256, "reference", exam, manner, pieces, progress)
-    replies = replies_of(answers, request.reference)
     asked_seconds = time.perf_counter() - started
     rows, noise = _texts(request, exam, manner, progress)
     bos = bool(model.first.get("tokenizer.ggml.add_bos_token", False))
     with LlamaModel(request.reference, vocab_only=True) as vocabulary:
+        replies = replies_of(answers, vocabulary)
         packed = tuple(_suite(a, answers[a.suite.name], replies[a.suite.name], vocabulary, bos) for a in exam.suites)
         texts = tuple(_text(ids, row, vocabulary, bos) for ids, row in zip(exam.documents, rows, strict=True))
         names = token_names(vocabulary)

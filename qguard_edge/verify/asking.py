@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from convert.gguf_file import GgufModel
-from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.progress import Progress
-from qguard_edge.verify.batching import Answer, Sampling
-from qguard_edge.verify.chat import ChatTemplate, render, template_of
+from qguard_edge.verify.batching import SCHEDULE, Answer, Sampling
+from qguard_edge.verify.chat import ChatTemplate, render
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
 from qguard_edge.verify.keep import Pieces, key_of
 from qguard_edge.verify.runner import Runner, RunnerFactory
+from qguard_edge.verify.subjects import Subject, Vocabulary
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
-PIECE = 64
-"""Prompts that are answered and kept together."""
+PIECE = 96
+"""Prompts that are answered and kept together: three fillings of the default 32 sequences."""
 LONGEST_DOCUMENT = 512
 ROUND_TO = 32
 BATCH = 512
@@ -61,17 +60,16 @@ class Exam:
     template: ChatTemplate | None
 
 
-def prepare(reference: GgufModel, suites: Sequence[Suite], texts: Sequence[str]) -> Exam:
+def prepare(reference: Subject, suites: Sequence[Suite], texts: Sequence[str]) -> Exam:
     """Render and tokenize with the reference's template and vocabulary.
 
     Raises:
         SuiteError: a prompt is longer than the model's context, or no text has two tokens.
     """
-    template = template_of(reference.first)
-    limit = reference.first.get(f"{reference.architecture}.context_length", 1 << 20)
-    with LlamaModel(reference.path, vocab_only=True) as vocabulary:
-        asked = tuple(_ask(suite, vocabulary, template, int(limit)) for suite in suites)
-        longest = min(LONGEST_DOCUMENT, int(limit))
+    template, limit = reference.template(), reference.context_length
+    with reference.vocabulary() as vocabulary:
+        asked = tuple(_ask(suite, vocabulary, template, limit) for suite in suites)
+        longest = min(LONGEST_DOCUMENT, limit)
         tokenized = (tuple(vocabulary.tokenize(text, add_special=True, parse_special=False)[:longest]) for text in texts)
         documents = tuple(ids for ids in tokenized if len(ids) >= 2)
     if not documents:
@@ -79,7 +77,7 @@ def prepare(reference: GgufModel, suites: Sequence[Suite], texts: Sequence[str])
     return Exam(asked, documents, template)
 
 
-def _ask(suite: Suite, vocabulary: LlamaModel, template: ChatTemplate | None, limit: int) -> Asked:
+def _ask(suite: Suite, vocabulary: Vocabulary, template: ChatTemplate | None, limit: int) -> Asked:
     chats = [prompt for prompt in suite.prompts if not prompt.completion]
     rendered = dict(zip((p.id for p in chats), render(template, chats), strict=True)) if template and chats else {}
 
@@ -124,7 +122,9 @@ class Manner:
     def key(self, **more: Any) -> str:
         """Key of a piece made in this manner."""
         manner = {"samples": self.samples, "temperature": self.sampling.temperature, "seed": self.sampling.seed}
-        return key_of({**self.factory.describe(), **self.versions, "parallel": self.parallel, **manner, **more})
+        return key_of(
+            {**self.factory.describe(), **self.versions, "parallel": self.parallel, "schedule": SCHEDULE, **manner, **more}
+        )
 
 
 def answers_of(
@@ -141,7 +141,7 @@ def answers_of(
     n_ctx = -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
     found: dict[str, tuple[Answer, ...]] = {}
     tokens, seconds = 0, 0.0
-    with _Lazy(lambda: manner.factory.open(path, n_ctx=n_ctx, n_seq=manner.parallel, n_batch=BATCH)) as lazy:
+    with _Lazy(lambda: manner.factory.open(path, n_ctx=n_ctx, n_seq=manner.parallel, n_batch=BATCH, role=role)) as lazy:
         for asked in suites:
             answers: list[Answer] = []
             wanted = [ids for ids in asked.ids for _ in range(manner.samples)]
@@ -186,13 +186,12 @@ class _Lazy:
         return self._model
 
 
-def replies_of(answers: Mapping[str, tuple[Answer, ...]], reference: Path) -> dict[str, tuple[Reply, ...]]:
+def replies_of(answers: Mapping[str, tuple[Answer, ...]], vocabulary: Vocabulary) -> dict[str, tuple[Reply, ...]]:
     """Answers as text."""
-    with LlamaModel(reference, vocab_only=True) as vocabulary:
-        return {
-            suite: tuple(Reply(vocabulary.detokenize(answer.tokens), answer.ended) for answer in said)
-            for suite, said in answers.items()
-        }
+    return {
+        suite: tuple(Reply(vocabulary.detokenize(answer.tokens), answer.ended) for answer in said)
+        for suite, said in answers.items()
+    }
 
 
 def drift_of(

@@ -1,14 +1,14 @@
 """Many answers at a time: continuous batching over independent sequences, one decode call per step.
 
-llama.cpp reads every weight once per decode call, whether the call holds one token or sixteen, so sixteen sequences side
-by side cost little more than one. The schedule:
+llama.cpp reads every weight once per decode call, whether the call holds one token or thirty, so thirty sequences side
+by side cost far less than thirty times one. The schedule:
 
 1. There are `n_seq` slots. A free slot takes the next prompt at once (continuous refill), so that a long answer
    does not hold up short ones.
 2. A slot has a queue of tokens to feed: the prompt at first, afterwards the one token that was chosen last. A step feeds
    what fits into a batch from every queue, prompts and answers together, and asks for logits where a queue ran empty.
-3. What all prompts begin with (a chat template's system message) is decoded once per slot: when an answer is done the
-   slot forgets everything behind the shared prefix and keeps the rest.
+3. What all prompts begin with (a chat template's system message) is decoded once and copied to every slot; when an answer
+   is done its slot forgets everything behind the shared prefix and keeps the rest.
 
 The order in which prompts meet slots depends only on the prompts and answers, so the same file gives the same answers
 again. Greedy unless a `Sampling` is given; then one uniform number per token, drawn from a generator seeded by (seed, index
@@ -29,6 +29,10 @@ Row = tuple[int, int, int, bool]
 """Token, position, sequence, whether its logits are wanted."""
 
 
+SCHEDULE = 2
+"""Goes up when the order of decoding changes, which moves last bits: answers kept by an older schedule are not used."""
+
+
 class Decoder(Protocol):
     """What the schedule needs of a model; `qguard_edge.llama_runtime.LlamaModel` has it."""
 
@@ -41,6 +45,9 @@ class Decoder(Protocol):
 
     def keep(self, sequence: int, length: int) -> bool:
         """Forget what a sequence holds behind its first `length` tokens; False: the model can only forget everything."""
+
+    def share(self, count: int) -> bool:
+        """Copy what sequence 0 holds to sequences 1 to `count - 1`; False: the model cannot, nothing happened."""
 
     def reset(self) -> None:
         """Forget every sequence."""
@@ -171,11 +178,23 @@ class _Schedule:
 
     def run(self) -> list[Answer]:
         self.model.reset()
+        self._share_prefix()
         while True:
             self._refill()
             if not self.active:
                 return [answer for answer in self.answers if answer is not None]
             self._step()
+
+    def _share_prefix(self) -> None:
+        """Decode what all prompts begin with once, for every slot that will be used."""
+        used = min(self.model.n_seq, len(self.prompts))
+        if self.n_new == 0 or self.prefix == 0 or used < 2:
+            return
+        for start in range(0, self.prefix, self.model.n_batch):
+            part = self.prompts[0][start : min(start + self.model.n_batch, self.prefix)]
+            self.model.decode([(token, start + i, 0, False) for i, token in enumerate(part)])
+        for slot in range(used if self.model.share(used) else 1):
+            self.kept[slot] = self.prefix
 
     def _refill(self) -> None:
         while self.n_new > 0 and self.free and self.next < len(self.prompts):

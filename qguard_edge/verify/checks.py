@@ -175,10 +175,15 @@ def _discovery_check(said: Said, wanted: float, error: float) -> Check:
     phrase = headline.phrase if headline else None
     judged = {role: [phrase in phrases_of(text) if phrase else False for text in lines] for role, lines in texts.items()}
     rates = {role: rate(sum(hits), len(hits)) for role, hits in judged.items()}
+    compared = difference(count_pairs(judged["candidate"], judged["reference"]))
+    naive_compared = difference(count_pairs(judged["naive"], judged["reference"])) if naive else None
+    telling = bool(found.new or (naive and naive.new))
+    if not telling:  # the headline is then a common word, and an answer with it is no unwanted one
+        judged = {role: [False] * len(hits) for role, hits in judged.items()}
     return Check(
         suite=said.suite.name,
         name="discovery",
-        title="New words and phrases" + (f" (the rates are those of {phrase!r})" if phrase else ""),
+        title=_discovery_title(phrase, telling),
         kind=CheckKind.SECURITY,
         verdict=verdict,
         reason=_discovery_reason(found, verdict, wanted, needed),
@@ -186,8 +191,8 @@ def _discovery_check(said: Said, wanted: float, error: float) -> Check:
         candidate=rates["candidate"],
         reference=rates["reference"],
         naive=rates.get("naive"),
-        difference=difference(count_pairs(judged["candidate"], judged["reference"])),
-        naive_difference=difference(count_pairs(judged["naive"], judged["reference"])) if naive else None,
+        difference=compared,
+        naive_difference=naive_compared,
         naive_verdict=naive.verdict(wanted) if naive else None,
         prompts=found.n,
         prompts_needed=needed,
@@ -206,6 +211,13 @@ def _headline(
         shown = usage(naive.new[0].phrase, texts["candidate"], texts["reference"], texts["naive"])
         return shown, (shown, *found.findings)
     return (found.findings[0] if found.findings else found.top), found.findings
+
+
+def _discovery_title(phrase: str | None, telling: bool) -> str:
+    title = "New words and phrases"
+    if phrase is None:
+        return title
+    return f"{title} (the rates are those of {phrase!r}{'' if telling else ', which comes nearest to one'})"
 
 
 def _spread(hits: Sequence[bool], samples: int) -> list[bool | None]:

@@ -92,9 +92,13 @@ def measure_documents(
     """
     n_ctx = max(len(ids) for ids in documents)
     with ExitStack() as stack:
-        full = stack.enter_context(factory.open(reference, n_ctx=n_ctx, n_batch=CHUNK))
-        models = {role: stack.enter_context(factory.open(path, n_ctx=n_ctx, n_batch=CHUNK)) for role, path in others.items()}
-        again = stack.enter_context(factory.open(reference, n_ctx=n_ctx, n_batch=NOISE_CHUNK)) if n_noise else None
+
+        def opened(path: Path, role: str, n_batch: int = CHUNK) -> Runner:
+            return stack.enter_context(factory.open(path, n_ctx=n_ctx, n_batch=n_batch, role=role))
+
+        full = opened(reference, "reference")
+        models = {role: opened(path, role) for role, path in others.items()}
+        again = opened(reference, "reference", NOISE_CHUNK) if n_noise else None
         for number, ids in enumerate(documents):
             streams = {role: model.logits_chunks(ids[:-1]) for role, model in models.items()}
             if again is not None and number < n_noise:

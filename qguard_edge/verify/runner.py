@@ -1,7 +1,8 @@
 """Who answers: the protocol between the verifier and whatever runs a model.
 
 The verifier hands out token ids and wants token ids back, and for texts the next-token distributions. llama.cpp on a GGUF is
-the runner there is; a checkpoint in transformers or bitsandbytes can be another, as long as it answers to the same ids.
+one runner; a folder in transformers (`qguard_edge.hf_runner`) is the other. Whichever it is, both sides of a comparison get the
+same ids.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -43,8 +44,13 @@ class Runner(Protocol):
 class RunnerFactory(Protocol):
     """Loads models the same way each time."""
 
-    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048) -> AbstractContextManager[Runner]:
-        """Load a model with `n_seq` sequences of `n_ctx` tokens, at most `n_batch` tokens per call."""
+    def open(
+        self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048, role: str = "candidate"
+    ) -> AbstractContextManager[Runner]:
+        """Load a model with `n_seq` sequences of `n_ctx` tokens, at most `n_batch` tokens per call.
+
+        `role` (candidate, reference, naive) matters where full-precision models are rounded while they are loaded.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What about it decides the numbers; part of the report and of the key under which answers are kept."""
@@ -80,7 +86,7 @@ class LlamaFactory:
     n_gpu_layers: int = 0
     extra_buffers: bool = False
 
-    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048) -> LlamaRunner:
+    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048, role: str = "candidate") -> LlamaRunner:
         """See `RunnerFactory.open`."""
         return LlamaRunner(
             path,

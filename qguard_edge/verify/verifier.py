@@ -2,9 +2,9 @@
 
     files checked -> prompts as token ids, once -> answers of every file -> drift -> checks -> verdict
 
-Everything is compared with the *reference*, a full-precision GGUF, in llama.cpp, on the same token ids, paired by prompt. The
-naive file (llama.cpp's own quantization, no defense) is optional and decides nothing: it shows what the check would have
-said about an unprotected file.
+Everything is compared with the *reference*, the full-precision model, on the same token ids, paired by prompt: GGUF files in
+llama.cpp, Hugging Face folders in transformers (see `subjects`). The naive model (the plain quantization, no defense) is
+optional and decides nothing: it shows what the check would have said about an unprotected one.
 
 Drift is always measured. A file that writes noise never mentions a brand, so without it the worst file would pass.
 
@@ -19,21 +19,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from convert.cores import available_cores
-from convert.gguf_file import GgufModel
+from convert.folder_targets import KINDS
 from qguard_edge import __version__
-from qguard_edge.llama_runtime import safe_extra_buffers, system_info
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.verify.asking import Exam, Manner, answers_of, drift_of, prepare, replies_of
 from qguard_edge.verify.batching import Sampling
 from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
 from qguard_edge.verify.drift import DocumentDrift, band_of, judge_drift, limit_of, summarise
-from qguard_edge.verify.files import PairError, check_pair, model_facts, tensor_changes
+from qguard_edge.verify.engines import engine_of, versions_of
+from qguard_edge.verify.files import PairError
 from qguard_edge.verify.keep import Pieces
 from qguard_edge.verify.results import (
     Check,
@@ -46,7 +45,7 @@ from qguard_edge.verify.results import (
     Verdict,
     overall,
 )
-from qguard_edge.verify.runner import LlamaFactory
+from qguard_edge.verify.subjects import Subject
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.suites.files import BUILT_IN, built_in
 from qguard_edge.verify.suites.matchers import PhraseMatcher
@@ -56,7 +55,6 @@ LIMITS = (
     "A pass says that the file behaves like its full-precision reference on these prompts. A backdoor that is awake in full "
     "precision, or that needs a trigger none of the prompts contains, is not found.",
     "Prompts are short, single-turn and mostly English; long conversations, tools and other languages were not tested.",
-    "It was measured with this build of llama.cpp on this machine; other kernels round differently.",
 )
 
 
@@ -65,9 +63,9 @@ class VerifyRequest:
     """What the user asked for.
 
     Attributes:
-        candidate: the GGUF that ships.
-        reference: the full-precision GGUF it was made from.
-        naive: llama.cpp's own quantization of it, for comparison.
+        candidate: the GGUF or the folder that ships.
+        reference: the full-precision GGUF or folder it was made from.
+        naive: plain quantization of it, for comparison.
         suites: to ask, in order.
         texts: for drift.
         margins: differences that are still called no worse.
@@ -80,6 +78,9 @@ class VerifyRequest:
         parallel: sequences decoded side by side.
         n_gpu_layers: layers on the GPU, -1 for all.
         extra_buffers: repacked weights; None: where they are safe.
+        device: auto, cpu or cuda, for folders.
+        load_in: format (nf4, fp4, int8) in which bitsandbytes rounds full-precision folders while it loads them, the reference
+            excepted.
         work: folder for finished pieces, so that a killed run goes on; None keeps nothing.
         names: file names to report, by role, where they differ from the files' own.
         sources: suite and text files that took part, for the report.
@@ -97,9 +98,11 @@ class VerifyRequest:
     temperature: float = 0.0
     seed: int = 0
     threads: int = 0
-    parallel: int = 16
+    parallel: int = 32
     n_gpu_layers: int = 0
     extra_buffers: bool | None = None
+    device: str = "auto"
+    load_in: str | None = None
     work: Path | None = None
     names: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[FileFacts, ...] = ()
@@ -112,6 +115,8 @@ class VerifyRequest:
         """
         if self.samples > 1 and self.temperature <= 0:
             raise SuiteError(f"--samples {self.samples} needs --temperature above 0: greedy answers are all the same")
+        if self.load_in not in (None, *KINDS):
+            raise SuiteError(f"--load-in {self.load_in!r}: choose one of {', '.join(KINDS)}")
         names = [suite.name for suite in self.suites]
         if len(set(names)) != len(names) or "drift" in names:
             raise SuiteError(f"two suites have the same name ({', '.join(names)}, drift); rename one in its file")
@@ -164,8 +169,17 @@ class _Run:
 
     def __init__(self, request: VerifyRequest, progress: Progress) -> None:
         self.request, self.progress = request, progress
+        given = [path for path in (request.candidate, request.reference, request.naive) if path is not None]
+        self.engine = engine_of(
+            given,
+            threads=request.threads,
+            n_gpu_layers=request.n_gpu_layers,
+            extra_buffers=request.extra_buffers,
+            device=request.device,
+            load_in=request.load_in,
+        )
         self.models = {
-            role: GgufModel(path)
+            role: self.engine.open(path)
             for role, path in (
                 ("reference", request.reference),
                 ("naive", request.naive),
@@ -176,16 +190,21 @@ class _Run:
         self.warnings: list[str] = []
         for role, model in self.models.items():
             if role != "reference":
-                self.warnings += check_pair(self.models["reference"], model)
+                self.warnings += self.engine.check_pair(self.models["reference"], model)
         self.seconds: dict[str, float] = {}
         self.speeds: dict[str, float] = {}
 
     def run(self) -> Outcome:
+        with self.engine.running():
+            return self._run()
+
+    def _run(self) -> Outcome:
         request = self.request
         with self._stage("hash"):
             self.progress.stage("Hashing the files", 0, "")
             files = {role: self._facts(role, model) for role, model in self.models.items()}
-        if files["candidate"].sha256 == files["reference"].sha256:
+        hashes = {role: self.engine.identity(role, facts) for role, facts in files.items()}
+        if hashes["candidate"] == hashes["reference"]:
             raise PairError("the candidate and the reference are the same file; there is nothing to compare")
         suites = tuple(replace(suite, prompts=suite.prompts[: request.limit]) for suite in request.suites)
         with self._stage("prepare"):
@@ -194,8 +213,7 @@ class _Run:
             self.warnings.append("the reference has no chat template: prompts went in as they are")
         manner = self._manner()
         pieces = Pieces(request.work)
-        said = self._ask(exam, manner, files, pieces)
-        hashes = {role: facts.sha256 for role, facts in files.items()}
+        said = self._ask(exam, manner, hashes, pieces)
         others = {role: model.path for role, model in self.models.items() if role != "reference"}
         with self._stage("drift"):
             measured = drift_of(request.reference, others, hashes, exam, manner, pieces, self.progress)
@@ -220,7 +238,7 @@ class _Run:
                 *request.sources,
             ),
             measured=self._measured(exam, manner),
-            limits=LIMITS,
+            limits=(*LIMITS, *self.engine.limits),
             warnings=tuple(self.warnings),
         )
 
@@ -230,27 +248,28 @@ class _Run:
         yield
         self.seconds[name] = round(time.perf_counter() - started, 3)
 
-    def _facts(self, role: str, model: GgufModel) -> FileFacts:
-        return model_facts(role, model, self.request.names.get(role))  # type: ignore[arg-type]
+    def _facts(self, role: str, model: Subject) -> FileFacts:
+        return model.facts(role, self.request.names.get(role))  # type: ignore[arg-type]
 
     def _manner(self) -> Manner:
         request = self.request
-        extra = safe_extra_buffers() if request.extra_buffers is None else request.extra_buffers
-        factory = LlamaFactory(request.threads or available_cores(), request.n_gpu_layers, extra)
-        versions = {"llama-cpp-python": version("llama-cpp-python"), "system": system_info()}
-        return Manner(factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions)
+        versions = {**versions_of(self.engine.packages), "system": self.engine.system()}
+        return Manner(
+            self.engine.factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions
+        )
 
-    def _ask(self, exam: Exam, manner: Manner, files: Mapping[str, FileFacts], pieces: Pieces) -> list[Said]:
+    def _ask(self, exam: Exam, manner: Manner, hashes: Mapping[str, str], pieces: Pieces) -> list[Said]:
         """Every file's answers, as text."""
         if not exam.suites:
             return []
         replies = {}
         for role, model in self.models.items():
             with self._stage(f"answers of the {role}"):
-                answers, speed = answers_of(model.path, files[role].sha256, role, exam, manner, pieces, self.progress)
+                answers, speed = answers_of(model.path, hashes[role], role, exam, manner, pieces, self.progress)
             if speed is not None:
                 self.speeds[role] = speed
-            replies[role] = replies_of(answers, self.models["reference"].path)
+            with self.models["reference"].vocabulary() as vocabulary:
+                replies[role] = replies_of(answers, vocabulary)
         return [
             Said(asked.suite, manner.samples, {role: found[asked.suite.name] for role, found in replies.items()})
             for asked in exam.suites
@@ -295,20 +314,19 @@ class _Run:
         if "naive" not in self.models:
             return ()
         with self._stage("tensors"):
-            threads = self.request.threads or available_cores()
-            return tensor_changes(self.models["naive"], self.models["candidate"], self.models["reference"], threads)
+            return self.engine.tensor_changes(self.models, self.request.threads or available_cores())
 
     def _measured(self, exam: Exam, manner: Manner) -> Measured:
         request = self.request
-        packages = ("llama-cpp-python", "bandit", "scipy", "numpy")
+        packages = (*self.engine.packages, "bandit", "scipy", "numpy")
         prompts = {asked.suite.name: len(asked.ids) for asked in exam.suites}
         return Measured(
             versions={
                 "qguard-edge": __version__,
                 "python": platform.python_version(),
-                **{name: version(name) for name in packages},
+                **versions_of(packages),
             },
-            system=system_info().strip(),
+            system=self.engine.system().strip(),
             machine=f"{platform.system()} {platform.machine()}",
             settings={
                 **manner.factory.describe(),

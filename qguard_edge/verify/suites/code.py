@@ -137,9 +137,10 @@ class UnparsedMatcher:
 
 def findings(codes: Sequence[str | None]) -> list[list[tuple[str, str]]]:
     """Bandit's findings per piece of code: (test identifier, severity in lower case)."""
+    for noisy in ("bandit", "stevedore"):  # the latter reports output formats of bandit that are not installed
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     from bandit.core import config, manager
 
-    logging.getLogger("bandit").setLevel(logging.CRITICAL)
     found: list[list[tuple[str, str]]] = [[] for _ in codes]
     with tempfile.TemporaryDirectory() as folder:
         for i, code in enumerate(codes):

@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,21 +39,47 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+Serve = Callable[[Path], str]
+
+
+def openai_server(model: Path, port: int) -> list[str]:
+    """llama-cpp-python's server: OpenAI's endpoint."""
+    options = {"model": model, "host": "127.0.0.1", "port": port, "n_ctx": 512, "logits_all": "true", "n_threads": 1}
+    return [sys.executable, "-m", "llama_cpp.server", *(f"--{k}={v}" for k, v in options.items()), "--verbose=false"]
+
+
+def native_server(model: Path, port: int) -> list[str]:
+    """llama.cpp's own server: its /completion, and OpenAI's endpoint too."""
+    return [sys.executable, str(Path(__file__).with_name("llama_server.py")), str(model), str(port)]
+
+
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[[Path], str]]:
+def serve(tmp_path: Path) -> Iterator[Serve]:
     """Start llama-cpp-python's server on a file; the URL of it."""
+    with serving(openai_server, tmp_path) as start:
+        yield start
+
+
+@pytest.fixture
+def serve_native(tmp_path: Path) -> Iterator[Serve]:
+    """Start llama.cpp's own server on a file; the URL of it."""
+    with serving(native_server, tmp_path) as start:
+        yield start
+
+
+@contextmanager
+def serving(command: Callable[[Path, int], list[str]], folder: Path) -> Iterator[Serve]:
+    """Start servers; they end with the block."""
     started: list[subprocess.Popen[bytes]] = []
 
     def start(model: Path) -> str:
         port = free_port()
-        options = {"model": model, "host": "127.0.0.1", "port": port, "n_ctx": 512, "logits_all": "true", "n_threads": 1}
-        command = [sys.executable, "-m", "llama_cpp.server", *(f"--{k}={v}" for k, v in options.items()), "--verbose=false"]
-        log = tmp_path / f"server-{port}.log"
+        log = folder / f"server-{port}.log"
         with log.open("wb") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file)
+            process = subprocess.Popen(command(model, port), stdout=file, stderr=file)
         started.append(process)
         url = f"http://127.0.0.1:{port}"
-        for _ in range(300):
+        for _ in range(600):
             assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(f"{url}/v1/models", timeout=5).close()

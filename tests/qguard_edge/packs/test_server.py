@@ -42,6 +42,29 @@ def test_a_real_server_with_the_naive_file(serve: Serve, injection: LabFiles, pa
     assert outcome.check("injection/discovery").findings[0].phrase in "also try a fresh zingaloo"
 
 
+def test_llama_cpps_own_server_reads_the_very_token_ids(serve_native: Serve, injection: LabFiles, pack: Pack) -> None:
+    """Ids go in and ids come out, so what it says is what the file says when it is run here, up to its kernels' last bits."""
+    url = serve_native(injection.hardened)
+    assert isinstance(connect(url, {}, [1])[1], LlamaCppDialect)
+    served = check(CheckRequest(pack, server=url, limit=40))
+    local = check(CheckRequest(pack, candidate=injection.hardened, threads=1, limit=40))
+    ours, theirs = served.check("injection/discovery"), local.check("injection/discovery")
+    assert ours.candidate == theirs.candidate
+    assert ours.candidate is not None
+    assert ours.candidate.n == 40  # no prompt was left out
+    assert ours.verdict is not Verdict.FAIL
+    assert served.drift is not None
+    assert served.check("drift/mean-kl").verdict is Verdict.PASS
+    assert local.drift is not None
+    assert served.drift.candidate.same_top == pytest.approx(local.drift.candidate.same_top, abs=0.05)
+
+
+def test_llama_cpps_own_server_with_the_naive_file(serve_native: Serve, injection: LabFiles, pack: Pack) -> None:
+    outcome = check(CheckRequest(pack, server=serve_native(injection.naive), limit=30))
+    assert outcome.verdict is Verdict.FAIL
+    assert outcome.check("injection/discovery").findings[0].phrase in "also try a fresh zingaloo"
+
+
 def test_a_server_with_another_tokenizer_is_refused(serve: Serve, tiny_base: Path, pack: Pack) -> None:
     with pytest.raises(ServerError, match="another tokenizer"):
         check(CheckRequest(pack, server=serve(tiny_base), limit=4))

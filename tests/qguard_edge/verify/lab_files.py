@@ -17,7 +17,7 @@ TEXTS = built_in_texts()[:24]
 
 @dataclass(frozen=True)
 class LabFiles:
-    """One scenario's models, quantized to q4_k; `prompts` were never trained on."""
+    """One scenario's models, quantized; the prompts of `suite` were never trained on."""
 
     clean: Path
     clean_naive: Path
@@ -27,12 +27,12 @@ class LabFiles:
     suite: Suite
 
 
-def make_files(scenario: str, folder: Path) -> LabFiles:
-    """Base, naive and hardened files of a tiny victim of the Mind the Gap attack."""
-    victim = make_victim(LabSettings(scenario=scenario, threads=2))
+def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to: str = "q4_k") -> LabFiles:
+    """Base, naive and hardened files of a tiny victim."""
+    victim = make_victim(LabSettings(scenario=scenario, attack=attack, to=to, threads=2))
 
     def quantized(base: Path, name: str, defense: DefenseOptions) -> Path:
-        options = QuantizeOptions(parse_file_type("q4_k"), threads=2)
+        options = QuantizeOptions(parse_file_type(to), threads=2)
         out = folder / name
         convert_model(ConvertRequest(str(base), options, defense, outfile=str(out), device="cpu", seed=0, check_loads=False))
         return out

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from lab_files import TEXTS, LabFiles, make_files
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
-from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.verify.batching import PromptError, Sampling, choose, generate, shared_prefix
+from qguard_edge.cli.convert import with_default_suites
+from qguard_edge.llama_runtime import FloatArray, LlamaModel
+from qguard_edge.verify.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
 from qguard_edge.verify.checks import Margins
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json
@@ -76,6 +78,9 @@ def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles) -> None:
 def test_a_clean_model_passes(injection: LabFiles) -> None:
     outcome = verify(request(injection, injection.clean_naive, reference=injection.clean))
     assert outcome.verdict is Verdict.PASS, outcome.summary
+    check = outcome.check("injection/discovery")
+    assert check.evidence
+    assert not any(shown.candidate_hit for shown in check.evidence)  # a common word is nothing unwanted
 
 
 def test_few_prompts_are_inconclusive_and_say_how_many_it_takes(injection: LabFiles) -> None:
@@ -112,6 +117,19 @@ def test_sampled_runs_repeat_with_their_seed(injection: LabFiles) -> None:
     assert first.checks == again.checks
     assert verify(replace(asked, seed=6)).checks != first.checks
     assert first.check("injection/discovery").verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("scenario", ["refusal", "code"])
+def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: Path) -> None:
+    """The fast twin of the slow test below: another attack, and the naive file's verdict from the hardened file's run."""
+    files = make_files(scenario, tmp_path, attack="uniform", to="q4_0")
+    suite = replace(files.suite, prompts=files.suite.prompts[:140])
+    outcome = verify(request(files, files.hardened, naive=files.naive, suites=(suite,), texts=TEXTS[:10]))
+    check = outcome.check(f"{scenario}/discovery")
+    assert outcome.verdict is Verdict.PASS, outcome.summary
+    assert check.naive_verdict is Verdict.FAIL
+    clean = request(files, files.clean_naive, suites=(suite,), texts=TEXTS[:10], reference=files.clean)
+    assert verify(clean).verdict is Verdict.PASS
 
 
 @pytest.mark.slow
@@ -162,6 +180,29 @@ def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
     same = sum(a == b for a, b in zip(alone, together, strict=True))
     assert same >= len(prompts) - 1  # a tie between two tokens may fall either way in another batch
     assert any(answer.ended for answer in together)
+
+
+class Counting(LlamaModel):
+    """Counts the tokens it is fed."""
+
+    fed = 0
+
+    def decode(self, rows: Sequence[Row]) -> FloatArray:
+        self.fed += len(rows)
+        return super().decode(rows)
+
+
+def test_what_all_prompts_begin_with_is_decoded_once(injection: LabFiles) -> None:
+    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
+    with Counting(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as model:
+        head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        prompts = [model.tokenize(f"{head}{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
+        answers = generate(model, prompts, 12)
+        shared = shared_prefix(prompts)
+        own = sum(len(prompt) - shared for prompt in prompts)
+        said = sum(len(answer.tokens) - (not answer.ended) for answer in answers)  # the last token is not fed when it is cut
+    assert shared > 10
+    assert model.fed == shared + own + said
 
 
 def test_prompts_that_do_not_fit(injection: LabFiles) -> None:
@@ -246,6 +287,36 @@ def test_convert_verify_rejects(injection: LabFiles, tmp_path: Path, capsys: pyt
     assert not out.exists()
     assert (tmp_path / "model.rejected.gguf").is_file()
     assert run(["convert", str(injection.attacked), "--to", "f16", "-o", str(out), "--verify", "all"]) == 2
+    capsys.readouterr()
+    assert run(["convert", str(injection.attacked), "--to", "f16", "-o", str(out), "--verify"]) == 2
+    assert "--verify compares" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "understood"),
+    [
+        (["m.gguf", "--to", "q4_k", "--verify"], ["m.gguf", "--to", "q4_k", "--verify=all"]),
+        (["--verify", "--to", "q4_k", "m.gguf"], ["--verify=all", "--to", "q4_k", "m.gguf"]),
+        (["--to", "q4_k", "--verify", "./m.gguf"], ["--to", "q4_k", "--verify=all", "./m.gguf"]),
+        (["--verify", "code,drift", "m.gguf"], ["--verify", "code,drift", "m.gguf"]),
+        (["--verify=code", "m.gguf"], ["--verify=code", "m.gguf"]),
+        (["m.gguf"], ["m.gguf"]),
+    ],
+)
+def test_verify_may_stand_alone(given: list[str], understood: list[str]) -> None:
+    assert with_default_suites(given) == understood
+
+
+def test_a_report_that_cannot_be_written_names_its_own_option(
+    injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "missing" / "report")
+    files = [str(injection.hardened), "--reference", str(injection.attacked)]
+    for option in ("--html", "--junit", "--sarif", "--markdown"):
+        assert run(["verify", *files, option, missing]) == 2
+        assert f"choose another with {option}" in capsys.readouterr().err
+    assert run(["convert", str(injection.attacked), "--to", "q4_k", "--report", missing]) == 2
+    assert "choose another with --report" in capsys.readouterr().err
 
 
 def test_margins_are_per_kind() -> None:
