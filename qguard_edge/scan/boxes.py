@@ -197,7 +197,9 @@ def _empty_bands(file_type: str, prints: Sequence[Fingerprint], whole: Fingerpri
 
 def _levels(file_type: str, prints: Sequence[Fingerprint], whole: Fingerprint, limits: BoxLimits) -> list[Finding]:
     if _quantized_before(whole, limits):
-        text = f"{file_type.upper()}: {whole.on_level:.0%} of the weights lie on a level: the model was quantized to this type"
+        text = (
+            f"{file_type.upper()}: {whole.on_level:.0%} of the weights lie on a level: the model was quantized to this type"
+        )
         return [Finding("QG106", Severity.INFO, text, file_type, (), {"on_level": whole.on_level})]
     high = sorted((f for f in prints if f.level >= limits.suspicious), key=lambda f: -f.level)
     if not high:

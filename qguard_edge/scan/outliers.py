@@ -139,4 +139,3 @@ def _finding(severity: Severity, flagged: list[tuple[TensorInfo, OutlierStats]],
             "clean_largest_share": clean,
         },
     )
-

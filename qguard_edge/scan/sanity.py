@@ -88,7 +88,9 @@ def precision_of(tensor: TensorInfo, weights: Tensor) -> str:
 
 
 def judge(
-    found: Sequence[tuple[TensorInfo, SanityStats, str]], vectors: Sequence[tuple[TensorInfo, SanityStats]], reference: Reference
+    found: Sequence[tuple[TensorInfo, SanityStats, str]],
+    vectors: Sequence[tuple[TensorInfo, SanityStats]],
+    reference: Reference,
 ) -> list[Finding]:
     """Findings for a whole model.
 
@@ -124,7 +126,9 @@ def _precisions(found: Sequence[tuple[TensorInfo, SanityStats, str]]) -> list[Fi
     others = tuple(name for precision in sorted(used) if precision != most for name in used[precision])
     listed = ", ".join(f"{len(names)} in {precision}" for precision, names in sorted(used.items()))
     numbers = {precision: float(len(names)) for precision, names in used.items()}
-    return [Finding("QG103", Severity.INFO, f"matrices have different precisions: {listed}", tensors=others, numbers=numbers)]
+    return [
+        Finding("QG103", Severity.INFO, f"matrices have different precisions: {listed}", tensors=others, numbers=numbers)
+    ]
 
 
 def on_a_grid(stats: SanityStats, precision: str, reference: Reference) -> bool:
@@ -143,4 +147,6 @@ def _lattices(found: Sequence[tuple[TensorInfo, SanityStats, str]], reference: R
         "chunk are equal; box fingerprints cannot be read from them"
     )
     names = tuple(tensor.name for tensor, _ in coarse)
-    return [Finding("QG106", Severity.INFO, text, tensors=names, numbers={"tie_share": share, "tensors": float(len(coarse))})]
+    return [
+        Finding("QG106", Severity.INFO, text, tensors=names, numbers={"tie_share": share, "tensors": float(len(coarse))})
+    ]

@@ -20,10 +20,11 @@ from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, 
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan import boxes, outliers, sanity
 from qguard_edge.scan.boxes import Fingerprint
-from qguard_edge.scan.findings import Finding, Severity, in_order, worst
+from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.outliers import OutlierStats
 from qguard_edge.scan.positions import SIGNIFICANT_BITS, closed_form, from_reference, histogram
 from qguard_edge.scan.reference import Reference, load_reference
+from qguard_edge.scan.results import Scan
 from qguard_edge.scan.sanity import SanityStats
 from qguard_edge.scan.tensors import ScanModel, is_matrix
 from quant_grids import GRIDS
@@ -31,36 +32,6 @@ from quant_grids.base import ScalarGrid
 
 BOX_SLICES = 4
 Counts = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a scan found.
-
-    Attributes:
-        model: its name.
-        n_weights: looked at.
-        tensors: how many.
-        types: that box fingerprints were computed for.
-        findings: the most severe first.
-        prints: per type, the fingerprint of the whole model.
-        outliers: matrices with the largest share of blotted chunks, at most ten: name, share, median ratio.
-        seconds: wall time.
-    """
-
-    model: str
-    n_weights: int
-    tensors: int
-    types: tuple[str, ...]
-    findings: tuple[Finding, ...]
-    prints: Mapping[str, Fingerprint] = field(default_factory=dict)
-    outliers: tuple[tuple[str, float, float], ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def worst(self) -> Severity | None:
-        """The highest severity, None if nothing was found."""
-        return worst(self.findings)
 
 
 @dataclass(frozen=True)
@@ -222,9 +193,7 @@ def judge(
     )
 
 
-def _of_type(
-    kind: str, parts: Sequence[TensorPart], reference: Reference
-) -> tuple[list[Fingerprint], Fingerprint | None]:
+def _of_type(kind: str, parts: Sequence[TensorPart], reference: Reference) -> tuple[list[Fingerprint], Fingerprint | None]:
     shape = boxes.shape_of(kind, reference)
     found = [
         made
@@ -252,10 +221,16 @@ def _unprotected(references: Sequence[GgufFile]) -> list[Finding]:
         if bare:
             text = f"{len(bare)} tensors get a type that no defense reaches, the first is {bare[0]!r}"
             findings.append(Finding("QG104", Severity.SUSPICIOUS, text, tensors=bare))
-        lattice = {t.ggml_type.name for t in quantized if t.ggml_type in GRIDS and not isinstance(GRIDS[t.ggml_type], ScalarGrid)}
+        lattice = {
+            t.ggml_type.name for t in quantized if t.ggml_type in GRIDS and not isinstance(GRIDS[t.ggml_type], ScalarGrid)
+        }
         findings += [
-            Finding("QG105", Severity.INFO, f"{name}: its codes are shared by several weights, so boxes do not show", name.lower())
+            Finding(
+                "QG105",
+                Severity.INFO,
+                f"{name}: its codes are shared by several weights, so boxes do not show",
+                name.lower(),
+            )
             for name in sorted(lattice)
         ]
     return findings
-
