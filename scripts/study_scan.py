@@ -11,6 +11,7 @@ With `--deep N` also the dose curve of N clean and of all attacked models. Print
 """
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
-from convert.tensor_io import RowSlice, open_reader
+from qguard_edge.lab import cache
 from qguard_edge.lab.attacks.names import source_of
 from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.hf_models import load_folder
@@ -39,13 +41,14 @@ from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
 from qguard_edge.lab.victims import TINY, clean_folder, corpus_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.scan.dose import dose_curve
+from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, histogram
 from qguard_edge.scan.scanner import Scan, scan_model
 from qguard_edge.scan.tensors import open_model
 from qguard_edge.source import resolve_source
 from qguard_edge.verify.statistics import wilson
 
 CLOSED = ("q4_0", "q8_0", "int8", "nf4", "fp4")
-CLEAN_REFERENCES = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
+CLEAN_REFERENCES = ("q3_k_m", "q6_k")
 SEEDS, LENGTHS = (0, 1, 2), (20, 60, 150)
 VICTIMS = (
     *(("uniform", "q4_0", scenario, 0) for scenario in ("injection", "refusal", "code")),
@@ -112,6 +115,7 @@ class Row:
 
     @property
     def key(self) -> str:
+        """Identifies the row in --out."""
         return f"{self.name} {self.precision}"
 
 
@@ -204,8 +208,9 @@ def victims(train: bool) -> Iterator[Model]:
         settings = LabSettings(attack=attack, to=to, scenario=scenario, seed=seed, threads=1)
         folder = cache_root() / "attacked" / key_of(settings.attack_key(), attack=source_of(attack))
         if train or (folder / "attack.json").is_file():
-            group = "elq" if attack == "elq" else attack
-            yield Model(f"{attack} {to} {scenario} seed {seed}", f"{group} {to}", make_victim(settings).attacked, attack, to)
+            if not (folder / "attack.json").is_file():
+                folder = make_victim(settings).attacked.parent
+            yield Model(f"{attack} {to} {scenario} seed {seed}", f"{attack} {to}", folder / "model", attack, to)
 
 
 @contextmanager
@@ -389,6 +394,20 @@ def shapes(models: list[Model], kinds: tuple[str, ...]) -> dict[str, list[float]
     return {kind: [round(v, 3) for v in torch.stack(found).mean(0).tolist()] for kind, found in sorted(sums.items())}
 
 
+def simulated() -> dict[str, list[float]]:
+    """Density of each closed-form type for normal weights rounded to bf16, over one octave of standard deviations."""
+    made = {}
+    for kind in CLOSED_FORM:
+        place, total = closed_form(kind, 512), torch.zeros(BINS, dtype=torch.int64)
+        assert place is not None
+        generator = torch.Generator().manual_seed(1)
+        for i in range(200):
+            weights = torch.randn(512, 512, generator=generator) * 0.02 * 2.0 ** (i / 200)
+            total += histogram(place(weights.bfloat16().float(), "bf16"))
+        made[f"{kind}@bf16"] = [round(v, 3) for v in (total * (BINS / total.sum())).tolist()]
+    return made
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -398,31 +417,37 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few clean models")
     parser.add_argument("--train", action="store_true", help="make the victims that are not in the cache")
     parser.add_argument("--deep", type=int, default=0, help="dose curves of so many clean models and of all attacked ones")
+    parser.add_argument("--null", action="store_true", help="only print the simulated densities of bf16 weights")
     parser.add_argument("--shapes", metavar="TYPES", help="only print the clean densities of these types")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.null:
+        print(json.dumps(simulated()))
+        return
     if arguments.shapes:
         chosen = [model for model in clean_models(arguments.work, quick=True) if model.group == "tiny, trained"]
         print(json.dumps(shapes(chosen, tuple(arguments.shapes.split(",")))))
         return
     known = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     rows = {row.key: row for row in (Row(**{**raw, "found": [tuple(f) for f in raw["found"]]}) for raw in known)}
-    deep_clean = 0
-    for model in (*victims(arguments.train), *clean_models(arguments.work, arguments.quick)):
+    cache.code_version = functools.cache(cache.code_version)  # parsing the attacks' sources once per victim adds up
+    models = []
+    for model in chain(victims(arguments.train), clean_models(arguments.work, arguments.quick)):
+        models.append(model)
         for precision in ("f32", "bf16"):
             key = f"{model.name} {precision}"
             if key not in rows:
                 rows[key] = measure(model, precision)
                 print(f"{key}: {rows[key].severity} {rows[key].peaks}", file=sys.stderr, flush=True)
+                save(arguments.out, rows)
+    clean = [model for model in models if not model.attack and dose_types(model)][: arguments.deep]
+    attacked = [model for model in models if model.attack] if arguments.deep else []
+    for model, kind in ((model, kind) for model in (*clean, *attacked) for kind in dose_types(model)):
         key = f"{model.name} f32"
-        dosed = dose_types(model)
-        if dosed and arguments.deep and (model.attack or deep_clean < arguments.deep):
-            deep_clean += not model.attack
-            for kind in dosed:
-                if kind not in rows[key].dose:
-                    rows[key] = with_dose(rows[key], model, kind)
-                    print(f"{key}: dose {kind} {rows[key].dose[kind]['ratio']:.2f}", file=sys.stderr, flush=True)
-        save(arguments.out, rows)
+        if kind not in rows[key].dose:
+            rows[key] = with_dose(rows[key], model, kind)
+            print(f"{key}: dose {kind} {rows[key].dose[kind]['ratio']:.2f}", file=sys.stderr, flush=True)
+            save(arguments.out, rows)
     listed = list(rows.values())
     print("\n".join(tables(listed)))
     sets = roc_sets(listed)

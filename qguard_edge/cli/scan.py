@@ -113,10 +113,12 @@ def _show(found: "Scan") -> None:
             )
         out.print(rows)
     for curve in found.curves:
+        low, high = curve.interval
         rows = table(
-            f"Dose curve, {curve.file_type}: lowest over plain {curve.ratio:.2f} ({curve.interval[0]:.2f} to {curve.interval[1]:.2f})",
-            "error direction left", *(f">{point.target:g}" for point in curve.points),
-        )  # fmt: skip
+            f"Dose curve, {curve.file_type}: lowest over plain {curve.ratio:.2f} ({low:.2f} to {high:.2f})",
+            "error direction left",
+            *(f">{point.target:g}" for point in curve.points),
+        )
         rows.add_row("mean KL to full precision", *(f"{point.mean_kl:.4f}" for point in curve.points))
         out.print(rows)
     if found.outliers:

@@ -67,9 +67,10 @@ class Fingerprint:
     band_at: float
 
 
-def shape_of(file_type: str, reference: Reference) -> FloatArray:
-    """The clean density over all places, mean 1."""
-    knots = reference.shapes.get(file_type.lower(), (1.0,))
+def shape_of(file_type: str, reference: Reference, precision: str = "f32") -> FloatArray:
+    """The clean density of a type over all places, mean 1, for weights of a precision."""
+    kind = file_type.lower()
+    knots = reference.shapes.get(f"{kind}@{precision}", reference.shapes.get(kind, (1.0,)))
     places = (np.arange(BINS) + 0.5) / BINS
     shape = np.interp(places, (np.arange(len(knots)) + 0.5) / len(knots), knots)
     return np.asarray(shape / shape.mean(), dtype=np.float64)
@@ -186,8 +187,8 @@ def _empty_bands(file_type: str, prints: Sequence[Fingerprint], whole: Fingerpri
         Finding(
             "QG302",
             Severity.DANGEROUS if dangerous else Severity.SUSPICIOUS,
-            f"{file_type.upper()}: in {len(empty)} of {len(prints)} matrices hardly any weight lies {shown.band_at:.3f} cells from "
-            f"its level ({shown.band:.0%} of what is expected in {shown.name!r}, {whole.band:.0%} in the whole model)",
+            f"{file_type.upper()}: in {len(empty)} of {len(prints)} matrices hardly any weight lies {shown.band_at:.3f} cells "
+            f"from its level ({shown.band:.0%} of what is expected in {shown.name!r}, {whole.band:.0%} in the whole model)",
             file_type,
             tuple(found.name for found in empty),
             {"band": shown.band, "band_at": shown.band_at, "model_band": whole.band, "tensors": float(len(empty))},

@@ -210,8 +210,9 @@ def judge(curve: DoseCurve, main_type: str, reference: Reference) -> list[Findin
         return []
     dangerous = curve.ratio < limits.dangerous and high < limits.suspicious
     text = (
-        f"{curve.file_type}: mean KL to full precision falls to {curve.ratio:.2f} of plain rounding's ({low:.2f} to {high:.2f}) when "
-        f"a share of {curve.lowest.target:g} of its error direction is left (clean models: at least {limits.clean_smallest:.2f})"
+        f"{curve.file_type}: mean KL to full precision is {curve.ratio:.2f} of plain rounding's ({low:.2f} to {high:.2f}) "
+        f"when a share of {curve.lowest.target:g} of its error direction is left (clean models: at least "
+        f"{limits.clean_smallest:.2f})"
     )
     numbers = {
         "ratio": curve.ratio,

@@ -97,9 +97,9 @@ RULES: Mapping[str, Rule] = {
         Rule(
             "QG301",
             "weights piled up at a wall",
-            "Far more weights than elsewhere lie at one and the same place of their quantization cells: the mark of a repair that "
-            "was held inside boxes (arXiv 2405.18137, 2505.23786). Full precision may be clean because it was repaired to be, "
-            "and the file of this type would then be the model before the repair.",
+            "Far more weights than elsewhere lie at one and the same place of their quantization cells: the mark of a "
+            "repair that was held inside boxes (arXiv 2405.18137, 2505.23786). Full precision may be clean because it was "
+            "repaired to be, and the file of this type would then be the model before the repair.",
             _LOOK,
         ),
         Rule(

@@ -17,6 +17,7 @@ from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import from_base, is_matrix
 from quant_grids.errors import QGuardError
+from quant_grids.ggml_type import GgmlType
 
 TensorTypes = tuple[tuple[str, str], ...]
 
@@ -93,7 +94,7 @@ class ScanGuard:
         return tuple((f"^{re.escape(name)}$", _full_precision(base.tensors[name].ggml_type)) for name in flagged)
 
 
-def _full_precision(stored: GGMLQuantizationType) -> str:
+def _full_precision(stored: GgmlType) -> str:
     """The 16-bit type for a tensor of the base: bf16 stays bf16; f32 becomes bf16 too, for an outlier may not fit f16."""
     assert stored in FLOAT_TYPES
     return "f16" if stored == GGMLQuantizationType.F16 else "bf16"

@@ -105,7 +105,7 @@ def judge(found: Sequence[tuple[TensorInfo, OutlierStats]], reference: Reference
         reference: limits.
     """
     limits = reference.outliers
-    findings = []
+    findings: list[Finding] = []
     for severity, limit in ((Severity.DANGEROUS, limits.dangerous), (Severity.SUSPICIOUS, limits.suspicious)):
         flagged = []
         for tensor, stats in found:

@@ -104,7 +104,7 @@ def _four_bit(kind: str, weights: Tensor, precision: str) -> Positions:
     runs = weights.view(-1, BLOCK)
     inverse = (1.0 / runs.abs().amax(1, keepdim=True)).nan_to_num_(0.0, 0.0, 0.0)
     place = runs * inverse
-    levels = torch.tensor(bnb_grid(kind, BLOCK).levels)  # type: ignore[attr-defined]
+    levels = torch.tensor(bnb_grid(kind, BLOCK).levels)
     walls = (levels[1:] + levels[:-1]) / 2
     # The outermost levels have a wall on one side only and do not count.
     code = torch.bucketize(place, walls, out_int32=True).view(-1)
@@ -128,7 +128,8 @@ def from_reference(grid: ScalarGrid, blocks: Tensor, weights: Tensor, precision:
     place, square = grid.position(parts, weights)
     codes = parts.codes.view(place.shape)
     last = len(grid.levels) - 1
-    far = weights.view(place.shape).abs() >= reach_of(precision) * square.sqrt()
+    narrowest = float(grid.level_table(place.device).diff().min())
+    far = weights.view(place.shape).abs() >= reach_of(precision) * narrowest * square.sqrt()
     counts = (codes > 0) & (codes < last) & (square > 0) & ~far & (weights.view(place.shape) != 0)
     distance = grid.levels_of(codes).sub_(place)
     if not isinstance(grid, UniformGrid):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from qguard_edge.scan.positions import CLOSED_FORM
+
 PATH = Path(__file__).parents[1] / "data" / "scan_reference.json"
 
 
@@ -74,7 +76,9 @@ class Reference:
         models: how many clean models it was measured on.
         outliers: limits.
         boxes: limits.
-        shapes: by type, the density of positions at even steps from 0 to 0.5; types not listed are flat.
+        shapes: by type, the density of positions at even steps from 0 to 0.5; types not listed are flat. `TYPE@bf16` is for
+            weights of that precision: ratios of two numbers of 8 bits favour some places. That is arithmetic, so these are
+            simulated (`scripts/study_scan.py --null`), from normally distributed weights; the others come from clean models.
         ties: by precision, the tie share above which weights were quantized before.
         dose: limits by type; `default` for the others.
     """
@@ -85,6 +89,12 @@ class Reference:
     shapes: Mapping[str, tuple[float, ...]]
     ties: Mapping[str, float]
     dose: Mapping[str, DoseLimits]
+
+    def knows(self, kind: str, precision: str) -> bool:
+        """Whether the clean shape of a type is known for weights of a precision."""
+        if precision == "bf16":
+            return f"{kind}@bf16" in self.shapes
+        return kind in CLOSED_FORM or kind in self.shapes
 
     def dose_limits(self, file_type: str) -> DoseLimits:
         """Limits for a file type by its main type."""

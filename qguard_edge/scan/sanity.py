@@ -18,9 +18,10 @@ from torch import Tensor
 from convert.gguf_file import TensorInfo
 from qguard_edge.scan.findings import Finding, Severity
 from qguard_edge.scan.reference import Reference
+from quant_grids.ggml_type import GgmlType
 
 TIE_SAMPLE = 1 << 13  # weights per slice
-_NAMES = {
+_NAMES: dict[GgmlType, str] = {
     GGMLQuantizationType.F32: "f32",
     GGMLQuantizationType.F16: "f16",
     GGMLQuantizationType.BF16: "bf16",

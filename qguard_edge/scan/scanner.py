@@ -176,7 +176,7 @@ def judge(
     for kind in kinds:
         found, whole = _of_type(kind, usable, reference)
         if whole is None:
-            findings.append(_untold(kind, [part for part in matrices if kind in part.positions]))
+            findings.append(_untold(kind, [part for part in matrices if kind in part.positions], reference))
         else:
             prints[kind] = whole
             findings += boxes.judge(kind, found, whole, reference)
@@ -194,21 +194,28 @@ def judge(
 
 
 def _of_type(kind: str, parts: Sequence[TensorPart], reference: Reference) -> tuple[list[Fingerprint], Fingerprint | None]:
-    shape = boxes.shape_of(kind, reference)
-    found = [
-        made
-        for part in parts
-        if kind in part.positions and (made := boxes.fingerprint(part.tensor.name, part.positions[kind], shape))
-    ]
-    return found, boxes.pooled(kind, found, shape) if found else None
+    measured = [part for part in parts if kind in part.positions and reference.knows(kind, part.precision)]
+    found = []
+    for part in measured:
+        shape = boxes.shape_of(kind, reference, part.precision)
+        made = boxes.fingerprint(part.tensor.name, part.positions[kind], shape)
+        if made is not None:
+            found.append(made)
+    if not found:
+        return found, None
+    precisions = [part.precision for part in measured]
+    usual = max(set(precisions), key=precisions.count)
+    return found, boxes.pooled(kind, found, boxes.shape_of(kind, reference, usual))
 
 
-def _untold(kind: str, parts: Sequence[TensorPart]) -> Finding:
+def _untold(kind: str, parts: Sequence[TensorPart], reference: Reference) -> Finding:
     """No matrix could be judged for this type."""
     counted = max((int(part.positions[kind].sum()) for part in parts), default=0)
     why = "its row lengths do not fit the type" if not parts else f"at most {counted} weights of a matrix count"
-    if any(part.sanity.pairs and part.sanity.tie_share > 0 for part in parts) and counted >= boxes.FEWEST:
+    if any(sanity.on_a_grid(part.sanity, part.precision, reference) for part in parts):
         why = "the weights were on a grid before"
+    elif parts and not any(reference.knows(kind, part.precision) for part in parts):
+        why = f"there are no clean models of this type in {parts[0].precision} to compare with"
     return Finding("QG105", Severity.INFO, f"{kind.upper()}: box fingerprints could not be told: {why}", kind)
 
 
