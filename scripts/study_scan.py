@@ -363,7 +363,7 @@ def plot(sets: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
     for (name, (clean, attacked)), style in zip(sets.items(), styles, strict=False):
         xs, ys = curve_of(clean, attacked)
         label = f"{name}: {area(clean, attacked):.3f} ({len(clean)} clean, {len(attacked)} attacked)"
-        axes.plot(xs, ys, style, label=label, drawstyle="steps-post", linewidth=2)
+        axes.plot(xs, ys, linestyle=style, label=label, drawstyle="steps-post", linewidth=2)
     axes.set_xlabel("clean models flagged")
     axes.set_ylabel("attacked models flagged")
     axes.set_xlim(-0.02, 1.0)
