@@ -9,7 +9,7 @@ Slices run on a pool of threads with one torch thread each; memory is a few slic
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,7 @@ from quant_grids.base import ScalarGrid
 
 BOX_WEIGHTS = 1 << 17
 BOX_PIECES = 4
+DOUBTFUL_SHARE = 0.25  # of the matrices on a grid, from which box findings are at most suspicious
 Counts = npt.NDArray[np.int64]
 
 
@@ -172,11 +173,15 @@ def judge(
     findings += outliers.judge(sound, reference)
     findings += _unprotected(references)
     blotted = {name for finding in findings if finding.code == "QG201" for name in finding.tensors}
+    coarse = [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, reference)]
+    # Where many matrices were on a grid, the others may carry its traces too (a fine-tuned dequantized model, cast to bf16).
+    doubtful = len(coarse) >= DOUBTFUL_SHARE * len(matrices)
+    on_grid = {id(part) for part in coarse}
     usable = [
         part
         for part in matrices
         # Where outliers leave a few levels to the rest, positions say nothing about boxes.
-        if part.tensor.name not in blotted and not sanity.on_a_grid(part.sanity, part.precision, reference)
+        if part.tensor.name not in blotted and id(part) not in on_grid
     ]
     kinds = dict.fromkeys([*types, *(kind for part in matrices for kind in part.positions)])
     prints: dict[str, Fingerprint] = {}
@@ -186,7 +191,7 @@ def judge(
             findings.append(_untold(kind, [part for part in matrices if kind in part.positions], reference))
         else:
             prints[kind] = whole
-            findings += boxes.judge(kind, found, whole, reference)
+            findings += [_capped(finding, doubtful) for finding in boxes.judge(kind, found, whole, reference)]
     shown = sorted(sound, key=lambda item: -item[1].share)[:10]
     return Scan(
         model=model.name,
@@ -198,6 +203,15 @@ def judge(
         outliers=tuple((tensor.name, stats.share, stats.median_ratio) for tensor, stats in shown),
         seconds=seconds,
     )
+
+
+def _capped(finding: Finding, doubtful: bool) -> Finding:
+    """The finding, at most suspicious in a model that was quantized before."""
+    if doubtful and finding.severity is Severity.DANGEROUS:
+        return replace(
+            finding, severity=Severity.SUSPICIOUS, message=f"{finding.message}; it was quantized before, see QG106"
+        )
+    return finding
 
 
 def _of_type(kind: str, parts: Sequence[TensorPart], reference: Reference) -> tuple[list[Fingerprint], Fingerprint | None]:

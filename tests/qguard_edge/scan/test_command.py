@@ -18,6 +18,7 @@ from qguard_edge.fidelity import DEFAULT_TEXT, read_texts
 from qguard_edge.scan.dose import dose_curve, judge
 from qguard_edge.scan.findings import Severity
 from qguard_edge.scan.reference import load_reference
+from quant_grids.bnb import bnb_grid
 
 Document = dict[str, object]
 
@@ -85,6 +86,25 @@ def test_a_nan_is_found(tiny_folder: Path, tmp_path: Path, capfd: pytest.Capture
     code, document = scan(capfd, str(folder))
     assert code == 1
     assert "QG101" in codes(document, "dangerous")
+
+
+def test_a_dequantized_model_tuned_and_cast_to_bf16_is_not_dangerous(
+    uniform_victim: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Found on SmolLM2: most matrices are on a grid again after the cast, the others keep traces that look like boxes."""
+    tensors = load_file(uniform_victim / "model.safetensors")
+    grid = bnb_grid("nf4", 64)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and "layers.0" not in name:
+            tensors[name] = grid.dequantize(grid.quantize(tensor)).view_as(tensor)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((uniform_victim / "config.json").read_bytes())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, document = scan(capfd, str(folder), "--to", "q4_0")
+    assert code == 0
+    assert "QG106" in codes(document, "info")
+    assert "QG301" in codes(document, "suspicious")
 
 
 def copy_with(source: Path, target: Path, name: str, value: float) -> Path:
