@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from convert.atomic import PREFIX, OutputError, check_writable, commit
 from convert.compare import compare_files
@@ -53,6 +53,19 @@ from quant_grids.errors import QGuardError, UnsupportedError
 
 class SelfCheckError(QGuardError):
     """The written file is not what the plan says; it was thrown away."""
+
+
+class Guard(Protocol):
+    """Looks at a model before it is converted, and may refuse by raising (`qguard_edge.scan.guard`).
+
+    Both calls return `--tensor-type` pairs that llama.cpp is to follow before the user's own.
+    """
+
+    def before(self, base: GgufModel) -> tuple[tuple[str, str], ...]:
+        """Called when the base is there."""
+
+    def after(self, base: GgufModel, reference: GgufFile) -> tuple[tuple[str, str], ...]:
+        """Called when llama.cpp has quantized it; if it returns anything, llama.cpp quantizes once more."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +149,16 @@ class ConvertReport:
     learned: LearnReport | None = None
 
 
-def convert_model(request: ConvertRequest, progress: Progress | None = None, gate: Gate | None = None) -> ConvertReport:
+def convert_model(
+    request: ConvertRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> ConvertReport:
     """Convert a model; on any error nothing is left under the final name.
 
     Args:
         request: what the user asked for.
         progress: told about each stage.
         gate: asked about the finished file before it gets its name; not asked about `--to f32|f16|bf16`.
+        guard: asked about the model before it is converted; not asked about `--to f32|f16|bf16`.
 
     Raises:
         QGuardError: one of its kinds, with a sentence for the user.
@@ -161,7 +177,16 @@ def convert_model(request: ConvertRequest, progress: Progress | None = None, gat
             base = _make_base(source, request, work, progress, warnings)
         if request.options.file_type.base:
             return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
-        return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate).run()
+        if guard:
+            with clock.stage("scan"):
+                request = _with_types(request, guard.before(base))
+        return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate, guard).run()
+
+
+def _with_types(request: ConvertRequest, types: tuple[tuple[str, str], ...]) -> ConvertRequest:
+    """The request with types of certain tensors put before the user's own."""
+    options = request.options
+    return replace(request, options=replace(options, tensor_types=(*types, *options.tensor_types))) if types else request
 
 
 def output_path(request: ConvertRequest, source: Source) -> Path:
@@ -330,8 +355,9 @@ class _Conversion:
         progress: Progress,
         warnings: list[str],
         gate: Gate | None,
+        guard: Guard | None,
     ) -> None:
-        self.gate = gate
+        self.gate, self.guard = gate, guard
         self.request, self.source, self.base, self.outfile, self.work = request, source, base, outfile, work
         self.clock, self.progress, self.warnings = clock, progress, warnings
         self.checkpoint = checkpoint_path(outfile)
@@ -342,15 +368,13 @@ class _Conversion:
 
     def run(self) -> ConvertReport:
         """All stages; see the module docstring."""
-        request = self.request
-        device = resolve_device(request.device)
+        device = resolve_device(self.request.device)
         with ThreadPoolExecutor(1) as pool:
             # Hashing the base costs a quarter second per gigabyte: do it while llama.cpp works.
             base_hash = pool.submit(sha256_of, [shard.path for shard in self.base.shards])
-            with self.clock.stage("reference"):
-                reference_file = self.work / "reference.gguf"
-                quantized = _quantize(self.base.path, reference_file, request.options, self.progress, len(self.base.tensors))
-            reference = GgufFile(reference_file)
+            reference_file = self.work / "reference.gguf"
+            quantized = self._quantize_guarded(reference_file)
+            reference, request = GgufFile(reference_file), self.request
             coverage = coverage_of(self.base, reference)
             require_coverage(coverage, request.allow_unprotected)
             if self.defense.requantizes:
@@ -395,6 +419,23 @@ class _Conversion:
             verification=verification,
             learned=self.learned,
         )
+
+    def _quantize_guarded(self, out: Path) -> QuantizeReport:
+        """llama.cpp's own file; twice if the guard keeps tensors in full precision in the light of the first."""
+
+        def make() -> QuantizeReport:
+            with self.clock.stage("reference"):
+                return _quantize(self.base.path, out, self.request.options, self.progress, len(self.base.tensors))
+
+        quantized = make()
+        if self.guard:
+            with self.clock.stage("scan"):
+                types = self.guard.after(self.base, GgufFile(out))
+            if types:
+                self.request = _with_types(self.request, types)
+                out.unlink()
+                quantized = make()
+        return quantized
 
     def _learn(self, reference: GgufFile, coverage: Coverage, device: Any) -> None:
         """Let a learned defense see the whole model; nothing for the others."""

@@ -19,6 +19,7 @@ from qguard_edge.cli import imatrix as _imatrix
 from qguard_edge.cli import lists as _lists
 from qguard_edge.cli import packs as _packs
 from qguard_edge.cli import plan as _plan
+from qguard_edge.cli import scan as _scan
 from qguard_edge.cli import verify as _verify
 from qguard_edge.cli.console import err, print_json
 from qguard_edge.cli.lab import lab_app
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _convert.register(app)
+_scan.register(app)
 _compare.register(app)
 _files.register(app)
 _imatrix.register(app)

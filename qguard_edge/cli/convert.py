@@ -24,6 +24,14 @@ from qguard_edge.cli.console import (
 from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
 from qguard_edge.cli.convert_moved import run_moved
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
+from qguard_edge.cli.scan_first import (
+    check_scan_flags,
+    guard_document,
+    make_guard,
+    refusals,
+    scan_folder,
+    show_findings,
+)
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
 from quant_grids.errors import UnsupportedError
 
@@ -34,6 +42,8 @@ if TYPE_CHECKING:
 
 CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
+
+SCAN_PANEL = "Look before converting (see `qguard-edge scan`)"
 
 BNB_PANEL = "Options of --to nf4, fp4, int8, hf"
 
@@ -144,6 +154,21 @@ def convert(
             "alone: all. With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
         ),
     ] = None,
+    no_scan: Annotated[
+        bool, typer.Option("--no-scan", help="Do not scan the model first.", rich_help_panel=SCAN_PANEL)
+    ] = False,
+    accept_findings: Annotated[
+        bool,
+        typer.Option("--accept-findings", help="Convert even if the scan calls it dangerous.", rich_help_panel=SCAN_PANEL),
+    ] = False,
+    keep_flagged_f16: Annotated[
+        bool,
+        typer.Option(
+            "--keep-flagged-f16",
+            help="Keep tensors that the scan calls dangerous in F16 or BF16; needs --verify.",
+            rich_help_panel=SCAN_PANEL,
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan per tensor, sizes and memory; write nothing.")
     ] = False,
@@ -209,6 +234,7 @@ def convert(
     """Replaced by HELP when the command is registered."""
     chosen = options_from(defense, flags)
     _check_qvec_text(defense, qvec_text, flags)
+    check_scan_flags(no_scan, accept_findings, keep_flagged_f16, verify)
 
     from convert.folder_targets import is_folder_target
 
@@ -228,6 +254,7 @@ def convert(
             "--override-kv": override_kv,
             "--allow-requantize": allow_requantize,
             "--verify": verify,
+            "--keep-flagged-f16": keep_flagged_f16,
             "--qvec-text": qvec_text,
             "--calib": calib,
         }
@@ -250,6 +277,8 @@ def convert(
             overwrite=overwrite,
             check_loads=not no_load_check,
         )
+        if not (no_scan or dry_run):
+            scan_folder(folder, accept_findings, json_output=json_output, quiet=quiet)
         run_folder(folder, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
         return
     moved = to.strip().lower() == "gguf"
@@ -313,11 +342,15 @@ def convert(
     with ConsoleProgress(quiet) as progress:
         if qvec_text:
             request = _with_searched_strength(request, qvec_text, quiet, progress)
-        report = convert_model(request, progress, _gate(verify, options, progress))
+        guard = None if no_scan else make_guard(accept_findings, keep_flagged_f16, threads, progress)
+        with refusals(json_output):
+            report = convert_model(request, progress, _gate(verify, options, progress), guard)
+    if guard:
+        show_findings(guard, quiet)
     if isinstance(chosen, QVecOptions) and not (qvec_text or quiet or flags.get("qvec_strength") is not None):
         said = f"qvec: lambda {chosen.strength} is a fixed default; --qvec-text FILE searches it on your text"
         err.print(said, highlight=False)
-    document = report_document(report)
+    document = report_document(report) | guard_document(guard)
     if report_file:
         from convert.atomic import atomic_path
 
@@ -373,7 +406,7 @@ def _with_searched_strength(
     return replace(request, defense=search.best)
 
 
-def report_document(report: "ConvertReport") -> Mapping[str, Any]:
+def report_document(report: "ConvertReport") -> dict[str, Any]:
     """The report as JSON values; files by name only, never by path."""
     verification = report.verification
     verified: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """The HTML report: one file that asks for nothing else, light and dark, on a phone as on a desk.
 
-The page is `qguard_edge/data/report.html`, a Jinja2 template with autoescape: whatever comes from a model or a user's file
+The page is `qguard_edge/data/report.html`, a Jinja2 template with autoescape (`scan.html`, which the scan's page is made from,
+shares its style sheet): whatever comes from a model or a user's file
 is text and stays text. Should that ever fail, the page's content security policy still forbids scripts, images and
 every request. Charts are inline SVG with positions in percent (`charts`), so that nothing is scaled and type keeps its
 size.
@@ -88,7 +89,7 @@ class TensorView:
 def to_html(outcome: Outcome) -> str:
     """The outcome as one self-contained HTML page."""
     tensors = [_tensor(change) for change in outcome.tensors]
-    page: str = _template().render(
+    page: str = page_template("report.html").render(
         outcome=outcome,
         headline=HEADLINES[outcome.verdict],
         candidate=candidate_name(outcome),
@@ -105,13 +106,20 @@ def to_html(outcome: Outcome) -> str:
 
 
 @cache
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
+def page_template(name: str) -> Any:
+    """A template of `qguard_edge/data`, with the filters that every page uses."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(lambda file: resources.files("qguard_edge").joinpath("data", file).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"percent": percent, "points": points, "num": number, "clean": printable, "line": one_line}
     environment.filters["bytes"] = _bytes
-    return environment.from_string(resources.files("qguard_edge").joinpath("data", "report.html").read_text("utf-8"))
+    return environment.get_template(name)
 
 
 def _check(check: Check) -> CheckView:

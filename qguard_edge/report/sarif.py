@@ -25,28 +25,46 @@ def to_sarif(outcome: Outcome) -> str:
 def sarif_document(outcome: Outcome) -> dict[str, Any]:
     """The outcome as SARIF's JSON values."""
     indices = {facts.role: i for i, facts in reversed(list(enumerate(outcome.files)))}
-    driver = {
-        "name": "qguard-edge",
-        "version": __version__,
-        "semanticVersion": __version__,
-        "rules": [_rule(check) for check in outcome.checks],
-    }
-    run: dict[str, Any] = {
-        "tool": {"driver": driver},
-        "automationDetails": {"id": "qguard-edge/verify/"},
-        "invocations": [
-            {
-                "executionSuccessful": True,
-                "exitCode": outcome.verdict.exit_code,
-                "properties": {"verdict": str(outcome.verdict), "summary": printable(outcome.summary)},
-            }
-        ],
-        "artifacts": [_artifact(facts) for facts in outcome.files],
-        "results": [
+    return document(
+        "verify",
+        rules=[_rule(check) for check in outcome.checks],
+        results=[
             _result(check, number, outcome, indices.get("candidate"))
             for number, check in enumerate(outcome.checks)
             if check.verdict is not Verdict.PASS
         ],
+        artifacts=[_artifact(facts) for facts in outcome.files],
+        exit_code=outcome.verdict.exit_code,
+        properties={"verdict": str(outcome.verdict), "summary": printable(outcome.summary)},
+    )
+
+
+def document(
+    command: str,
+    *,
+    rules: list[dict[str, Any]],
+    results: list[dict[str, Any]],
+    artifacts: list[dict[str, Any]],
+    exit_code: int,
+    properties: dict[str, Any],
+) -> dict[str, Any]:
+    """A SARIF document of one run of one of our commands.
+
+    Args:
+        command: whose run it is.
+        rules: SARIF's rules.
+        results: SARIF's results.
+        artifacts: SARIF's artifacts.
+        exit_code: the command's.
+        properties: about the run as a whole.
+    """
+    driver = {"name": "qguard-edge", "version": __version__, "semanticVersion": __version__, "rules": rules}
+    run: dict[str, Any] = {
+        "tool": {"driver": driver},
+        "automationDetails": {"id": f"qguard-edge/{command}/"},
+        "invocations": [{"executionSuccessful": True, "exitCode": exit_code, "properties": properties}],
+        "artifacts": artifacts,
+        "results": results,
         "columnKind": "unicodeCodePoints",
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
@@ -63,14 +81,21 @@ def _rule(check: Check) -> dict[str, Any]:
 
 
 def _artifact(facts: FileFacts) -> dict[str, Any]:
-    found: dict[str, Any] = {"location": _location(facts), "length": facts.size, "properties": {"role": facts.role}}
+    found: dict[str, Any] = {"location": location_of(facts.name), "length": facts.size, "properties": {"role": facts.role}}
     if facts.sha256:
         found["hashes"] = {"sha-256": facts.sha256}
     return found
 
 
-def _location(facts: FileFacts) -> dict[str, Any]:
-    return {"uri": quote(facts.name.encode("utf-8", "replace"), safe="")}
+def location_of(name: str) -> dict[str, Any]:
+    """SARIF's location of a file or folder, by name only."""
+    return {"uri": quote(name.encode("utf-8", "replace"), safe="")}
+
+
+def in_artifact(name: str, index: int) -> dict[str, Any]:
+    """SARIF's location of a result in an artifact."""
+    # A model has no lines, but code scanning refuses a result without one.
+    return {"physicalLocation": {"artifactLocation": {**location_of(name), "index": index}, "region": {"startLine": 1}}}
 
 
 def _result(check: Check, rule: int, outcome: Outcome, artifact: int | None) -> dict[str, Any]:
@@ -85,7 +110,5 @@ def _result(check: Check, rule: int, outcome: Outcome, artifact: int | None) -> 
         "partialFingerprints": {"qguardCheck/v1": hashlib.sha256(check.id.encode("utf-8", "replace")).hexdigest()},
     }
     if artifact is not None:
-        location = {**_location(outcome.files[artifact]), "index": artifact}
-        # A model has no lines, but code scanning refuses a result without one.
-        result["locations"] = [{"physicalLocation": {"artifactLocation": location, "region": {"startLine": 1}}}]
+        result["locations"] = [in_artifact(outcome.files[artifact].name, artifact)]
     return result

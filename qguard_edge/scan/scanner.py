@@ -1,0 +1,264 @@
+"""The walk over a model: every tensor once, slice by slice, each slice asked all static questions while it is in the cache.
+
+Every weight is looked at for outliers and for numbers that are none. Positions are measured on about `BOX_WEIGHTS` weights of
+each tensor, in up to `BOX_PIECES` runs of whole rows, evenly spread: with 1000 weights per place a peak of 1.5, the lowest that
+is a finding, is 15 standard deviations away. An attacker who boxes a few rows only is missed; so is most of its payload.
+Slices run on a pool of threads with one torch thread each; memory is a few slices per thread whatever the size of the model.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from convert.cores import available_cores
+from convert.gguf_file import GgufFile, TensorInfo
+from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
+from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.scan import boxes, outliers, sanity
+from qguard_edge.scan.boxes import Fingerprint
+from qguard_edge.scan.findings import Finding, Severity, in_order
+from qguard_edge.scan.outliers import OutlierStats
+from qguard_edge.scan.positions import SIGNIFICANT_BITS, closed_form, from_reference, histogram
+from qguard_edge.scan.reference import Reference, load_reference
+from qguard_edge.scan.results import Scan
+from qguard_edge.scan.sanity import SanityStats
+from qguard_edge.scan.tensors import ScanModel, is_matrix
+from quant_grids import GRIDS
+from quant_grids.base import ScalarGrid
+
+BOX_WEIGHTS = 1 << 17
+BOX_PIECES = 4
+DOUBTFUL_SHARE = 0.25  # of the matrices on a grid, from which box findings are at most suspicious
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SlicePart:
+    """What one slice gave."""
+
+    sanity: SanityStats
+    outliers: OutlierStats
+    precision: str
+    positions: Mapping[str, Counts]
+
+
+@dataclass
+class TensorPart:
+    """What the slices of one tensor add up to."""
+
+    tensor: TensorInfo
+    sanity: SanityStats = field(default_factory=SanityStats)
+    outliers: OutlierStats = field(default_factory=OutlierStats)
+    precision: str = "bf16"
+    positions: dict[str, Counts] = field(default_factory=dict)
+
+    def add(self, part: SlicePart) -> None:
+        """Add a slice."""
+        self.sanity += part.sanity
+        self.outliers += part.outliers
+        self.precision = max(self.precision, part.precision, key=SIGNIFICANT_BITS.__getitem__)
+        for kind, counts in part.positions.items():
+            self.positions[kind] = self.positions.get(kind, 0) + counts
+
+
+class Walk:
+    """Reads a model once.
+
+    Args:
+        model: what to read.
+        types: closed-form types to compute positions for.
+        references: quantized files of the model, for types that need one.
+    """
+
+    def __init__(self, model: ScanModel, types: Sequence[str], references: Sequence[GgufFile] = ()) -> None:
+        self.model, self.types, self.references = model, types, references
+
+    def run(self, threads: int, progress: Progress) -> list[TensorPart]:
+        """Every tensor's statistics, in the model's order."""
+        progress.stage("Scanning", self.model.n_weights, "weights")
+        files = [*self.model.files, *(reference.path for reference in self.references)]
+        made = {tensor.name: TensorPart(tensor) for tensor in self.model.tensors}
+        with (
+            open_reader(*files) as reader,
+            single_threaded_torch(),
+            ThreadPoolExecutor(threads or available_cores()) as pool,
+        ):
+            jobs = list(self._jobs())
+            for (tensor, part, _), found in zip(jobs, pool.map(lambda job: self._slice(reader, *job), jobs), strict=True):
+                made[tensor.name].add(found)
+                progress.advance((part.stop - part.start) * tensor.columns, tensor.name)
+        return list(made.values())
+
+    def _jobs(self) -> Iterator[tuple[TensorInfo, RowSlice, int]]:
+        """Every slice of every tensor, and on how many of its rows positions are measured."""
+        for tensor in self.model.tensors:
+            parts = row_slices(tensor)
+            pieces = min(BOX_PIECES, len(parts))
+            chosen = set(np.linspace(0, len(parts) - 1, pieces).astype(int).tolist())
+            rows = max(1, BOX_WEIGHTS // pieces // tensor.columns)
+            yield from ((tensor, part, rows if part.index in chosen else 0) for part in parts)
+
+    def _slice(self, reader: TensorReader, tensor: TensorInfo, part: RowSlice, box_rows: int) -> SlicePart:
+        with torch.inference_mode():
+            weights = reader.weights(tensor, part)
+            matrix = is_matrix(tensor)
+            stats = sanity.measure(weights, matrix=matrix)
+            precision = sanity.precision_of(tensor, weights)
+            if not matrix or stats.broken:
+                return SlicePart(stats, OutlierStats(), precision, {})
+            positions: dict[str, Counts] = {}
+            if box_rows:
+                head = RowSlice(part.index, part.start, min(part.stop, part.start + box_rows))
+                positions = dict(self._positions(reader, tensor, head, weights[: head.stop - head.start], precision))
+            return SlicePart(stats, outliers.measure(weights), precision, positions)
+
+    def _positions(
+        self, reader: TensorReader, tensor: TensorInfo, part: RowSlice, weights: torch.Tensor, precision: str
+    ) -> Iterator[tuple[str, Counts]]:
+        for kind in self.types:
+            place = closed_form(kind, tensor.columns)
+            if place is not None:
+                yield kind, histogram(place(weights, precision)).numpy()
+        for reference in self.references:
+            stored = reference.tensors.get(tensor.name)
+            grid = None if stored is None else GRIDS.get(stored.ggml_type)
+            if stored is not None and isinstance(grid, ScalarGrid) and stored.shape == tensor.shape:
+                blocks = reader.blocks(stored, part)
+                yield stored.ggml_type.name.lower(), histogram(from_reference(grid, blocks, weights, precision)).numpy()
+
+
+def scan_model(
+    model: ScanModel,
+    types: Sequence[str] = (),
+    references: Sequence[GgufFile] = (),
+    *,
+    threads: int = 0,
+    progress: Progress | None = None,
+    reference: Reference | None = None,
+) -> Scan:
+    """Look for everything that needs no forward pass.
+
+    Args:
+        model: from `tensors.open_model`.
+        types: closed-form types (`positions.CLOSED_FORM`) to look for box fingerprints of.
+        references: llama.cpp's files of the same model, whose types are looked at too.
+        threads: 0 for one per core.
+        progress: told the number of weights done.
+        reference: limits; the shipped ones by default.
+    """
+    started = time.perf_counter()
+    reference = reference or load_reference()
+    parts = Walk(model, types, references).run(threads, progress or NoProgress())
+    return judge(model, parts, types, references, reference, time.perf_counter() - started)
+
+
+def judge(
+    model: ScanModel,
+    parts: Sequence[TensorPart],
+    types: Sequence[str],
+    references: Sequence[GgufFile],
+    reference: Reference,
+    seconds: float = 0.0,
+) -> Scan:
+    """Findings from the statistics of a walk."""
+    matrices = [part for part in parts if is_matrix(part.tensor)]
+    vectors = [(part.tensor, part.sanity) for part in parts if not is_matrix(part.tensor)]
+    findings = sanity.judge([(part.tensor, part.sanity, part.precision) for part in matrices], vectors, reference)
+    sound = [(part.tensor, part.outliers) for part in matrices if part.outliers.chunks]
+    findings += outliers.judge(sound, reference)
+    findings += _unprotected(references)
+    blotted = {name for finding in findings if finding.code == "QG201" for name in finding.tensors}
+    coarse = [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, reference)]
+    # Where many matrices were on a grid, the others may carry its traces too (a fine-tuned dequantized model, cast to bf16).
+    doubtful = len(coarse) >= DOUBTFUL_SHARE * len(matrices)
+    on_grid = {id(part) for part in coarse}
+    usable = [
+        part
+        for part in matrices
+        # Where outliers leave a few levels to the rest, positions say nothing about boxes.
+        if part.tensor.name not in blotted and id(part) not in on_grid
+    ]
+    kinds = dict.fromkeys([*types, *(kind for part in matrices for kind in part.positions)])
+    prints: dict[str, Fingerprint] = {}
+    for kind in kinds:
+        found, whole = _of_type(kind, usable, reference)
+        if whole is None:
+            findings.append(_untold(kind, [part for part in matrices if kind in part.positions], reference))
+        else:
+            prints[kind] = whole
+            findings += [_capped(finding, doubtful) for finding in boxes.judge(kind, found, whole, reference)]
+    shown = sorted(sound, key=lambda item: -item[1].share)[:10]
+    return Scan(
+        model=model.name,
+        n_weights=model.n_weights,
+        tensors=len(model.tensors),
+        types=tuple(kinds),
+        findings=in_order(findings),
+        prints=prints,
+        outliers=tuple((tensor.name, stats.share, stats.median_ratio) for tensor, stats in shown),
+        seconds=seconds,
+    )
+
+
+def _capped(finding: Finding, doubtful: bool) -> Finding:
+    """The finding, at most suspicious in a model that was quantized before."""
+    if doubtful and finding.severity is Severity.DANGEROUS:
+        return replace(
+            finding, severity=Severity.SUSPICIOUS, message=f"{finding.message}; it was quantized before, see QG106"
+        )
+    return finding
+
+
+def _of_type(kind: str, parts: Sequence[TensorPart], reference: Reference) -> tuple[list[Fingerprint], Fingerprint | None]:
+    measured = [part for part in parts if kind in part.positions and reference.knows(kind, part.precision)]
+    found = []
+    for part in measured:
+        shape = boxes.shape_of(kind, reference, part.precision)
+        made = boxes.fingerprint(part.tensor.name, part.positions[kind], shape)
+        if made is not None:
+            found.append(made)
+    if not found:
+        return found, None
+    precisions = [part.precision for part in measured]
+    usual = max(set(precisions), key=precisions.count)
+    return found, boxes.pooled(kind, found, boxes.shape_of(kind, reference, usual))
+
+
+def _untold(kind: str, parts: Sequence[TensorPart], reference: Reference) -> Finding:
+    """No matrix could be judged for this type."""
+    counted = max((int(part.positions[kind].sum()) for part in parts), default=0)
+    why = "its row lengths do not fit the type" if not parts else f"at most {counted} weights of a matrix count"
+    if any(sanity.on_a_grid(part.sanity, part.precision, reference) for part in parts):
+        why = "the weights were on a grid before"
+    elif parts and not any(reference.knows(kind, part.precision) for part in parts):
+        why = f"there are no clean models of this type in {parts[0].precision} to compare with"
+    return Finding("QG105", Severity.INFO, f"{kind.upper()}: box fingerprints could not be told: {why}", kind)
+
+
+def _unprotected(references: Sequence[GgufFile]) -> list[Finding]:
+    """Tensors of a reference whose type has no grid, or one without boxes."""
+    findings = []
+    for file in references:
+        quantized = [tensor for tensor in file.tensors.values() if tensor.ggml_type not in FLOAT_TYPES]
+        bare = tuple(tensor.name for tensor in quantized if tensor.ggml_type not in GRIDS)
+        if bare:
+            text = f"{len(bare)} tensors get a type that no defense reaches, the first is {bare[0]!r}"
+            findings.append(Finding("QG104", Severity.SUSPICIOUS, text, tensors=bare))
+        lattice = {
+            t.ggml_type.name for t in quantized if t.ggml_type in GRIDS and not isinstance(GRIDS[t.ggml_type], ScalarGrid)
+        }
+        findings += [
+            Finding(
+                "QG105",
+                Severity.INFO,
+                f"{name}: its codes are shared by several weights, so boxes do not show",
+                name.lower(),
+            )
+            for name in sorted(lattice)
+        ]
+    return findings
