@@ -66,7 +66,7 @@ def scan(
         raise UnsupportedError(f"--fail-on {fail_on!r}: choose one of {', '.join(FAIL_ON)}")
     if text and not deep:
         raise UnsupportedError("--text is for --deep")
-    check_reports(sarif, html)
+    check_reports(sarif=sarif, html=html)
     wanted = [name.strip().lower() for part in to or () for name in part.split(",") if name.strip()]
 
     from qguard_edge.scan.findings import Severity
