@@ -150,9 +150,10 @@ class QuantGuardOptions(DefenseOptions):
         choices=("sign", "relaxed"),
     )
     start: str = option(
-        "ortho",
-        "where the rounding variables start: at the weight's place in its cell, or there plus ortho's random shift",
-        choices=("ortho", "fraction"),
+        "feedback",
+        "where the rounding variables start: error feedback per layer in a random order, the weight's place in its cell "
+        "plus ortho's random shift, or that place alone",
+        choices=("feedback", "ortho", "fraction"),
     )
     alignment: float = option(
         0.1,

@@ -76,7 +76,6 @@ class QuantGuard(Defense[QuantGuardOptions]):
             blocks = BlockScope(loaded, parts.parts, calibration.samples, options, task)
             positions, losses = blocks.run(), blocks.losses
         else:
-            loaded.model.to(task.device)
             run = EndToEnd(loaded, parts.parts, calibration.samples, options, task, self._fingerprint(task, calibration))
             losses = run.run()
             positions = [one.position() for one in run.variables]

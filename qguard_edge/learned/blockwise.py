@@ -29,6 +29,7 @@ from qguard_edge.learned.endtoend import SETTLE_EVERY, make_variables, rate_at
 from qguard_edge.learned.layerwise import hard_error, learn_layer
 from qguard_edge.learned.parts import Part
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import SignSteps, Variables
 
@@ -91,6 +92,7 @@ class BlockScope:
         task: LearnTask,
     ) -> None:
         self.loaded, self.parts, self.samples, self.options, self.task = loaded, parts, samples, options, task
+        self.starts = start_positions(loaded, parts, samples, options, task, resident=False)
         self.positions: dict[int, Tensor] = {}
         self.losses: list[tuple[float, float]] = []
 
@@ -118,7 +120,7 @@ class BlockScope:
         parameters = dict(self.loaded.model.named_parameters())
         kept: dict[str, Tensor] = {}
         for index, part in outside:
-            (one,) = make_variables([part], self.options, self.task.seed, torch.device("cpu"))
+            (one,) = make_variables([part], self.options, [self.starts[index]], torch.device("cpu"))
             self.positions[index] = one.position()
             parameter = parameters[part.source.parameter]
             kept.setdefault(part.source.parameter, parameter.detach().clone())
@@ -143,7 +145,7 @@ class BlockScope:
         parts = [part for _, part in mine]
         if not parts:
             return stream(block, states, arguments, task.device)
-        variables = make_variables(parts, options, task.seed, task.device)
+        variables = make_variables(parts, options, [self.starts[index] for index, _ in mine], task.device)
         student = Student(copy.deepcopy(block), parts)
         student.load_all(variables)
         scale = float((target - target.mean()).square().mean())

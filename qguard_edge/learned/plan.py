@@ -13,6 +13,7 @@ from convert.tensor_io import open_reader
 from qguard_edge.learned.constraint import alignment_of, complete
 from qguard_edge.learned.parts import Geometry, Part, read_geometry
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.learned.starts import shifted_ratio
 
 Bits = npt.NDArray[np.uint8]
 
@@ -60,9 +61,10 @@ def plan_of(parts: Sequence[Part], positions: Sequence[Tensor], target: float) -
 
 
 def add_unmapped(plan: LearnedPlan, tensors: Sequence[TensorInfo], task: LearnTask, target: float) -> None:
-    """Tensors that the torch model does not hold get the cheapest flips that meet the constraint, and nothing else."""
+    """Tensors that the torch model does not hold get flips as `ortho` chooses them, to meet the constraint."""
     paths = [shard.path for shard in task.base.shards]
     with open_reader(task.reference.path, *paths) as reader:
         for tensor in tensors:
             geometry, _ = read_geometry(reader, task.base.tensors[tensor.name], tensor)
-            plan.add(tensor, torch.arange(tensor.rows), geometry.ratio, geometry, target)
+            start = shifted_ratio(geometry, tensor.name, task.seed)
+            plan.add(tensor, torch.arange(tensor.rows), start, geometry, target)

@@ -35,7 +35,8 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
     assert {part.tensor.name for part in parts} == {tensor.name for tensor in setup.task.tensors}
 
     student = Student(setup.loaded.model, parts)
-    variables = make_variables(parts, QuantGuardOptions(alignment=1.0, start="fraction"), 0, CPU)
+    starts = [part.geometry.ratio for part in parts]
+    variables = make_variables(parts, QuantGuardOptions(alignment=1.0), starts, CPU)
     for one in variables:
         one.h.zero_()  # type: ignore[attr-defined]
     student.load_all(variables)
