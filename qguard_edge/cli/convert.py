@@ -19,14 +19,13 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
-from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
+from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder, show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
-    from qguard_edge.learned.settings import LearnReport
     from qguard_edge.pipeline import ConvertReport, ConvertRequest
 
 CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
@@ -203,9 +202,9 @@ def convert(
             "--allow-requantize": allow_requantize,
             "--verify": verify,
             "--qvec-text": qvec_text,
-            "--calib": calib,
         }
         refuse_foreign_flags(to, gguf_only)
+        from qguard_edge.calibration import CalibrationOptions
         from qguard_edge.folder_plan import FolderRequest
 
         folder = FolderRequest(
@@ -223,6 +222,7 @@ def convert(
             double_quant=bnb_double_quant,
             overwrite=overwrite,
             check_loads=not no_load_check,
+            calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
         )
         run_folder(folder, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
         return
@@ -422,18 +422,6 @@ def _show_report(report: "ConvertReport") -> None:
     out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
     if report.reference:
         out.print(f"kept  {report.reference}", highlight=False, markup=False, soft_wrap=True)
-
-
-def show_learned(learned: "LearnReport") -> None:
-    """What learning did, in one line."""
-    trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
-    out.print(
-        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
-        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
 
 
 def _add_row(rows: Any, name: str, count: int, weights: int, outcome: Any) -> None:

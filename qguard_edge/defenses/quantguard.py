@@ -38,7 +38,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.patch import sha256_of
 from qguard_edge.calibration import Calibration, load_calibration
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
@@ -46,7 +45,7 @@ from qguard_edge.hf_runtime import HfModel, load_hf_model, torch_threads
 from qguard_edge.learned.blockwise import BlockScope
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.endtoend import EndToEnd
-from qguard_edge.learned.parts import Parts, make_parts, require_scalar
+from qguard_edge.learned.parts import Parts
 from qguard_edge.learned.plan import LearnedPlan, add_unmapped, plan_of
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from quant_grids import Flips
@@ -69,9 +68,8 @@ class QuantGuard(Defense[QuantGuardOptions]):
     def _learn(self, task: LearnTask) -> LearnReport:
         started = time.perf_counter()
         options = self.options
-        require_scalar(task.tensors, options.name)
         loaded, calibration = load_model_and_text(task)
-        parts = make_parts(task.base, task.reference, task.tensors, dict(loaded.model.named_parameters()))
+        parts = task.target.parts(dict(loaded.model.named_parameters()), options.name)
         if options.scope == "block":
             blocks = BlockScope(loaded, parts.parts, calibration.samples, options, task)
             positions, losses = blocks.run(), blocks.losses
@@ -90,7 +88,7 @@ class QuantGuard(Defense[QuantGuardOptions]):
                 "seed": task.seed,
                 "text": calibration.sha256,
                 "seqlen": task.calibration.seqlen,
-                "reference": sha256_of([task.reference.path]),
+                "reference": task.target.fingerprint(),
                 "device": task.device.type,
             }
         )
@@ -103,7 +101,7 @@ class QuantGuard(Defense[QuantGuardOptions]):
 def load_model_and_text(task: LearnTask) -> tuple[HfModel, Calibration]:
     """The full-precision model, on the CPU still, and its calibration samples."""
     loaded = load_hf_model(task.model, device=torch.device("cpu"))
-    key = sha256_of([shard.path for shard in task.base.shards]) if task.calibration.file is None else ""
+    key = task.target.model_key() if task.calibration.file is None else ""
     if task.calibration.file is None:
         loaded.model.to(task.device)
     calibration = load_calibration(task.calibration, loaded, key, task.seed, task.progress)

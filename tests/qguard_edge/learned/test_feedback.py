@@ -1,4 +1,4 @@
-"""Error feedback: what it writes is checked against the definition, and it keeps what layers compute better than rounding does."""
+"""Error feedback: checked against its definition, and it keeps what layers compute better than rounding does."""
 
 import torch
 from learned_setup import Setup
@@ -52,9 +52,7 @@ def by_definition(geometry: Geometry, weights: torch.Tensor, gram: torch.Tensor,
 def test_a_pass_makes_up_for_the_errors_so_far() -> None:
     geometry, weights, gram = layer(rows=2, columns=30)
     factors = factors_of(gram, torch.Generator().manual_seed(0))
-    assert torch.allclose(
-        feed(geometry, weights, factors, 0.0), by_definition(geometry, weights, gram, factors), atol=1e-3
-    )
+    assert torch.allclose(feed(geometry, weights, factors, 0.0), by_definition(geometry, weights, gram, factors), atol=1e-3)
 
 
 def test_the_layer_computes_better_what_it_should_and_the_constraint_costs_little() -> None:
