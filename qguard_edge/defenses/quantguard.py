@@ -17,6 +17,13 @@ The loss sees only what the text asks about. So the finished plan must also hold
 `qguard_edge.defenses.ortho`), whatever the loss does. The constraint is met inside the loop: what the forward pass sees is
 the plan *with* the flips that the constraint adds, so learning repairs what those cost.
 
+The start
+---------
+Not where each weight lies in its cell, but where error feedback puts it (`qguard_edge.learned.feedback`): one pass over the
+columns of each layer, in a random order, each making up for the rounding errors before it, bent so that the constraint is
+met already. Nearly all of the constraint's price is paid off there, in seconds; the steps then see what layers do to one
+another.
+
 What the paper leaves open, and what we chose
 ---------------------------------------------
 Units of the terms, learning rate, number of steps, and how `h` is driven to 0 or 1 are not given. The default optimizer is
@@ -26,7 +33,8 @@ Defaults are measured, see docs/quantguard.md.
 Cost and failure
 ----------------
 Minutes instead of seconds, and the model in memory twice in f32 plus 16 bytes per weight. The rounding is fitted to the text:
-on text of another kind the gain is smaller. Needs a model that transformers can run, and one code per weight.
+on text of another kind the gain is smaller. Needs a model that transformers can run, and one code per weight: a GGUF of a
+scalar format, or a folder for bitsandbytes (`--to nf4|fp4|int8`).
 `--quantguard-scope block` learns one decoder block at a time on its output error, for models that do not fit.
 """
 

@@ -25,7 +25,7 @@ from qguard_edge.learned.blocks import (
     run_block,
     stream,
 )
-from qguard_edge.learned.endtoend import SETTLE_EVERY, make_variables, rate_at
+from qguard_edge.learned.endtoend import SETTLE_EVERY, TOKENS_PER_STEP, make_variables, rate_at
 from qguard_edge.learned.layerwise import hard_error, learn_layer
 from qguard_edge.learned.parts import Part
 from qguard_edge.learned.settings import LearnTask
@@ -99,7 +99,8 @@ class BlockScope:
     def run(self) -> list[Tensor]:
         """H of every part."""
         task, model = self.task, self.loaded.model
-        rows = rows_of(self.samples, task.calibration.seqlen, self.options.batch)
+        length = task.calibration.seqlen
+        rows = rows_of(self.samples, length, self.options.batch or max(1, TOKENS_PER_STEP // length))
         inputs = capture(self.loaded, rows)
         rounded = self._outside(rows)
         target = inputs.states

@@ -34,6 +34,7 @@ from qguard_edge.learned.variables import Relaxed, SignSteps, Variables
 
 SIGN_RATE, RELAXED_RATE = 0.004, 0.02
 BINARIZE = 0.01
+TOKENS_PER_STEP = 1024
 SAVE_SECONDS = 300.0
 SETTLE_EVERY = 5  # steps between two searches for the constraint's thresholds
 
@@ -60,6 +61,14 @@ def batch_of(samples: Sequence[Sequence[int]], size: int, seed: int, step: int) 
         ids[row, : len(sample)] = torch.tensor(sample)
         mask[row, : len(sample)] = 1
     return Batch(ids, mask)
+
+
+def batch_size(samples: Sequence[Sequence[int]], options: QuantGuardOptions) -> int:
+    """Texts per step: short texts are taken more at a time, since a step's sign is as good as the tokens it has seen."""
+    if options.batch:
+        return options.batch
+    mean = sum(map(len, samples)) / max(1, len(samples))
+    return min(len(samples), max(1, round(TOKENS_PER_STEP / max(mean, 1.0))))
 
 
 def rate_at(step: int, options: QuantGuardOptions) -> float:
@@ -124,6 +133,7 @@ class EndToEnd:
         self.student = Student(self.teacher, parts, checkpointing=options.checkpointing)
         self.masks = [reversal_mask(one.geometry.ratio.float(), options.top) for one in self.variables]
         self.n_masked = max(1, sum(int(mask.sum()) for mask in self.masks))
+        self.batch = batch_size(samples, options)
         self.losses: list[tuple[float, float]] = []
 
     def run(self) -> list[tuple[float, float]]:
@@ -155,7 +165,7 @@ class EndToEnd:
 
     def _step(self, step: int) -> tuple[float, float]:
         options, device = self.options, self.task.device
-        batch = batch_of(self.samples, options.batch, self.task.seed, step)
+        batch = batch_of(self.samples, self.batch, self.task.seed, step)
         local = self._local_loss()
         rate, progress = rate_at(step, options), (step + 1) / options.steps
 

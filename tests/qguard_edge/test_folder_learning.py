@@ -17,7 +17,8 @@ from qguard_edge.folder_learning import FolderTarget
 from qguard_edge.folder_plan import plan_folder
 from qguard_edge.hf_target import convert_to_folder
 
-WORDS = "the river runs past old mills and quiet fields where people walk at dusk talking about rain bread and trains".split()
+TEXT = "the river runs past old mills and quiet fields where people walk at dusk talking about rain bread and trains"
+WORDS = TEXT.split()
 
 
 def sentences(seed: int, count: int) -> list[str]:
