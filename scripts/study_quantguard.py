@@ -289,8 +289,10 @@ def markdown(rows: list[Row]) -> str:
         for row in mine:
             rate = f"| {row.asr:.2f} ({row.low:.2f}-{row.high:.2f}) " if row.asr is not None else ""
             same = f"{row.same_top:.1%}" if row.same_top is not None else "-"
+            several = len({other.to for other in mine if other.to not in other.label}) > 1
+            name = f"{row.label} ({row.to})" if several and row.to not in row.label else row.label
             lines.append(
-                f"| {row.label} {rate}| {row.kl:.4f} | {row.kl_999:.2f} | {same} | x{row.perplexity_ratio:.3f} "
+                f"| {name} {rate}| {row.kl:.4f} | {row.kl_999:.2f} | {same} | x{row.perplexity_ratio:.3f} "
                 f"| {row.flipped:.1%} | {row.alignment:.2f} | {row.seconds:.0f} |"
             )
         lines.append("")
