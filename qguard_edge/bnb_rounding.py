@@ -6,7 +6,7 @@ scales included. A defense then flips codes, or moves the weights and has them r
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,11 +65,11 @@ def harden_matrix(
     grid = bnb_grid(kind, weights.shape[1])
     rows = grid.as_rows(weights)
     with torch.inference_mode():
-        reference, nested = _quantized(grid, weights, double_quant)
+        reference, nested = quantized(grid, weights, double_quant)
     if defense.requantizes:
         with torch.inference_mode():
             moved = _moved(grid, reference, rows, defense, key, pool).reshape(-1)[: weights.numel()].view(weights.shape)
-            blocks, nested = _quantized(grid, moved, double_quant)
+            blocks, nested = quantized(grid, moved, double_quant)
             outcome = measured_outcome(grid, reference, blocks, rows)
         return HardenedMatrix(grid, blocks, nested, outcome)
     blocks, per_row = torch.empty_like(reference), rows.shape[1] // grid.block_size
@@ -86,14 +86,15 @@ def harden_matrix(
         defense,
         slices_of_rows(rows),
         flips_of=flips_of,
-        key_of=lambda part: key(part.index),
+        key_of=lambda part: replace(key(part.index), row=part.start),
         sink=sink,
         pool=pool,
     )
     return HardenedMatrix(grid, blocks, nested, outcome)
 
 
-def _quantized(grid: BnbGrid, weights: Tensor, double_quant: bool) -> tuple[Tensor, NestedScales | None]:
+def quantized(grid: BnbGrid, weights: Tensor, double_quant: bool) -> tuple[Tensor, NestedScales | None]:
+    """A matrix as bitsandbytes rounds it, with the scales that a loaded model computes with, and their compressed form."""
     blocks = grid.quantize(weights)
     if not double_quant:
         return blocks, None

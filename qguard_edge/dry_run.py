@@ -143,5 +143,5 @@ def _learning_memory(tensors: tuple[DryTensor, ...], request: ConvertRequest) ->
         return 0
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
     vocabulary = max((tensor.shape[-1] for tensor in tensors if tensor.name == "token_embd.weight"), default=0)
-    tokens = getattr(request.defense, "batch", 1) * request.calibration.seqlen
+    tokens = max(1024, getattr(request.defense, "batch", 1) * request.calibration.seqlen)
     return TORCH_BYTES + LEARNING_BYTES * weights + 5 * 4 * tokens * vocabulary

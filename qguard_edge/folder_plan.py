@@ -5,7 +5,7 @@ folder made here has exactly the modules that `load_in_4bit` would have made.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from convert.hf.checkpoint import PLAIN_DTYPES, Checkpoint, SourceTensor
 from convert.hf.jsonfile import Section, read_json
 from convert.hf.quantized import open_weights
 from convert.hf_folder import CONFIG_NAME, SHARD_BYTES
+from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.hf_runtime import LinearModules, linear_modules
 from qguard_edge.source import Source, resolve_source
@@ -47,6 +48,7 @@ class FolderRequest:
         overwrite: replace an existing model folder.
         check_loads: load the result in transformers, and for `hf` really quantize it.
         shard_bytes: largest shard.
+        calibration: the text that learned defenses look at.
     """
 
     model: str
@@ -64,6 +66,7 @@ class FolderRequest:
     overwrite: bool = False
     check_loads: bool = True
     shard_bytes: int = SHARD_BYTES
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
 
     def check(self) -> tuple[str, ...]:
         """Hold the options against each other; the formats that are asked for.
@@ -73,10 +76,12 @@ class FolderRequest:
         """
         kinds = kinds_of(self.to, self.target)
         self.defense.check()
-        if self.defense.calibrated:
+        if self.defense.calibrated and self.to == "hf":
             raise UnsupportedError(
-                f"--defense {self.defense.name} learns on a GGUF and cannot be used with --to {self.to}; choose a data-free one"
+                f"--defense {self.defense.name} learns the codes of one format; choose --to nf4, fp4 or int8, or a data-free "
+                "defense"
             )
+        self.calibration.check()
         if self.double_quant and self.to not in ("nf4", "fp4"):
             raise UnsupportedError(
                 f"--bnb-double-quant compresses the scales of nf4 and fp4; --to {self.to} stores none of these"

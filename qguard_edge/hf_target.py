@@ -12,7 +12,6 @@ One tensor is worked on and one shard is held at a time. Everything is written i
 gets its name at the end. What bitsandbytes would leave alone (output head, embeddings, norms) keeps its bytes.
 """
 
-import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,8 +31,11 @@ from convert.tensor_io import single_threaded_torch
 from qguard_edge.bnb_rounding import harden_matrix
 from qguard_edge.defenses.base import Defense, SliceKey, make_defense
 from qguard_edge.defenses.options import DefenseOptions
+from qguard_edge.folder_learning import FolderTarget
 from qguard_edge.folder_plan import DTYPES, FolderPlan, FolderRequest, plan_folder, source_bytes
 from qguard_edge.hf_runtime import continue_text
+from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
+from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.load_check import PROMPT, TOKENS, LoadCheck
 from qguard_edge.model_card import CardFacts, write_card
 from qguard_edge.moved_weights import move_weights
@@ -87,6 +89,7 @@ class FolderReport:
         seconds: wall time of each stage.
         warnings: one sentence each.
         loaded: the load check's answer.
+        learned: what a learned defense reports.
     """
 
     outfile: Path
@@ -105,6 +108,7 @@ class FolderReport:
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     loaded: LoadCheck | None = None
+    learned: LearnReport | None = None
 
 
 def convert_to_folder(request: FolderRequest, progress: Progress | None = None) -> FolderReport:
@@ -125,7 +129,8 @@ class _FolderConversion:
 
     def __init__(self, request: FolderRequest, plan: FolderPlan, work: Path, progress: Progress) -> None:
         self.request, self.plan, self.work, self.progress = request, plan, work, progress
-        self.seed = secrets.randbits(63) if request.seed is None else request.seed
+        self.checkpoint = checkpoint_path(plan.outfile)
+        self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
         self.defense: Defense[Any] = make_defense(request.defense)
         self.device = resolve_device(request.device)
         self.clock = Clock()
@@ -139,13 +144,15 @@ class _FolderConversion:
         sources = sorted({tensor.file for tensor in plan.checkpoint.tensors.values()})
         with ThreadPoolExecutor(1) as hashing:
             base_hash = hashing.submit(sha256_of, sources)
+            learned = self._learn()
             with self.clock.stage("plan and write"):
                 out_bytes, files = self._weights()
             hashes = {"base": base_hash.result(), **{file.name: sha256_of([file]) for file in files}}
         copy_side_files(plan.source.path, self.work)
-        write_card(self.work, self._facts(hashes))
+        write_card(self.work, self._facts(hashes, learned))
         write_json(self.work / CONFIG_NAME, self._config())
         loaded = self._load_check()
+        self.checkpoint.unlink(missing_ok=True)
         hf = request.to == "hf"
         return FolderReport(
             outfile=plan.outfile,
@@ -162,9 +169,31 @@ class _FolderConversion:
             out_bytes=out_bytes,
             hashes=hashes,
             seconds=self.clock.seconds,
-            warnings=(*plan.warnings, *self._warnings()),
+            warnings=(*plan.warnings, *self._warnings(), *(learned.warnings if learned else ())),
             loaded=loaded,
+            learned=learned,
         )
+
+    def _learn(self) -> LearnReport | None:
+        """Let a learned defense see the whole model; nothing for the others."""
+        if not self.defense.learns:
+            return None
+        request, checkpoint = self.request, self.plan.checkpoint
+        target = FolderTarget(
+            self.plan, request.to, request.double_quant, lambda name: self._cast(checkpoint.read(name), name)
+        )
+        task = LearnTask(
+            model=self.plan.source.path,
+            target=target,
+            seed=self.seed,
+            device=self.device,
+            calibration=request.calibration,
+            checkpoint=self.checkpoint,
+            threads=request.threads,
+            progress=self.progress,
+        )
+        with self.clock.stage("learn"):
+            return self.defense.prepare(task)
 
     def _weights(self) -> tuple[int, tuple[Path, ...]]:
         """Walk over the checkpoint and write every tensor."""
@@ -249,7 +278,7 @@ class _FolderConversion:
             )
         return config
 
-    def _facts(self, hashes: Mapping[str, str]) -> CardFacts:
+    def _facts(self, hashes: Mapping[str, str], learned: LearnReport | None) -> CardFacts:
         outcomes: dict[str, tuple[Outcome, int]] = {}
         for rounding in self.roundings:
             before, weights = outcomes.get(rounding.kind, (Outcome(0, 0.0, 0.0, 0.0), 0))
@@ -264,6 +293,7 @@ class _FolderConversion:
             seed=self.seed,
             hashes=hashes,
             outcomes=outcomes,
+            calibration_sha256=learned.calibration_sha256 if learned else None,
         )
 
     def _load_check(self) -> LoadCheck | None:

@@ -34,6 +34,7 @@ class CardFacts:
         seed: of its random numbers.
         hashes: SHA-256 of `base` and of each weight file.
         outcomes: per format, what the chosen codes change and over how many weights.
+        calibration_sha256: of the text that a learned defense looked at.
     """
 
     name: str
@@ -45,6 +46,7 @@ class CardFacts:
     seed: int
     hashes: Mapping[str, str]
     outcomes: Mapping[str, tuple[Outcome, int]]
+    calibration_sha256: str | None = None
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -56,6 +58,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
         "params": asdict(facts.defense),
         "seed": str(facts.seed),
         "double_quant": facts.double_quant,
+        "calibration_sha256": facts.calibration_sha256,
         "sha256": dict(facts.hashes),
         "formats": {
             kind: {"weights": weights, "share_flipped": outcome.n_changed / weights, "alignment": outcome.alignment}

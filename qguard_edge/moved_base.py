@@ -33,7 +33,7 @@ from convert.quantizer import quantize
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.defenses.options import NoiseOptions, QVecOptions
 from qguard_edge.load_check import LoadCheck, load_check
-from qguard_edge.pipeline import ConvertRequest, check_output, convert_model, reference_path, work_folder, write_base
+from qguard_edge.pipeline import ConvertRequest, Guard, check_output, convert_model, reference_path, work_folder, write_base
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.rounding import TensorRounding, coverage_of, measured_outcome
 from qguard_edge.source import resolve_source
@@ -110,13 +110,16 @@ class MovedReport:
     loaded: LoadCheck | None
 
 
-def convert_to_moved_base(request: ConvertRequest, progress: Progress | None = None) -> MovedReport:
+def convert_to_moved_base(
+    request: ConvertRequest, progress: Progress | None = None, guard: Guard | None = None
+) -> MovedReport:
     """Write a full-precision GGUF whose quantization by llama.cpp is hardened; on any error nothing is left.
 
     Args:
         request: as for `convert_model`; `options.file_type` is the type that the base is made for, `outfile` the base
             (`{ftype}` and `{FTYPE}` are replaced; default `NAME-for-FTYPE.gguf` here).
         progress: told about each stage.
+        guard: asked about the model first, as by `convert_model`.
 
     Raises:
         UnsupportedError: a type that shares codes between weights, or none that rounds.
@@ -141,6 +144,7 @@ def convert_to_moved_base(request: ConvertRequest, progress: Progress | None = N
             made = convert_model(
                 replace(request, model=str(base), outfile=str(work / "chosen.gguf"), keep_reference=True, check_loads=False),
                 progress,
+                guard=guard,
             )
         move = _Move(
             GgufModel(base), GgufFile(reference_path(made.outfile)), GgufFile(made.outfile), request.options.threads

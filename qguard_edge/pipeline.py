@@ -7,7 +7,6 @@ file system; the folder goes away however the conversion ends. The library retur
 command line's job.
 """
 
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,8 +30,9 @@ from qguard_edge import __version__
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
-from qguard_edge.learned.checkpoint import checkpoint_seed
+from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
 from qguard_edge.learned.settings import LearnReport, LearnTask
+from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.load_check import LoadCheck, load_check
 from qguard_edge.metadata import qguard_entries
 from qguard_edge.progress import Clock, NoProgress, Progress
@@ -199,17 +199,6 @@ def output_path(request: ConvertRequest, source: Source) -> Path:
 def reference_path(outfile: Path) -> Path:
     """Where `--keep-reference` puts llama.cpp's own file."""
     return outfile.with_name(f"{outfile.stem}.reference{outfile.suffix}")
-
-
-def checkpoint_path(outfile: Path) -> Path:
-    """Where an unfinished learned conversion keeps its state."""
-    return outfile.with_name(f".{outfile.name}.checkpoint")
-
-
-def choose_seed(wanted: int | None, checkpoint: Path | None) -> int:
-    """The user's seed, else that of an unfinished run to go on with, else a fresh one."""
-    found = checkpoint_seed(checkpoint) if wanted is None else wanted
-    return secrets.randbits(63) if found is None else found
 
 
 def check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
@@ -444,9 +433,7 @@ class _Conversion:
         request = self.request
         task = LearnTask(
             model=self.source.path,
-            base=self.base,
-            reference=reference,
-            tensors=coverage.protected,
+            target=GgufTarget(self.base, reference, coverage.protected),
             seed=self.seed,
             device=device,
             calibration=request.calibration,

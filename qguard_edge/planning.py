@@ -22,6 +22,7 @@ from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed
 from qguard_edge.learned.settings import LearnReport, LearnTask
+from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.metadata import qguard_entries, total_outcome
 from qguard_edge.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
 from qguard_edge.progress import NoProgress, Progress
@@ -102,9 +103,7 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
         learned = defense.prepare(
             LearnTask(
                 model=source.path,
-                base=base,
-                reference=reference,
-                tensors=coverage.protected,
+                target=GgufTarget(base, reference, coverage.protected),
                 seed=seed,
                 device=device,
                 calibration=request.calibration,

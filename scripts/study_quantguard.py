@@ -15,6 +15,7 @@ an interrupted study goes on after its last finished row. Markdown on standard o
 
 import argparse
 import json
+import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured."""
+    """What was measured; `same_top` is None in rows from before it was recorded."""
 
     victim: str
     model: str
@@ -73,6 +74,8 @@ class Row:
     alignment: float
     alignment_learned: float | None
     seconds: float
+    same_top: float | None = None
+    peak_gib: float | None = None
 
 
 def victim_settings(to: str) -> list[Setting]:
@@ -133,7 +136,9 @@ def smollm2_settings(to: str) -> list[Setting]:
     return [
         Setting("naive", NoneOptions()),
         Setting("ortho", OrthoOptions()),
+        Setting("quantguard, start only", Q(steps=0)),
         Setting("quantguard", Q()),
+        Setting("quantguard, code only", Q(), text="code"),
         Setting("quantguard, no constraint", Q(alignment=1.0)),
         Setting("efrap", E()),
         Setting("efrap, no flip term", E(flip=0.0)),
@@ -161,6 +166,7 @@ class Study:
     threads: int
     prompts: int
     seqlen: int
+    samples: int
     full: dict[str, Distributions] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -195,7 +201,7 @@ class Study:
             seed=0,
             overwrite=True,
             check_loads=False,
-            calibration=CalibrationOptions(self.texts[setting.text], setting.samples, self.seqlen),
+            calibration=CalibrationOptions(self.texts[setting.text], self.samples or setting.samples, self.seqlen),
         )
         started = time.perf_counter()
         report = convert_model(request)
@@ -222,6 +228,8 @@ class Study:
             alignment=sum(r.outcome.projection for r in report.roundings) / energy if energy else 1.0,
             alignment_learned=report.learned.alignment_learned if report.learned else None,
             seconds=seconds,
+            same_top=fidelity.same_top,
+            peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of all rows of this process so far
         )
 
     def _measure(self, path: Path) -> tuple[int, int, float, float, Distributions]:
@@ -247,7 +255,7 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
             place = work / to
             place.mkdir(parents=True, exist_ok=True)
             data = make_scenario("injection", corpus)
-            yield Study("smollm2", {"clean": folder}, data, to, place, arguments.threads, 0, 136)
+            yield Study("smollm2", {"clean": folder}, data, to, place, arguments.threads, 0, 136, arguments.samples)
         return
     for name in arguments.victims.split(","):
         attack, _, to = name.partition(":")
@@ -256,7 +264,14 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
         place.mkdir(parents=True, exist_ok=True)
         folders = {"attacked": victim.attacked, "clean": victim.clean}
         label = name if arguments.scenario == "injection" else f"{name} {arguments.scenario}"
-        yield Study(label, folders, victim.data, to, place, arguments.threads, arguments.prompts, 128)
+        yield Study(label, folders, victim.data, to, place, arguments.threads, arguments.prompts, 128, arguments.samples)
+
+
+def with_steps(setting: Setting, steps: int) -> Setting:
+    """Another number of steps where the row has the default one; the label says so."""
+    if not steps or not isinstance(setting.defense, Q) or setting.defense.steps != Q().steps:
+        return setting
+    return replace(setting, defense=replace(setting.defense, steps=steps), label=f"{setting.label}, {steps} steps")
 
 
 def markdown(rows: list[Row]) -> str:
@@ -267,14 +282,18 @@ def markdown(rows: list[Row]) -> str:
         asr = any(row.n for row in mine)
         lines += [f"**{key[0]}, {key[1]}**" + (f" (n = {mine[0].n})" if asr else ""), ""]
         lines += [
-            ("| arm | ASR (95%) " if asr else "| arm ") + "| mean KL | KL 99.9% | perplexity | flipped | alignment | s |"
+            ("| arm | ASR (95%) " if asr else "| arm ")
+            + "| mean KL | KL 99.9% | same top | perplexity | flipped | alignment | s |"
         ]
-        lines += ["|---" * (8 if asr else 7) + "|"]
+        lines += ["|---" * (9 if asr else 8) + "|"]
         for row in mine:
             rate = f"| {row.asr:.2f} ({row.low:.2f}-{row.high:.2f}) " if row.asr is not None else ""
+            same = f"{row.same_top:.1%}" if row.same_top is not None else "-"
+            several = len({other.to for other in mine if other.to not in other.label}) > 1
+            name = f"{row.label} ({row.to})" if several and row.to not in row.label else row.label
             lines.append(
-                f"| {row.label} {rate}| {row.kl:.4f} | {row.kl_999:.2f} | x{row.perplexity_ratio:.3f} | {row.flipped:.1%} "
-                f"| {row.alignment:.2f} | {row.seconds:.0f} |"
+                f"| {name} {rate}| {row.kl:.4f} | {row.kl_999:.2f} | {same} | x{row.perplexity_ratio:.3f} "
+                f"| {row.flipped:.1%} | {row.alignment:.2f} | {row.seconds:.0f} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -290,7 +309,11 @@ def main() -> None:
     parser.add_argument("--scenario", default="injection")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", default="", help="only rows whose label contains this")
+    parser.add_argument("--samples", type=int, default=0, help="calibration texts of every row; 0: as the row says")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="steps of quantguard where a row does not vary them; 0: default"
+    )
+    parser.add_argument("--only", default="", help="only rows with one of these labels, separated by semicolons")
     parser.add_argument("--limit", type=float, default=1e9, help="begin no further row after so many seconds")
     parser.add_argument("--out", type=Path, help="folder for PART.json")
     parser.add_argument("--work", type=Path, help="folder that keeps the files, so that an interrupted row goes on too")
@@ -300,14 +323,16 @@ def main() -> None:
     if path and path.is_file():
         document = json.loads(path.read_text())
     done = {(row["victim"], row["model"], row["label"], row["to"]) for row in document["rows"]}
+    only = [label.strip() for label in arguments.only.split(";") if label.strip()]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for study in studies(arguments, arguments.work or Path(folder)):
             for model in study.folders:
-                for setting in PARTS[arguments.part](study.to):
+                for plain in PARTS[arguments.part](study.to):
+                    setting = with_steps(plain, arguments.steps)
                     key = (study.victim, model, setting.label, setting.to or study.to)
                     late = time.monotonic() - started > arguments.limit
-                    if key in done or late or model not in arguments.models or arguments.only not in setting.label:
+                    if key in done or late or model not in arguments.models or (only and plain.label not in only):
                         continue
                     document["rows"].append(asdict(study.row(model, setting)))
                     if path:

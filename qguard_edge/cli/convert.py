@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
-from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
+from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder, show_learned
 from qguard_edge.cli.convert_moved import run_moved
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.cli.scan_first import (
@@ -37,7 +38,6 @@ from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
-    from qguard_edge.learned.settings import LearnReport
     from qguard_edge.pipeline import ConvertReport, ConvertRequest
 
 CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
@@ -256,9 +256,9 @@ def convert(
             "--verify": verify,
             "--keep-flagged-f16": keep_flagged_f16,
             "--qvec-text": qvec_text,
-            "--calib": calib,
         }
         refuse_foreign_flags(to, gguf_only)
+        from qguard_edge.calibration import CalibrationOptions
         from qguard_edge.folder_plan import FolderRequest
 
         folder = FolderRequest(
@@ -276,6 +276,7 @@ def convert(
             double_quant=bnb_double_quant,
             overwrite=overwrite,
             check_loads=not no_load_check,
+            calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
         )
         if not (no_scan or dry_run):
             scan_folder(folder, accept_findings, json_output=json_output, quiet=quiet)
@@ -284,7 +285,13 @@ def convert(
     moved = to.strip().lower() == "gguf"
     if moved:
         folder_only.pop("--target")
-        unused = {"--verify": verify, "--keep-reference": keep_reference, "--dry-run": dry_run, "--qvec-text": qvec_text}
+        unused: dict[str, object] = {
+            "--verify": verify,
+            "--keep-reference": keep_reference,
+            "--dry-run": dry_run,
+            "--qvec-text": qvec_text,
+        }
+        unused["--keep-flagged-f16"] = keep_flagged_f16
         refuse_foreign_flags(to, unused)
         if target is None:
             raise UnsupportedError("--to gguf needs --target TYPE: the llama.cpp type that the base is to be quantized to")
@@ -328,7 +335,8 @@ def convert(
         calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
     )
     if moved:
-        run_moved(request, json_output=json_output, report_file=report_file, quiet=quiet)
+        look = None if no_scan else partial(make_guard, accept_findings, False, threads)
+        run_moved(request, look, json_output=json_output, report_file=report_file, quiet=quiet)
         return
     if dry_run:
         from qguard_edge.dry_run import dry_run as plan
@@ -491,18 +499,6 @@ def _show_report(report: "ConvertReport") -> None:
     out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
     if report.reference:
         out.print(f"kept  {report.reference}", highlight=False, markup=False, soft_wrap=True)
-
-
-def show_learned(learned: "LearnReport") -> None:
-    """What learning did, in one line."""
-    trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
-    out.print(
-        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
-        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
 
 
 def _add_row(rows: Any, name: str, count: int, weights: int, outcome: Any) -> None:

@@ -22,6 +22,7 @@ from quant_grids.errors import UnsupportedError
 if TYPE_CHECKING:
     from qguard_edge.folder_plan import DryFolder, FolderRequest
     from qguard_edge.hf_target import FolderReport, MatrixRounding
+    from qguard_edge.learned.settings import LearnReport
 
 
 def refuse_foreign_flags(to: str, given: Mapping[str, object]) -> None:
@@ -81,6 +82,7 @@ def report_document(report: "FolderReport") -> Mapping[str, Any]:
         "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
         "warnings": list(report.warnings),
         "load_check": asdict(report.loaded) if report.loaded else None,
+        "learned": asdict(report.learned) if report.learned else None,
         "tensors": [
             {
                 "name": rounding.name,
@@ -145,6 +147,8 @@ def _show(report: "FolderReport") -> None:
     if moved:
         weights = sum(rounding.n_weights for rounding in _of(report, report.kinds[0]))
         out.print(f"{percent((report.moved_weights or 0) / weights)} of the weights of the linear modules were moved")
+    if report.learned:
+        show_learned(report.learned)
     for warning in report.warnings:
         err.print(f"[yellow]warning:[/] {warning}", highlight=False)
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
@@ -155,6 +159,18 @@ def _show(report: "FolderReport") -> None:
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
         out.print(f"transformers loads it: {said}", highlight=False, markup=False)
     out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_learned(learned: "LearnReport") -> None:
+    """What learning did, in one line."""
+    trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
+    out.print(
+        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
+        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _show_dry(plan: "DryFolder", json_output: bool, quiet: bool) -> None:

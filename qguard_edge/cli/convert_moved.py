@@ -1,6 +1,6 @@
 """`qguard-edge convert --to gguf`: a full-precision GGUF that llama-quantize itself rounds to the chosen codes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,22 +16,36 @@ from qguard_edge.cli.console import (
     print_json,
     table,
 )
+from qguard_edge.cli.scan_first import guard_document, refusals, show_findings
 
 if TYPE_CHECKING:
     from qguard_edge.moved_base import MovedReport, MovedTensor
     from qguard_edge.pipeline import ConvertRequest
+    from qguard_edge.progress import Progress
+    from qguard_edge.scan.guard import ScanGuard
 
 
-def run_moved(request: "ConvertRequest", *, json_output: bool, report_file: Path | None, quiet: bool) -> None:
-    """Carry out the command."""
+def run_moved(
+    request: "ConvertRequest",
+    look: "Callable[[Progress], ScanGuard] | None",
+    *,
+    json_output: bool,
+    report_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Carry out the command; `look` makes what scans the model first."""
     from convert.atomic import atomic_path, check_writable
     from qguard_edge.moved_base import convert_to_moved_base
 
     if report_file:
         check_writable(report_file)
     with ConsoleProgress(quiet) as progress:
-        report = convert_to_moved_base(request, progress)
-    document = report_document(report)
+        guard = look(progress) if look else None
+        with refusals(json_output):
+            report = convert_to_moved_base(request, progress, guard)
+    if guard:
+        show_findings(guard, quiet)
+    document = {**report_document(report), **guard_document(guard)}
     if report_file:
         with atomic_path(report_file) as temporary:
             temporary.write_text(json_text(document))

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
-from qguard_edge.cli.convert import CALIBRATION_PANEL, show_learned
+from qguard_edge.cli.convert import CALIBRATION_PANEL
+from qguard_edge.cli.convert_folder import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 
 PLAN_HELP = """Choose the rounding of REFERENCE and write it down as a plan, without llama.cpp.

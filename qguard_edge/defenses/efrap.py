@@ -37,7 +37,6 @@ from qguard_edge.defenses.options import EfrapOptions
 from qguard_edge.defenses.quantguard import load_model_and_text, make_report
 from qguard_edge.hf_runtime import torch_threads
 from qguard_edge.learned.blockwise import efrap_positions
-from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.plan import LearnedPlan, plan_of
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from quant_grids import Flips
@@ -59,10 +58,9 @@ class Efrap(Defense[EfrapOptions]):
 
     def _learn(self, task: LearnTask) -> LearnReport:
         started = time.perf_counter()
-        require_scalar(task.tensors, self.options.name)
         loaded, calibration = load_model_and_text(task)
         loaded.model.to(torch.device("cpu"))
-        parts = make_parts(task.base, task.reference, task.tensors, dict(loaded.model.named_parameters()))
+        parts = task.target.parts(dict(loaded.model.named_parameters()), self.options.name)
         positions, losses = efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)
         self.plan = plan_of(parts.parts, positions, self.options.alignment)
         return make_report(self.plan, parts, calibration, losses, task, self.options.alignment, started)

@@ -157,9 +157,10 @@ class QuantGuardOptions(DefenseOptions):
         choices=("sign", "relaxed"),
     )
     start: str = option(
-        "ortho",
-        "where the rounding variables start: at the weight's place in its cell, or there plus ortho's random shift",
-        choices=("ortho", "fraction"),
+        "feedback",
+        "where the rounding variables start: error feedback per layer in a random order, the weight's place in its cell "
+        "plus ortho's random shift, or that place alone",
+        choices=("feedback", "ortho", "fraction"),
     )
     alignment: float = option(
         0.1,
@@ -172,7 +173,7 @@ class QuantGuardOptions(DefenseOptions):
     distance: float = option(0.0, "lambda2: weight of the distance from full precision", minimum=0.0, maximum=1e6)
     top: float = option(0.02, "k: share of the weights whose reversal is asked for", minimum=0.0, maximum=1.0)
     steps: int = option(60, "optimizer steps (of each block with --quantguard-scope block)", minimum=0, maximum=100_000)
-    batch: int = option(6, "texts per step", minimum=1, maximum=4096)
+    batch: int = option(0, "texts per step; 0: as many as make about 1024 tokens", minimum=0, maximum=4096)
     rate: float = option(0.0, "size of the first step; 0: 0.004 for sign, 0.02 for relaxed", minimum=0.0, maximum=1.0)
     schedule: str = option("linear", "how the step falls", choices=("linear", "constant", "cosine"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")

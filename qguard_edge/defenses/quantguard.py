@@ -17,6 +17,13 @@ The loss sees only what the text asks about. So the finished plan must also hold
 `qguard_edge.defenses.ortho`), whatever the loss does. The constraint is met inside the loop: what the forward pass sees is
 the plan *with* the flips that the constraint adds, so learning repairs what those cost.
 
+The start
+---------
+Not where each weight lies in its cell, but where error feedback puts it (`qguard_edge.learned.feedback`): one pass over the
+columns of each layer, in a random order, each making up for the rounding errors before it, bent so that the constraint is
+met already. Nearly all of the constraint's price is paid off there, in seconds; the steps then see what layers do to one
+another.
+
 What the paper leaves open, and what we chose
 ---------------------------------------------
 Units of the terms, learning rate, number of steps, and how `h` is driven to 0 or 1 are not given. The default optimizer is
@@ -26,7 +33,8 @@ Defaults are measured, see docs/quantguard.md.
 Cost and failure
 ----------------
 Minutes instead of seconds, and the model in memory twice in f32 plus 16 bytes per weight. The rounding is fitted to the text:
-on text of another kind the gain is smaller. Needs a model that transformers can run, and one code per weight.
+on text of another kind the gain is smaller. Needs a model that transformers can run, and one code per weight: a GGUF of a
+scalar format, or a folder for bitsandbytes (`--to nf4|fp4|int8`).
 `--quantguard-scope block` learns one decoder block at a time on its output error, for models that do not fit.
 """
 
@@ -38,7 +46,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.patch import sha256_of
 from qguard_edge.calibration import Calibration, load_calibration
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
@@ -46,7 +53,7 @@ from qguard_edge.hf_runtime import HfModel, load_hf_model, torch_threads
 from qguard_edge.learned.blockwise import BlockScope
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.endtoend import EndToEnd
-from qguard_edge.learned.parts import Parts, make_parts, require_scalar
+from qguard_edge.learned.parts import Parts
 from qguard_edge.learned.plan import LearnedPlan, add_unmapped, plan_of
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from quant_grids import Flips
@@ -69,14 +76,12 @@ class QuantGuard(Defense[QuantGuardOptions]):
     def _learn(self, task: LearnTask) -> LearnReport:
         started = time.perf_counter()
         options = self.options
-        require_scalar(task.tensors, options.name)
         loaded, calibration = load_model_and_text(task)
-        parts = make_parts(task.base, task.reference, task.tensors, dict(loaded.model.named_parameters()))
+        parts = task.target.parts(dict(loaded.model.named_parameters()), options.name)
         if options.scope == "block":
             blocks = BlockScope(loaded, parts.parts, calibration.samples, options, task)
             positions, losses = blocks.run(), blocks.losses
         else:
-            loaded.model.to(task.device)
             run = EndToEnd(loaded, parts.parts, calibration.samples, options, task, self._fingerprint(task, calibration))
             losses = run.run()
             positions = [one.position() for one in run.variables]
@@ -91,7 +96,7 @@ class QuantGuard(Defense[QuantGuardOptions]):
                 "seed": task.seed,
                 "text": calibration.sha256,
                 "seqlen": task.calibration.seqlen,
-                "reference": sha256_of([task.reference.path]),
+                "reference": task.target.fingerprint(),
                 "device": task.device.type,
             }
         )
@@ -104,7 +109,7 @@ class QuantGuard(Defense[QuantGuardOptions]):
 def load_model_and_text(task: LearnTask) -> tuple[HfModel, Calibration]:
     """The full-precision model, on the CPU still, and its calibration samples."""
     loaded = load_hf_model(task.model, device=torch.device("cpu"))
-    key = sha256_of([shard.path for shard in task.base.shards]) if task.calibration.file is None else ""
+    key = task.target.model_key() if task.calibration.file is None else ""
     if task.calibration.file is None:
         loaded.model.to(task.device)
     calibration = load_calibration(task.calibration, loaded, key, task.seed, task.progress)

@@ -25,10 +25,11 @@ from qguard_edge.learned.blocks import (
     run_block,
     stream,
 )
-from qguard_edge.learned.endtoend import SETTLE_EVERY, make_variables, rate_at
+from qguard_edge.learned.endtoend import SETTLE_EVERY, TOKENS_PER_STEP, make_variables, rate_at
 from qguard_edge.learned.layerwise import hard_error, learn_layer
 from qguard_edge.learned.parts import Part
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import SignSteps, Variables
 
@@ -91,13 +92,15 @@ class BlockScope:
         task: LearnTask,
     ) -> None:
         self.loaded, self.parts, self.samples, self.options, self.task = loaded, parts, samples, options, task
+        self.starts = start_positions(loaded, parts, samples, options, task, resident=False)
         self.positions: dict[int, Tensor] = {}
         self.losses: list[tuple[float, float]] = []
 
     def run(self) -> list[Tensor]:
         """H of every part."""
         task, model = self.task, self.loaded.model
-        rows = rows_of(self.samples, task.calibration.seqlen, self.options.batch)
+        length = task.calibration.seqlen
+        rows = rows_of(self.samples, length, self.options.batch or max(1, TOKENS_PER_STEP // length))
         inputs = capture(self.loaded, rows)
         rounded = self._outside(rows)
         target = inputs.states
@@ -118,7 +121,7 @@ class BlockScope:
         parameters = dict(self.loaded.model.named_parameters())
         kept: dict[str, Tensor] = {}
         for index, part in outside:
-            (one,) = make_variables([part], self.options, self.task.seed, torch.device("cpu"))
+            (one,) = make_variables([part], self.options, [self.starts[index]], torch.device("cpu"))
             self.positions[index] = one.position()
             parameter = parameters[part.source.parameter]
             kept.setdefault(part.source.parameter, parameter.detach().clone())
@@ -143,7 +146,7 @@ class BlockScope:
         parts = [part for _, part in mine]
         if not parts:
             return stream(block, states, arguments, task.device)
-        variables = make_variables(parts, options, task.seed, task.device)
+        variables = make_variables(parts, options, [self.starts[index] for index, _ in mine], task.device)
         student = Student(copy.deepcopy(block), parts)
         student.load_all(variables)
         scale = float((target - target.mean()).square().mean())

@@ -28,12 +28,13 @@ from qguard_edge.learned.losses import (
 )
 from qguard_edge.learned.parts import Part
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import Relaxed, SignSteps, Variables
 
 SIGN_RATE, RELAXED_RATE = 0.004, 0.02
 BINARIZE = 0.01
-SHIFT_WIDTH = 0.5  # of the random start, as ortho's default width
+TOKENS_PER_STEP = 1024
 SAVE_SECONDS = 300.0
 SETTLE_EVERY = 5  # steps between two searches for the constraint's thresholds
 
@@ -62,6 +63,14 @@ def batch_of(samples: Sequence[Sequence[int]], size: int, seed: int, step: int) 
     return Batch(ids, mask)
 
 
+def batch_size(samples: Sequence[Sequence[int]], options: QuantGuardOptions) -> int:
+    """Texts per step: short texts are taken more at a time, since a step's sign is as good as the tokens it has seen."""
+    if options.batch:
+        return options.batch
+    mean = sum(map(len, samples)) / max(1, len(samples))
+    return min(len(samples), max(1, round(TOKENS_PER_STEP / max(mean, 1.0))))
+
+
 def rate_at(step: int, options: QuantGuardOptions) -> float:
     """Size of a step."""
     first = options.rate or (SIGN_RATE if options.optimizer == "sign" else RELAXED_RATE)
@@ -80,26 +89,19 @@ def logits_of(model: object, batch: Batch, device: torch.device) -> Tensor:
     return logits.float()
 
 
-def start_shift(part: Part, seed: int) -> Tensor:
-    """Random start of a part's variables, in [-SHIFT_WIDTH/2, SHIFT_WIDTH/2), from the conversion's seed."""
-    from qguard_edge.defenses.base import SliceKey
-
-    key = SliceKey(seed, part.name, 0)
-    return key.jitter(part.geometry.ratio.shape, torch.device("cpu")).mul_(SHIFT_WIDTH)
-
-
-def make_variables(parts: Sequence[Part], options: QuantGuardOptions, seed: int, device: torch.device) -> list[Variables]:
-    """Rounding variables of each part at their start."""
+def make_variables(
+    parts: Sequence[Part], options: QuantGuardOptions, starts: Sequence[Tensor], device: torch.device
+) -> list[Variables]:
+    """Rounding variables of each part at their start, f32 `[rows, columns]` each."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weights = sum(part.geometry.value.numel() for part in parts)
     made: list[Variables] = []
-    for part in parts:
+    for part, start in zip(parts, starts, strict=True):
         geometry = part.geometry.to(device, dtype)
-        shift = start_shift(part, seed).to(device) if options.start == "ortho" else None
         if options.optimizer == "sign":
-            made.append(SignSteps(geometry, options.alignment, shift))
+            made.append(SignSteps(geometry, options.alignment, start.to(device)))
         else:
-            made.append(Relaxed(geometry, options.alignment, shift, binarize=BINARIZE, n_weights=weights))
+            made.append(Relaxed(geometry, options.alignment, start.to(device), binarize=BINARIZE, n_weights=weights))
     return made
 
 
@@ -107,7 +109,7 @@ class EndToEnd:
     """One run.
 
     Args:
-        loaded: the full-precision model.
+        loaded: the full-precision model; it is moved to the task's device.
         parts: what is quantized.
         samples: token ids to learn on.
         options: of QuantGuard.
@@ -126,10 +128,12 @@ class EndToEnd:
     ) -> None:
         self.teacher, self.parts, self.samples = loaded.model, parts, samples
         self.options, self.task, self.fingerprint = options, task, fingerprint
-        self.variables = make_variables(parts, options, task.seed, task.device)
+        starts = start_positions(loaded, parts, samples, options, task, resident=True)
+        self.variables = make_variables(parts, options, starts, task.device)
         self.student = Student(self.teacher, parts, checkpointing=options.checkpointing)
         self.masks = [reversal_mask(one.geometry.ratio.float(), options.top) for one in self.variables]
         self.n_masked = max(1, sum(int(mask.sum()) for mask in self.masks))
+        self.batch = batch_size(samples, options)
         self.losses: list[tuple[float, float]] = []
 
     def run(self) -> list[tuple[float, float]]:
@@ -161,7 +165,7 @@ class EndToEnd:
 
     def _step(self, step: int) -> tuple[float, float]:
         options, device = self.options, self.task.device
-        batch = batch_of(self.samples, options.batch, self.task.seed, step)
+        batch = batch_of(self.samples, self.batch, self.task.seed, step)
         local = self._local_loss()
         rate, progress = rate_at(step, options), (step + 1) / options.steps
 

@@ -16,6 +16,7 @@ A parameter that is used twice (tied embeddings) has one part, so it is learned 
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,18 +62,34 @@ class Geometry:
         return Geometry(self.value[index], self.delta[index], self.ratio[index], energy)
 
 
+class Matrix(Protocol):
+    """A quantized matrix: a tensor of a GGUF, or a matrix of a folder."""
+
+    @property
+    def name(self) -> str:
+        """Unique in the file."""
+
+    @property
+    def rows(self) -> int:
+        """All outer dimensions together."""
+
+    @property
+    def columns(self) -> int:
+        """Length of a row."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """Rows of one GGUF tensor that come from one parameter.
+    """Rows of one quantized matrix that come from one parameter.
 
     Attributes:
-        tensor: GGUF tensor.
+        tensor: the matrix; rows are meant as the file has them.
         rows: int64 `[n]`, rows of the tensor.
         source: where they sit in the parameter.
         geometry: of these rows, in this order.
     """
 
-    tensor: TensorInfo
+    tensor: Matrix
     rows: Tensor
     source: RowSource
     geometry: Geometry
@@ -112,12 +129,12 @@ class Parts:
     """All that can be learned, and what cannot.
 
     Attributes:
-        parts: in the order of the GGUF's tensors.
-        unmapped: protected tensors with rows that no parameter holds, or that another tensor already claimed.
+        parts: in the order of the file's tensors.
+        unmapped: protected matrices with rows that no parameter holds, or that another tensor already claimed.
     """
 
     parts: tuple[Part, ...]
-    unmapped: tuple[TensorInfo, ...]
+    unmapped: tuple[Matrix, ...]
 
     def by_parameter(self) -> dict[str, list[int]]:
         """Indices into `parts` by parameter name."""
@@ -158,16 +175,30 @@ def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo)
     value, delta, ratio = torch.empty(shape), torch.empty(shape), torch.empty(shape)
     energy = torch.empty(reference.rows, dtype=torch.float64)
     for piece in row_slices(reference):
-        blocks, weights = reader.blocks(reference, piece), reader.weights(base, piece)
-        flips = grid.flips(blocks, weights)
-        possible = (flips.step != 0).float() * (flips.ratio > 0)
-        flipped, _ = grid.apply(blocks, flips, possible)
         rows = slice(piece.start, piece.stop)
-        value[rows] = grid.dequantize(blocks).view(weights.shape)
-        delta[rows] = grid.dequantize(flipped).view(weights.shape) - value[rows]
-        ratio[rows] = flips.ratio * possible
-        energy[rows] = flips.energy.double().sum(-1)
+        found, energy[rows] = geometry_of(grid, reader.blocks(reference, piece), reader.weights(base, piece))
+        value[rows], delta[rows], ratio[rows] = found.value, found.delta, found.ratio
     return Geometry(value, delta, ratio, float(energy.sum())), energy
+
+
+def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geometry, Tensor]:
+    """The geometry of some rows from their blocks.
+
+    Args:
+        grid: of the format.
+        blocks: uint8 `[n_blocks, type_size]`, the reference.
+        weights: f32 `[rows, columns]`, full precision.
+
+    Returns:
+        The geometry, and the squared error of each row, f64 `[rows]`.
+    """
+    flips = grid.flips(blocks, weights)
+    possible = (flips.step != 0).float() * (flips.ratio > 0)
+    flipped, _ = grid.apply(blocks, flips, possible)
+    value = grid.dequantize(blocks).view(weights.shape)
+    delta = grid.dequantize(flipped).view(weights.shape) - value
+    energy = flips.energy.double().sum(-1)
+    return Geometry(value, delta, flips.ratio * possible, float(energy.sum())), energy
 
 
 def make_parts(

@@ -8,11 +8,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convert.gguf_file import TensorInfo
-from convert.tensor_io import open_reader
 from qguard_edge.learned.constraint import alignment_of, complete
-from qguard_edge.learned.parts import Geometry, Part, read_geometry
+from qguard_edge.learned.parts import Geometry, Matrix, Part
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.learned.starts import shifted_ratio
 
 Bits = npt.NDArray[np.uint8]
 
@@ -23,21 +22,24 @@ class LearnedPlan:
 
     Attributes:
         bits: per tensor, uint8 `[rows, ceil(columns / 8)]`, one bit per weight.
+        columns: per tensor.
         energy: squared error of the reference, over all tensors.
         learned: `<t', t>` with the flips that were learned alone, over all tensors.
         completed: `<t', t>` with those that the constraint added.
     """
 
     bits: dict[str, Bits] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
     energy: float = 0.0
     learned: float = 0.0
     completed: float = 0.0
 
-    def add(self, tensor: TensorInfo, rows: Tensor, position: Tensor, geometry: Geometry, target: float) -> None:
+    def add(self, tensor: Matrix, rows: Tensor, position: Tensor, geometry: Geometry, target: float) -> None:
         """Decide some rows of a tensor: flips at or above 0.5, and as many more as the constraint needs."""
         chosen = complete(position, geometry, target)
         width = -(-tensor.columns // 8)
         table = self.bits.setdefault(tensor.name, np.zeros((tensor.rows, width), np.uint8))
+        self.columns[tensor.name] = tensor.columns
         table[rows.numpy()] = np.packbits(chosen.numpy(), axis=1)
         taken = (position >= 0.5) & (geometry.delta != 0)
         self.energy += geometry.energy
@@ -45,10 +47,18 @@ class LearnedPlan:
         self.completed += alignment_of(chosen, geometry) * geometry.energy
 
     def chosen(self, tensor: str, row: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        """f32 `[rows, columns]`, 1 where the flip is taken, for the rows from `row` on."""
+        """f32 `[rows, columns]`, 1 where the flip is taken, for the rows from `row` on.
+
+        Rows of another length than the tensor's are its weights in storage order, filled up with zeros at the end.
+        """
         rows, columns = shape
-        table = self.bits[tensor][row : row + rows]
-        return torch.from_numpy(np.unpackbits(table, axis=1, count=columns)).to(device).float()
+        table, own = self.bits[tensor], self.columns[tensor]
+        if columns == own:
+            found = np.unpackbits(table[row : row + rows], axis=1, count=columns)
+        else:
+            flat = np.unpackbits(table, axis=1, count=own).reshape(-1)[row * columns : (row + rows) * columns]
+            found = np.pad(flat, (0, rows * columns - len(flat))).reshape(rows, columns)
+        return torch.from_numpy(found).to(device).float()
 
 
 def plan_of(parts: Sequence[Part], positions: Sequence[Tensor], target: float) -> LearnedPlan:
@@ -59,10 +69,9 @@ def plan_of(parts: Sequence[Part], positions: Sequence[Tensor], target: float) -
     return plan
 
 
-def add_unmapped(plan: LearnedPlan, tensors: Sequence[TensorInfo], task: LearnTask, target: float) -> None:
-    """Tensors that the torch model does not hold get the cheapest flips that meet the constraint, and nothing else."""
-    paths = [shard.path for shard in task.base.shards]
-    with open_reader(task.reference.path, *paths) as reader:
-        for tensor in tensors:
-            geometry, _ = read_geometry(reader, task.base.tensors[tensor.name], tensor)
-            plan.add(tensor, torch.arange(tensor.rows), geometry.ratio, geometry, target)
+def add_unmapped(plan: LearnedPlan, matrices: Sequence[Matrix], task: LearnTask, target: float) -> None:
+    """Matrices that the torch model does not hold get flips as `ortho` chooses them, to meet the constraint."""
+    for matrix in matrices:
+        geometry = task.target.geometry(matrix)
+        start = shifted_ratio(geometry, matrix.name, task.seed)
+        plan.add(matrix, torch.arange(matrix.rows), start, geometry, target)

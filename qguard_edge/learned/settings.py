@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.learned.targets import Target
 from qguard_edge.progress import NoProgress, Progress
 
 
@@ -16,9 +16,7 @@ class LearnTask:
 
     Attributes:
         model: Hugging Face folder, or a full-precision GGUF that transformers reads.
-        base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference, to be hardened.
+        target: what is rounded.
         seed: of everything random.
         device: where the model runs.
         calibration: which text.
@@ -28,9 +26,7 @@ class LearnTask:
     """
 
     model: Path
-    base: GgufModel
-    reference: GgufFile
-    tensors: tuple[TensorInfo, ...]
+    target: Target
     seed: int
     device: torch.device
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)

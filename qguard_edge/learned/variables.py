@@ -1,6 +1,6 @@
 """The rounding variables of one part and the two ways to move them.
 
-`SignSteps` (SignRound, arXiv 2309.05516): `h` starts where the weight lies between its two levels and moves by a fixed step
+`SignSteps` (SignRound, arXiv 2309.05516): `h` starts where `qguard_edge.learned.starts` puts it and moves by a fixed step
 against the sign of its slope. The forward pass is *hard*: the weight is at the one level or the other, the model is the
 quantized model, and the slope passes straight through the threshold. No optimizer state. How far `h` can travel in total
 (the sum of all steps) bounds which weights can flip at all: it is the regulariser.
@@ -26,12 +26,12 @@ class Variables(ABC):
     """Rounding variables of one part.
 
     Args:
-        geometry: of its weights; where they start is `geometry.ratio` plus `shift`.
+        geometry: of its weights.
         target: of the alignment constraint.
-        shift: f32 `[rows, columns]` random start offsets, or None.
+        start: f32 `[rows, columns]` in [0, 1], where they start; None: where the weights lie between their levels.
     """
 
-    def __init__(self, geometry: Geometry, target: float, shift: Tensor | None = None) -> None:
+    def __init__(self, geometry: Geometry, target: float, start: Tensor | None = None) -> None:
         self.geometry, self.target = geometry, target
 
     @abstractmethod
@@ -64,11 +64,9 @@ class Variables(ABC):
 class SignSteps(Variables):
     """See the module docstring."""
 
-    def __init__(self, geometry: Geometry, target: float, shift: Tensor | None = None) -> None:
-        super().__init__(geometry, target, shift)
-        self.h = geometry.ratio.float().clone()
-        if shift is not None:
-            self.h.add_(shift * (geometry.delta != 0)).clamp_(0.0, 1.0)
+    def __init__(self, geometry: Geometry, target: float, start: Tensor | None = None) -> None:
+        super().__init__(geometry, target, start)
+        self.h = (geometry.ratio if start is None else start).float().clone()
         self.threshold = TAKEN
         self.settle()
 
@@ -103,13 +101,11 @@ class Relaxed(Variables):
     """See the module docstring; Adam is written out because each part is stepped while the backward pass still runs."""
 
     def __init__(
-        self, geometry: Geometry, target: float, shift: Tensor | None = None, *, binarize: float = 0.0, n_weights: int = 1
+        self, geometry: Geometry, target: float, start: Tensor | None = None, *, binarize: float = 0.0, n_weights: int = 1
     ) -> None:
-        super().__init__(geometry, target, shift)
-        start = geometry.ratio.float()
-        if shift is not None:
-            start = start + shift * (geometry.delta != 0)
-        inner = (start.clamp(0.001, 0.999) - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
+        super().__init__(geometry, target, start)
+        first = (geometry.ratio if start is None else start).float()
+        inner = (first.clamp(0.001, 0.999) - STRETCH_LOW) / (STRETCH_HIGH - STRETCH_LOW)
         self.a = torch.logit(inner)
         self.mean, self.square = torch.zeros_like(self.a), torch.zeros_like(self.a)
         self.count = 0

@@ -319,8 +319,8 @@ def test_refusals(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
         plan_folder(request(tiny_folder, tmp_path / "x", "int8", double_quant=True))
     with pytest.raises(UnsupportedError, match="--target goes with --to hf"):
         plan_folder(request(tiny_folder, tmp_path / "x", "nf4", target="all"))
-    learned = replace(request(tiny_folder, tmp_path / "x", "nf4"), defense=QuantGuardOptions())
-    with pytest.raises(UnsupportedError, match="quantguard learns on a GGUF"):
+    learned = replace(request(tiny_folder, tmp_path / "x", "hf"), defense=QuantGuardOptions())
+    with pytest.raises(UnsupportedError, match="quantguard learns the codes of one format"):
         plan_folder(learned)
     with pytest.raises(UnsupportedError, match="choose one of nf4, fp4, int8, all"):
         plan_folder(request(tiny_folder, tmp_path / "x", "hf", target="q4_0"))

@@ -12,8 +12,9 @@ from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.hf_runtime import HfModel, load_hf_model
-from qguard_edge.learned.parts import Parts, make_parts
+from qguard_edge.learned.parts import Parts
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.rounding import coverage_of
 
 
@@ -24,6 +25,7 @@ class Setup:
     loaded: HfModel
     parts: Parts
     task: LearnTask
+    target: GgufTarget
 
     def again(self, **changes: Any) -> LearnTask:
         return replace(self.task, **changes)
@@ -36,7 +38,8 @@ def make_setup(folder: Path, work: Path, to: str) -> Setup:
     model, made = GgufModel(base), GgufFile(reference)
     tensors = coverage_of(model, made).protected
     loaded = load_hf_model(folder)
-    parts = make_parts(model, made, tensors, dict(loaded.model.named_parameters()))
+    target = GgufTarget(model, made, tensors)
+    parts = target.parts(dict(loaded.model.named_parameters()), "quantguard")
     calibration = CalibrationOptions(samples=8, seqlen=24)
-    task = LearnTask(folder, model, made, tensors, seed=7, device=torch.device("cpu"), calibration=calibration)
-    return Setup(loaded, parts, task)
+    task = LearnTask(folder, target, seed=7, device=torch.device("cpu"), calibration=calibration)
+    return Setup(loaded, parts, task, target)

@@ -9,7 +9,7 @@ from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
-from qguard_edge.learned.endtoend import EndToEnd, batch_of, rate_at
+from qguard_edge.learned.endtoend import EndToEnd, batch_of, batch_size, rate_at
 from qguard_edge.learned.plan import plan_of
 
 Samples = list[tuple[int, ...]]
@@ -130,6 +130,13 @@ def test_batches_cover_the_text_and_depend_on_seed_and_step_only(samples: Sample
     assert chosen(1, range(4)) != chosen(2, range(4))
     ragged = batch_of([(1, 2, 3), (4, 5)], 2, 0, 0)
     assert ragged.mask.sum(1).sort().values.tolist() == [2, 3]
+
+
+def test_short_texts_are_taken_more_at_a_time(samples: Samples) -> None:
+    assert batch_size(samples, QuantGuardOptions(batch=3)) == 3
+    assert batch_size(samples, QuantGuardOptions()) == len(samples)  # 16 texts of 20 tokens are all there is
+    assert batch_size([tuple(range(40))] * 100, QuantGuardOptions()) == 26
+    assert batch_size([tuple(range(4096))] * 5, QuantGuardOptions()) == 1
 
 
 def test_the_step_falls_as_the_schedule_says() -> None:

@@ -32,14 +32,15 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
     setup = make_setup(folder, tmp_path, "q4_0")
     parts = setup.parts.parts
     assert setup.parts.unmapped == ()
-    assert {part.tensor.name for part in parts} == {tensor.name for tensor in setup.task.tensors}
+    assert {part.tensor.name for part in parts} == {tensor.name for tensor in setup.target.tensors}
 
     student = Student(setup.loaded.model, parts)
-    variables = make_variables(parts, QuantGuardOptions(alignment=1.0, start="fraction"), 0, CPU)
+    starts = [part.geometry.ratio for part in parts]
+    variables = make_variables(parts, QuantGuardOptions(alignment=1.0), starts, CPU)
     for one in variables:
         one.h.zero_()  # type: ignore[attr-defined]
     student.load_all(variables)
-    stored = {tensor.name: tensor for tensor in GGUFReader(setup.task.reference.path).tensors}
+    stored = {tensor.name: tensor for tensor in GGUFReader(setup.target.reference.path).tensors}
     full = dict(setup.loaded.model.named_parameters())
     for part in parts:
         tensor = stored[part.tensor.name]

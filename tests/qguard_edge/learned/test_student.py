@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 def test_every_tensor_is_mapped_or_reported(setup: Setup) -> None:
     mapped = {part.tensor.name for part in setup.parts.parts}
-    assert mapped == {tensor.name for tensor in setup.task.tensors}
+    assert mapped == {tensor.name for tensor in setup.target.tensors}
     assert setup.parts.unmapped == ()
     # A parameter that the model does not have is a tensor that cannot be learned.
     parameters = dict(setup.loaded.model.named_parameters())
     del parameters["model.layers.1.mlp.up_proj.weight"]
-    fewer = make_parts(setup.task.base, setup.task.reference, setup.task.tensors, parameters)
+    fewer = make_parts(setup.target.base, setup.target.reference, setup.target.tensors, parameters)
     assert [tensor.name for tensor in fewer.unmapped] == ["blk.1.ffn_up.weight"]
 
 
@@ -33,17 +33,18 @@ def test_tied_embeddings_are_learned_once(tied_folder: Path, tmp_path: Path) -> 
     made = make_setup(tied_folder, tmp_path, "q4_0")
     names = [part.source.parameter for part in made.parts.parts]
     assert names.count("model.embed_tokens.weight") == 1
-    assert len(names) == len(set(names)) == len(made.task.tensors)
+    assert len(names) == len(set(names)) == len(made.target.tensors)
 
 
 def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) -> None:
     """The oracle is gguf's own dequantizer; q and k are compared after llama.cpp's reordering is undone by rows."""
-    variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), 0, CPU)
+    starts = [part.geometry.ratio for part in setup.parts.parts]
+    variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, CPU)
     for one in variables:
         one.h.zero_()
     student = Student(setup.loaded.model, setup.parts.parts)
     student.load_all(variables)
-    tensors = {t.name: t for t in GGUFReader(setup.task.reference.path).tensors}
+    tensors = {t.name: t for t in GGUFReader(setup.target.reference.path).tensors}
     for part in setup.parts.parts:
         stored = torch.from_numpy(dequantize(tensors[part.tensor.name].data, tensors[part.tensor.name].tensor_type))
         assert torch.equal(part.gather(student.parameters[part.source.parameter].detach()), stored[part.rows])
@@ -118,6 +119,6 @@ def test_lattice_types_are_refused_with_a_way_out(setup: Setup) -> None:
 
     from gguf import GGMLQuantizationType
 
-    tensor = replace(setup.task.tensors[0], ggml_type=GGMLQuantizationType.IQ2_XS)
+    tensor = replace(setup.target.tensors[0], ggml_type=GGMLQuantizationType.IQ2_XS)
     with pytest.raises(UnsupportedError, match="--defense ortho"):
         require_scalar([tensor], "quantguard")
