@@ -77,6 +77,19 @@ def test_contradictions_are_refused(
     assert "--" in document["error"]
 
 
+def test_a_base_for_llama_quantize_is_scanned_too(
+    outlier_victim: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--to", "gguf", "--target", "q4_0")
+    code, document = convert(capfd, outlier_victim, tmp_path / "out.gguf", *flags)
+    assert code == 1
+    assert document["status"] == "refused"
+    assert list(tmp_path.iterdir()) == []
+    code, document = convert(capfd, outlier_victim, tmp_path / "out.gguf", *flags, "--accept-findings")
+    assert code == 0
+    assert document["scan"]["findings"]
+
+
 def test_folders_for_bitsandbytes_are_scanned_too(
     outlier_victim: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
