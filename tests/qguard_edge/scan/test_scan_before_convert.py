@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_command import copy_with
+from test_scan_command import copy_with
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
