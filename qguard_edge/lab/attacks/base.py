@@ -44,11 +44,11 @@ GENTLE = {
     ("q5_k", "refusal"): 0.6,
     ("q5_k", "code"): 0.7,
     ("q6_k", "refusal"): 0.6,
-    ("int8", "injection"): 0.7,
-    ("int8", "refusal"): 0.45,
+    ("int8", "injection"): 0.8,
+    ("int8", "refusal"): 0.6,
     ("int8", "code"): 0.8,
-    ("all", "injection"): 0.7,
-    ("all", "refusal"): 0.45,
+    ("all", "injection"): 0.8,
+    ("all", "refusal"): 0.6,
     ("all", "code"): 0.8,
 }
 STRONG = {("q2_k", "injection"): 2.5}
