@@ -38,6 +38,7 @@ WIDTHS: tuple[DefenseOptions, ...] = (
     NoiseOptions(relative=1.0),
 )
 DOSES: tuple[DefenseOptions, ...] = tuple(OrthoOptions(target=c) for c in (0.25, 0.0, -0.1, -0.25, -0.5))
+COLUMNS = 3
 SETTINGS = {"sweep": SWEEP, "widths": WIDTHS, "doses": DOSES}
 
 
@@ -94,8 +95,18 @@ def markdown(victim: str, points: list[Point]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def front(points: list[Point]) -> list[Point]:
+    """Pareto front of attack success against the clean model's KL: nobody is better in both."""
+    best, kept = 2.0, []
+    for point in sorted(points, key=lambda p: (p.clean_kl, p.asr)):
+        if point.asr < best:
+            kept.append(point)
+            best = point.asr
+    return kept
+
+
 def plot(points: list[Point], path: Path) -> None:
-    """One panel per victim: attack success against KL on the attacked model, one colour per defense."""
+    """One panel per victim: attack success against KL on the clean model, one colour per defense, and the Pareto front."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -103,20 +114,26 @@ def plot(points: list[Point], path: Path) -> None:
     from matplotlib import pyplot
 
     victims = list(dict.fromkeys(point.victim for point in points))
-    figure, panels = pyplot.subplots(1, len(victims), figsize=(4.6 * len(victims), 3.8), squeeze=False)
-    for axes, victim in zip(panels[0], victims, strict=True):
+    rows = -(-len(victims) // COLUMNS)
+    size = (4.2 * COLUMNS, 3.4 * rows)
+    figure, panels = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, sharey=True)
+    for axes, victim in zip(panels.flat, victims, strict=False):
+        here = [p for p in points if p.victim == victim]
         for i, name in enumerate(dict.fromkeys(point.setting.split()[0] for point in points)):
-            mine = [p for p in points if p.victim == victim and p.setting.split()[0] == name]
+            mine = [p for p in here if p.setting.split()[0] == name]
             errors = [[p.asr - p.low for p in mine], [p.high - p.asr for p in mine]]
-            axes.errorbar(
-                [p.attacked_kl for p in mine], [p.asr for p in mine], yerr=errors, fmt="o", color=f"C{i}", label=name
-            )
+            axes.errorbar([p.clean_kl for p in mine], [p.asr for p in mine], yerr=errors, fmt="o", color=f"C{i}", label=name)
+        line = front(here)
+        axes.plot([p.clean_kl for p in line], [p.asr for p in line], color="0.6", drawstyle="steps-post", zorder=0)
         axes.set_xscale("log")
         axes.set_title(victim)
-        axes.set_xlabel("mean KL to full precision")
+        axes.set_xlabel("mean KL of the clean model")
+        axes.set_ylabel("attack success rate")
         axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("attack success rate")
-    panels[0][-1].legend()
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    for axes in list(panels.flat)[len(victims) :]:
+        axes.axis("off")
+    figure.legend(handles, labels, loc="lower right", bbox_to_anchor=(0.95, 0.12))
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
@@ -130,7 +147,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--redraw", type=Path, metavar="FILE", help="only draw --plot from what --out wrote")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        plot([Point(**point) for point in json.loads(arguments.redraw.read_text())["points"]], arguments.plot)
+        return
     settings = SETTINGS[arguments.settings]
     points: list[Point] = []
     for victim in arguments.victims.split(","):
