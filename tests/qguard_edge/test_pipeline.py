@@ -105,7 +105,7 @@ def test_metadata_says_what_was_done(tiny_base: Path, tmp_path: Path) -> None:
     report = convert(replace(request(tiny_base, tmp_path / "out.gguf"), seed=11, keep_reference=True))
     entries = qguard_metadata(GgufFile(report.outfile))
     assert entries["defense"] == "ortho"
-    assert entries["params"] == {"group": "row", "target": 0.0, "width": 0.5}
+    assert entries["params"] == {"group": "row", "target": None, "width": 0.5}  # None: by type
     assert entries["seed"] == "11"
     assert report.reference is not None
     for key, path in (("base.sha256", tiny_base), ("reference.sha256", report.reference)):
@@ -131,7 +131,8 @@ def test_base_types(tiny_folder: Path, tmp_path: Path, base_type: str) -> None:
     kinds = {tensor.ggml_type.name for tensor in GgufFile(report.outfile).tensors.values() if len(tensor.shape) == 2}
     assert kinds == {base_type.upper()}
     hardened = convert(request(report.outfile, tmp_path / "q.gguf", "q4_k"))
-    assert all(abs(rounding.outcome.alignment) < 0.01 for rounding in hardened.roundings)
+    for rounding in hardened.roundings:
+        assert rounding.outcome.alignment == pytest.approx(ortho_target(rounding.ggml_type.name), abs=0.01)
 
 
 def test_quantized_input_needs_a_word(tiny_base: Path, tmp_path: Path) -> None:
@@ -141,7 +142,8 @@ def test_quantized_input_needs_a_word(tiny_base: Path, tmp_path: Path) -> None:
         convert(what)
     report = convert(replace(what, options=replace(what.options, allow_requantize=True)))
     assert "second rounding" in report.warnings[0]
-    assert all(abs(rounding.outcome.alignment) < 0.01 for rounding in report.roundings)
+    for rounding in report.roundings:
+        assert rounding.outcome.alignment == pytest.approx(ortho_target(rounding.ggml_type.name), abs=0.01)
 
 
 def test_split_input(tiny_base: Path, tmp_path: Path) -> None:
