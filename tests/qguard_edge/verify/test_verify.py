@@ -279,6 +279,7 @@ def test_kill_and_go_on(injection: LabFiles, tmp_path: Path) -> None:
 def test_convert_verify_rejects(injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model.gguf"
     options = ["--to", "q4_k", "-o", str(out), "--verify", "injection", "--defense", "none", "--threads", "1", "--json"]
+    options.append("--no-scan")  # which would refuse the model before anything is converted
     assert run(["convert", str(injection.attacked), *options]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["status"] == "fail"
