@@ -4,14 +4,12 @@ Run: python scripts/bench_scan.py [--weights 150,600] [--threads 1] [--repeat 3]
 
 Scans random bf16 and f32 bases of several sizes, matrices like those of a small Llama, for the types that `scan` looks at by
 default, and for sanity and outliers alone (what `convert` does before it quantizes). Each scan runs in a process of its own;
-its
-peak resident size is the system's. `per core` counts processor seconds in place of wall time, for a machine that others use
+its peak resident size is the system's. `per core` counts processor seconds in place of wall time, for a machine that others use
 too. Prints a table and, as the last line, one JSON object.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -61,7 +59,9 @@ def child(path: Path, types: tuple[str, ...], threads: int) -> None:
     started = time.process_time()
     found = scan_model(from_base(base, "bench", path), types, threads=threads)
     cpu = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its figure is inherited from the process that started this one, which wrote the model.
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
     print(json.dumps({"weights": found.n_weights, "seconds": found.seconds, "cpu": cpu, "peak": peak}))
 
 
