@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -116,3 +117,30 @@ class ConsoleProgress:
             self._finish_task()
             self._bars.stop()
             self._bars = None
+
+
+def check_report_file(path: Path | None) -> None:
+    """Refuse `--report FILE` before any work is done.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if path:
+        from convert.atomic import check_writable
+
+        check_writable(path, "--report")
+
+
+def deliver(
+    document: Mapping[str, Any], show: Callable[[], None], *, report_file: Path | None, json_output: bool, quiet: bool
+) -> None:
+    """What a conversion ends with: the report file, then the one JSON document or (unless quiet) the tables of `show`."""
+    if report_file:
+        from convert.atomic import atomic_path
+
+        with atomic_path(report_file) as temporary:
+            temporary.write_text(json_text(document))
+    if json_output:
+        print_json(document)
+    elif not quiet:
+        show()

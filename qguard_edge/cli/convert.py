@@ -13,9 +13,10 @@ from typer.core import TyperCommand
 from qguard_edge.cli.console import (
     ConsoleProgress,
     alignment_text,
+    check_report_file,
     count_text,
+    deliver,
     err,
-    json_text,
     out,
     percent,
     print_json,
@@ -343,10 +344,7 @@ def convert(
 
         _show_dry_run(plan(request), json_output, quiet)
         return
-    if report_file:
-        from convert.atomic import check_writable
-
-        check_writable(report_file, "--report")
+    check_report_file(report_file)
     with ConsoleProgress(quiet) as progress:
         if qvec_text:
             request = _with_searched_strength(request, qvec_text, quiet, progress)
@@ -359,15 +357,7 @@ def convert(
         said = f"qvec: lambda {chosen.strength} is a fixed default; --qvec-text FILE searches it on your text"
         err.print(said, highlight=False)
     document = report_document(report) | guard_document(guard)
-    if report_file:
-        from convert.atomic import atomic_path
-
-        with atomic_path(report_file) as temporary:
-            temporary.write_text(json_text(document))
-    if json_output:
-        print_json(document)
-    elif not quiet:
-        _show_report(report)
+    deliver(document, lambda: _show_report(report), report_file=report_file, json_output=json_output, quiet=quiet)
     if report.verification and report.verification.verdict.exit_code:
         raise typer.Exit(report.verification.verdict.exit_code)
 

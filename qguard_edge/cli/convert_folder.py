@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from qguard_edge.cli.console import (
     ConsoleProgress,
     alignment_text,
+    check_report_file,
     count_text,
+    deliver,
     err,
-    json_text,
     out,
     percent,
     print_json,
@@ -47,21 +48,12 @@ def run_folder(request: "FolderRequest", *, dry_run: bool, json_output: bool, re
 
         _show_dry(dry_folder(request), json_output, quiet)
         return
-    from convert.atomic import atomic_path, check_writable
     from qguard_edge.hf_target import convert_to_folder
 
-    if report_file:
-        check_writable(report_file, "--report")
+    check_report_file(report_file)
     with ConsoleProgress(quiet) as progress:
         report = convert_to_folder(request, progress)
-    document = report_document(report)
-    if report_file:
-        with atomic_path(report_file) as temporary:
-            temporary.write_text(json_text(document))
-    if json_output:
-        print_json(document)
-    elif not quiet:
-        _show(report)
+    deliver(report_document(report), lambda: _show(report), report_file=report_file, json_output=json_output, quiet=quiet)
 
 
 def report_document(report: "FolderReport") -> Mapping[str, Any]:

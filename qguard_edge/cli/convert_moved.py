@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from qguard_edge.cli.console import (
     ConsoleProgress,
     alignment_text,
+    check_report_file,
     count_text,
+    deliver,
     err,
-    json_text,
     out,
     percent,
-    print_json,
     table,
 )
 from qguard_edge.cli.scan_first import guard_document, refusals, show_findings
@@ -34,11 +34,9 @@ def run_moved(
     quiet: bool,
 ) -> None:
     """Carry out the command; `look` makes what scans the model first."""
-    from convert.atomic import atomic_path, check_writable
     from qguard_edge.moved_base import convert_to_moved_base
 
-    if report_file:
-        check_writable(report_file)
+    check_report_file(report_file)
     with ConsoleProgress(quiet) as progress:
         guard = look(progress) if look else None
         with refusals(json_output):
@@ -46,13 +44,7 @@ def run_moved(
     if guard:
         show_findings(guard, quiet)
     document = {**report_document(report), **guard_document(guard)}
-    if report_file:
-        with atomic_path(report_file) as temporary:
-            temporary.write_text(json_text(document))
-    if json_output:
-        print_json(document)
-    elif not quiet:
-        _show(report)
+    deliver(document, lambda: _show(report), report_file=report_file, json_output=json_output, quiet=quiet)
 
 
 def report_document(report: "MovedReport") -> Mapping[str, Any]:

@@ -19,14 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
 from qguard_edge.folder_plan import FolderRequest
-from qguard_edge.hf_runtime import load_exactly
+from qguard_edge.hf_runtime import load_exactly, torch_threads
 from qguard_edge.hf_target import MatrixRounding, convert_to_folder
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
@@ -150,22 +148,6 @@ def make_victim(settings: LabSettings, progress: Progress | None = None) -> Vict
                 shutil.rmtree(work)
     raw = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
     return Victim(clean, folder / "model", data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
-
-
-class torch_threads:  # noqa: N801 - a context manager that reads like a function
-    """Limit torch's threads for a while; 0 leaves them."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.before = 0
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        if self.count:
-            torch.set_num_threads(self.count)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
 
 
 def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None) -> LabResult:
