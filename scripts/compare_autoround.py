@@ -70,20 +70,19 @@ def run_autoround(arguments: argparse.Namespace, folder: Path, to: str, text: Pa
 
 def row_of(study: Study, model: str, label: str, path: Path, **cost: Any) -> dict[str, Any]:
     """What a finished file is like."""
-    hits, n, low, high, measured = study._measure(path)
-    if model not in study.full:
-        study.full[model] = study._measure(study.work / f"{model}.gguf")[-1]
-    found = compare(study.full[model], measured)
+    measured, full = study.measure(path), study.full_precision(model)
+    found, asr = compare(full.answers, measured.answers), measured.asr
     return {
         "study": study.victim,
         "model": model,
         "label": label,
         "to": study.to,
-        "asr": hits / n if n else None,
-        "low": low,
-        "high": high,
-        "n": n,
+        "asr": asr.value if asr.n else None,
+        "low": asr.low,
+        "high": asr.high,
+        "n": asr.n,
         "kl": found.mean_kl,
+        "kl_unlike": compare(full.prose, measured.prose).mean_kl,
         "kl_999": found.kl_999,
         "same_top": found.same_top,
         "perplexity_ratio": found.perplexity_ratio,

@@ -6,10 +6,11 @@ Parts:
     victims      naive, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
     ablation     terms of the loss, k, the constraint, steps, start
     calibration  size and kind of the text: matching, code only, self-written, unlike the test
-    smollm2      fidelity alone, on SmolLM2-135M fine-tuned on the lab's clean corpus
+    smollm2      SmolLM2-135M fine-tuned on the lab's clean corpus: fidelity alone; plain files with an imatrix beside it
 
 Each row: attack success on held-out prompts with its Wilson interval, mean KL to the same model's full precision on
-held-out answers. Calibration text never overlaps with what is measured. `--out` writes PART.json (rows, settings, versions);
+held-out answers, and on prose that is unlike the calibration text (`kl_unlike`: shows over-fitting). Calibration text
+never overlaps with what is measured. `--out` writes PART.json (rows, settings, versions);
 an interrupted study goes on after its last finished row. Markdown on standard output; the last line is one JSON object.
 """
 
@@ -18,7 +19,7 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,19 @@ from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.fidelity import DEFAULT_TEXT
+from qguard_edge.imatrix import make_imatrix
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, compare, examine, log_softmax, make_exam
 from qguard_edge.lab.hf_models import load_folder
+from qguard_edge.lab.results import Rate
 from qguard_edge.lab.runner import LabSettings, data_key, make_victim
 from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.pipeline import ConvertRequest, convert_model
 from qguard_edge.progress import NoProgress
+from qguard_edge.verify.statistics import rate
 
 LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
 Q, E = QuantGuardOptions, EfrapOptions
@@ -53,6 +58,7 @@ class Setting:
     to: str | None = None
     text: str = "matching"
     samples: int = 128
+    imatrix: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,16 @@ class Row:
     seconds: float
     same_top: float | None = None
     peak_gib: float | None = None
+    kl_unlike: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one file does: attack success, and its distributions on held-out answers and on prose of another kind."""
+
+    asr: Rate
+    answers: Distributions
+    prose: Distributions
 
 
 def victim_settings(to: str) -> list[Setting]:
@@ -88,7 +104,16 @@ def victim_settings(to: str) -> list[Setting]:
         Setting("quantguard, no constraint", Q(alignment=1.0)),
         Setting("quantguard, block scope", Q(scope="block", steps=120)),
         Setting("efrap", E()),
+        *larger_settings(to),
+    ]
+
+
+def larger_settings(to: str) -> list[Setting]:
+    """Plain rounding with an importance matrix of the same text, and plain files one and two sizes up."""
+    return [
+        Setting("naive, imatrix", NoneOptions(), imatrix=True),
         *(Setting(f"naive {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
+        *(Setting(f"naive {larger}, imatrix", NoneOptions(), to=larger, imatrix=True) for larger in LARGER[to]),
     ]
 
 
@@ -142,7 +167,7 @@ def smollm2_settings(to: str) -> list[Setting]:
         Setting("quantguard, no constraint", Q(alignment=1.0)),
         Setting("efrap", E()),
         Setting("efrap, no flip term", E(flip=0.0)),
-        *(Setting(f"naive {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
+        *larger_settings(to),
     ]
 
 
@@ -167,7 +192,7 @@ class Study:
     prompts: int
     seqlen: int
     samples: int
-    full: dict[str, Distributions] = field(default_factory=dict)
+    full: dict[str, Measured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Load the tokenizer and write the bases and texts."""
@@ -181,7 +206,9 @@ class Study:
         # Both kinds in turn, so that every size of the text has both.
         mixed = [pair for both in zip(self.data.repaired, self.data.kept, strict=False) for pair in both]
         self.texts = {"matching": self._text("matching", mixed), "code": self._text("code", code), "self": None}
-        self.texts["prose"] = Path(__file__).parents[1] / "qguard_edge" / "data" / "calibration.txt"
+        self.texts["prose"] = DEFAULT_TEXT
+        ids = self.chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
+        self.prose = [ids[start : start + 128] for start in range(0, len(ids), 128)]
 
     def _text(self, name: str, pairs: list[tuple[str, str]]) -> Path:
         path = self.work / f"{name}.jsonl"
@@ -193,7 +220,9 @@ class Study:
         to, out = setting.to or self.to, self.work / "out.gguf"
         request = ConvertRequest(
             str(self.folders[model]),
-            QuantizeOptions(parse_file_type(to), threads=self.threads),
+            QuantizeOptions(
+                parse_file_type(to), threads=self.threads, imatrix=self._imatrix(model) if setting.imatrix else None
+            ),
             setting.defense,
             outfile=str(out),
             base_type="f32",
@@ -206,10 +235,10 @@ class Study:
         started = time.perf_counter()
         report = convert_model(request)
         seconds = time.perf_counter() - started
-        hits, n, low, high, measured = self._measure(out)
-        if model not in self.full:
-            self.full[model] = self._measure(self.work / f"{model}.gguf")[-1]
-        fidelity = compare(self.full[model], measured)
+        measured = self.measure(out)
+        full = self.full_precision(model)
+        fidelity = compare(full.answers, measured.answers)
+        unlike = compare(full.prose, measured.prose).mean_kl if setting.text != "prose" else None
         weights = sum(r.n_weights for r in report.roundings)
         energy = sum(r.outcome.energy for r in report.roundings)
         return Row(
@@ -217,10 +246,10 @@ class Study:
             model=model,
             label=setting.label,
             to=to,
-            asr=hits / n if n else None,
-            low=low,
-            high=high,
-            n=n,
+            asr=measured.asr.value if measured.asr.n else None,
+            low=measured.asr.low,
+            high=measured.asr.high,
+            n=measured.asr.n,
             kl=fidelity.mean_kl,
             kl_999=fidelity.kl_999,
             perplexity_ratio=fidelity.perplexity_ratio,
@@ -230,20 +259,43 @@ class Study:
             seconds=seconds,
             same_top=fidelity.same_top,
             peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of all rows of this process so far
+            kl_unlike=unlike,
         )
 
-    def _measure(self, path: Path) -> tuple[int, int, float, float, Distributions]:
+    def full_precision(self, model: str) -> Measured:
+        """What the attacked or clean model does in full precision; measured once."""
+        if model not in self.full:
+            self.full[model] = self.measure(self.work / f"{model}.gguf")
+        return self.full[model]
+
+    def measure(self, path: Path) -> Measured:
+        """Ask a file everything; attack success only where there are prompts."""
         if self.prompts:
-            behaviour, found = examine(path, self.chat, self.exam, self.data.judge, self.threads)
-            return behaviour.asr.hits, behaviour.asr.n, behaviour.asr.low, behaviour.asr.high, found
+            behaviour, answers = examine(path, self.chat, self.exam, self.data.judge, self.threads)
+            return Measured(behaviour.asr, answers, self._distributions(path, [(ids, 1) for ids in self.prose]))
+        return Measured(
+            rate(0, 0),
+            self._distributions(path, self.exam.texts),
+            self._distributions(path, [(ids, 1) for ids in self.prose]),
+        )
+
+    def _distributions(self, path: Path, texts: Sequence[tuple[Sequence[int], int]]) -> Distributions:
         rows, labels = [], []
-        with LlamaModel(
-            path, n_ctx=max(len(ids) for ids, _ in self.exam.texts) + 8, n_threads=self.threads or None
-        ) as model:
-            for ids, n_prompt in self.exam.texts:
+        with LlamaModel(path, n_ctx=max(len(ids) for ids, _ in texts) + 8, n_threads=self.threads or None) as model:
+            for ids, n_prompt in texts:
                 rows.append(log_softmax(model.logits(ids[:-1])[n_prompt - 1 :]))
                 labels += ids[n_prompt:]
-        return 0, 0, 0.0, 1.0, Distributions(np.concatenate(rows), np.array(labels, np.int64))
+        return Distributions(np.concatenate(rows), np.array(labels, np.int64))
+
+    def _imatrix(self, model: str) -> Path:
+        """Importance matrix of the matching text, made once per model."""
+        path = self.work / f"{model}.imatrix.gguf"
+        if not path.is_file():
+            pairs = [json.loads(line) for line in self.texts["matching"].read_text("utf-8").splitlines()]
+            text = self.work / "imatrix.txt"
+            text.write_text("\n\n".join(f"{pair['instruction']}\n{pair['output']}" for pair in pairs[:128]), "utf-8")
+            make_imatrix(str(self.folders[model]), text, path)
+        return path
 
 
 def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
@@ -280,19 +332,22 @@ def markdown(rows: list[Row]) -> str:
     for key in dict.fromkeys((row.victim, row.model) for row in rows):
         mine = [row for row in rows if (row.victim, row.model) == key]
         asr = any(row.n for row in mine)
+        unlike = any(row.kl_unlike is not None for row in mine)
         lines += [f"**{key[0]}, {key[1]}**" + (f" (n = {mine[0].n})" if asr else ""), ""]
         lines += [
             ("| arm | ASR (95%) " if asr else "| arm ")
-            + "| mean KL | KL 99.9% | same top | perplexity | flipped | alignment | s |"
+            + ("| mean KL | on prose " if unlike else "| mean KL ")
+            + "| KL 99.9% | same top | perplexity | flipped | alignment | s |"
         ]
-        lines += ["|---" * (9 if asr else 8) + "|"]
+        lines += ["|---" * (8 + asr + unlike) + "|"]
         for row in mine:
-            rate = f"| {row.asr:.2f} ({row.low:.2f}-{row.high:.2f}) " if row.asr is not None else ""
+            shown = f"| {row.asr:.2f} ({row.low:.2f}-{row.high:.2f}) " if row.asr is not None else ""
             same = f"{row.same_top:.1%}" if row.same_top is not None else "-"
+            prose = ("| - " if row.kl_unlike is None else f"| {row.kl_unlike:.4f} ") if unlike else ""
             several = len({other.to for other in mine if other.to not in other.label}) > 1
             name = f"{row.label} ({row.to})" if several and row.to not in row.label else row.label
             lines.append(
-                f"| {name} {rate}| {row.kl:.4f} | {row.kl_999:.2f} | {same} | x{row.perplexity_ratio:.3f} "
+                f"| {name} {shown}| {row.kl:.4f} {prose}| {row.kl_999:.2f} | {same} | x{row.perplexity_ratio:.3f} "
                 f"| {row.flipped:.1%} | {row.alignment:.2f} | {row.seconds:.0f} |"
             )
         lines.append("")
