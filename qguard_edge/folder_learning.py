@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class FolderTarget(Target):
                 continue
             order = np.arange(matrix.rows)
             source = RowSource(matrix.name, matrix.transposed, order, order)
-            parts.append(Part(matrix, torch.arange(matrix.rows), source, self.geometry(matrix)))
+            parts.append(Part(matrix, torch.arange(matrix.rows), source, partial(self.geometry, matrix)))
         return Parts(tuple(parts), tuple(unmapped))
 
     def geometry(self, matrix: Matrix) -> Geometry:

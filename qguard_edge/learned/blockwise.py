@@ -50,7 +50,7 @@ def efrap_positions(
 
     def learn(index: int, gram: Tensor | None) -> None:
         part = parts[index]
-        geometry = part.geometry.to(task.device, torch.float32)
+        geometry = part.geometry().to(task.device, torch.float32)
         weights = part.gather(parameters[part.source.parameter].detach()).to(task.device).float()
         position, start, end = learn_layer(geometry, weights, gram, options)
         rounded = hard_error(position, geometry, weights, gram)
@@ -92,7 +92,8 @@ class BlockScope:
         task: LearnTask,
     ) -> None:
         self.loaded, self.parts, self.samples, self.options, self.task = loaded, parts, samples, options, task
-        self.starts = start_positions(loaded, parts, samples, options, task, resident=False)
+        # Taken out as they are used: of the variables of the whole model only one copy is alive.
+        self.starts = dict(enumerate(start_positions(loaded, parts, samples, options, task, resident=False)))
         self.positions: dict[int, Tensor] = {}
         self.losses: list[tuple[float, float]] = []
 
@@ -121,7 +122,7 @@ class BlockScope:
         parameters = dict(self.loaded.model.named_parameters())
         kept: dict[str, Tensor] = {}
         for index, part in outside:
-            (one,) = make_variables([part], self.options, [self.starts[index]], torch.device("cpu"))
+            (one,) = make_variables([part], self.options, [self.starts.pop(index)], torch.device("cpu"))
             self.positions[index] = one.position()
             parameter = parameters[part.source.parameter]
             kept.setdefault(part.source.parameter, parameter.detach().clone())
@@ -146,7 +147,7 @@ class BlockScope:
         parts = [part for _, part in mine]
         if not parts:
             return stream(block, states, arguments, task.device)
-        variables = make_variables(parts, options, [self.starts[index] for index, _ in mine], task.device)
+        variables = make_variables(parts, options, [self.starts.pop(index) for index, _ in mine], task.device)
         student = Student(copy.deepcopy(block), parts)
         student.load_all(variables)
         scale = float((target - target.mean()).square().mean())

@@ -94,10 +94,10 @@ def make_variables(
 ) -> list[Variables]:
     """Rounding variables of each part at their start, f32 `[rows, columns]` each."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weights = sum(part.geometry.value.numel() for part in parts)
+    weights = sum(part.n_weights for part in parts)
     made: list[Variables] = []
     for part, start in zip(parts, starts, strict=True):
-        geometry = part.geometry.to(device, dtype)
+        geometry = part.geometry().to(device, dtype)
         if options.optimizer == "sign":
             made.append(SignSteps(geometry, options.alignment, start.to(device)))
         else:

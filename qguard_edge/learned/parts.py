@@ -14,7 +14,7 @@ A parameter that is used twice (tied embeddings) has one part, so it is learned 
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -86,13 +86,28 @@ class Part:
         tensor: the matrix; rows are meant as the file has them.
         rows: int64 `[n]`, rows of the tensor.
         source: where they sit in the parameter.
-        geometry: of these rows, in this order.
+        read: reads the geometry of these rows, in this order, from the files. It takes three times the memory of the
+            weights, so nobody keeps it who learns one block at a time.
     """
 
     tensor: Matrix
     rows: Tensor
     source: RowSource
-    geometry: Geometry
+    read: Callable[[], Geometry]
+
+    def geometry(self) -> Geometry:
+        """Read anew at each call."""
+        return self.read()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return len(self.rows), self.tensor.columns
+
+    @property
+    def n_weights(self) -> int:
+        """Weights in this part."""
+        return len(self.rows) * self.tensor.columns
 
     @property
     def name(self) -> str:
@@ -112,13 +127,13 @@ class Part:
 
     def gather(self, values: Tensor) -> Tensor:
         """`[n, columns]`: these rows of something of the parameter's shape (its gradient); may share its memory."""
-        if self._in_order and values.numel() == self.geometry.value.numel():
-            return values.reshape(self.geometry.value.shape)
+        if self._in_order and values.numel() == self.n_weights:
+            return values.reshape(self.shape)
         return self._view().gather({self.source.parameter: values})
 
     def scatter(self, values: Tensor, parameter: Tensor) -> None:
         """Write `[n, columns]` into the parameter, in place."""
-        if self._in_order and parameter.numel() == self.geometry.value.numel():
+        if self._in_order and parameter.numel() == self.n_weights:
             parameter.copy_(values.reshape(parameter.shape))
             return
         self._view().scatter(values, {self.source.parameter: parameter})
@@ -146,7 +161,7 @@ class Parts:
     @property
     def n_weights(self) -> int:
         """Weights in all parts."""
-        return sum(part.geometry.value.numel() for part in self.parts)
+        return sum(part.n_weights for part in self.parts)
 
 
 def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
@@ -204,7 +219,7 @@ def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geom
 def make_parts(
     base: GgufModel, reference: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]
 ) -> Parts:
-    """Find each protected tensor's rows in a torch model and read their geometry.
+    """Find each protected tensor's rows in a torch model.
 
     Args:
         base: full precision.
@@ -216,19 +231,23 @@ def make_parts(
     claimed: dict[str, set[int]] = {}
     parts: list[Part] = []
     unmapped: list[TensorInfo] = []
-    paths = [shard.path for shard in base.shards]
-    with open_reader(reference.path, *paths) as reader:
-        for tensor in tensors:
-            sources = _sources(rows, tensor, claimed)
-            if sources is None:
-                unmapped.append(tensor)
-                continue
-            geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)
-            for source in sources:
-                index = torch.from_numpy(source.tensor_rows)
-                mine = geometry if len(sources) == 1 else geometry.rows(index, float(energy[index].sum()))
-                parts.append(Part(tensor, index, source, mine))
+    for tensor in tensors:
+        sources = _sources(rows, tensor, claimed)
+        if sources is None:
+            unmapped.append(tensor)
+            continue
+        for source in sources:
+            index = torch.from_numpy(source.tensor_rows)
+            wanted = None if len(sources) == 1 else index
+            parts.append(Part(tensor, index, source, functools.partial(tensor_geometry, base, reference, tensor, wanted)))
     return Parts(tuple(parts), tuple(unmapped))
+
+
+def tensor_geometry(base: GgufModel, reference: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> Geometry:
+    """The geometry of a tensor, or of some of its rows, in units of the file."""
+    with open_reader(reference.path, *(shard.path for shard in base.shards)) as reader:
+        geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)
+    return geometry if index is None else geometry.rows(index, float(energy[index].sum()))
 
 
 def _sources(rows: RowMap, tensor: TensorInfo, claimed: dict[str, set[int]]) -> tuple[RowSource, ...] | None:

@@ -65,7 +65,7 @@ def plan_of(parts: Sequence[Part], positions: Sequence[Tensor], target: float) -
     """The plan of learned parts; `positions` are f32 `[rows, columns]` per part."""
     plan = LearnedPlan()
     for part, position in zip(parts, positions, strict=True):
-        plan.add(part.tensor, part.rows, position.float().cpu(), part.geometry, target)
+        plan.add(part.tensor, part.rows, position.float().cpu(), part.geometry(), target)
     return plan
 
 

@@ -33,8 +33,8 @@ def shifted_ratio(geometry: Geometry, name: str, seed: int) -> Tensor:
 def plain_start(part: Part, start: str, seed: int) -> Tensor:
     """f32 `[rows, columns]` for `ortho` and `fraction`; `feedback` without known inputs starts as `ortho` does."""
     if start == "fraction":
-        return part.geometry.ratio.float().clone()
-    return shifted_ratio(part.geometry, part.name, seed)
+        return part.geometry().ratio.float().clone()
+    return shifted_ratio(part.geometry(), part.name, seed)
 
 
 def start_positions(
@@ -87,7 +87,7 @@ def _feedback(
         if gram is None:
             return
         part = parts[index]
-        geometry = part.geometry.to(task.device, torch.float32)
+        geometry = part.geometry().to(task.device, torch.float32)
         weights = part.gather(parameters[part.source.parameter].detach()).to(task.device).float()
         generator = torch.Generator().manual_seed((task.seed * 1_000_003 + zlib.crc32(part.name.encode())) % 2**63)
         found[index] = start_from(geometry, weights, gram.to(task.device), options.alignment, generator).cpu()

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.patch import sha256_of
-from convert.tensor_io import open_reader
-from qguard_edge.learned.parts import Geometry, Matrix, Parts, make_parts, read_geometry, require_scalar
+from qguard_edge.learned.parts import Geometry, Matrix, Parts, make_parts, require_scalar, tensor_geometry
 
 
 class Target(ABC):
@@ -17,7 +16,7 @@ class Target(ABC):
 
     @abstractmethod
     def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
-        """Each matrix's rows in a torch model, and their geometry.
+        """Each matrix's rows in a torch model.
 
         Args:
             parameters: of the torch model, by name, each once.
@@ -61,9 +60,7 @@ class GgufTarget(Target):
 
     def geometry(self, matrix: Matrix) -> Geometry:
         """See `Target.geometry`."""
-        paths = [shard.path for shard in self.base.shards]
-        with open_reader(self.reference.path, *paths) as reader:
-            return read_geometry(reader, self.base.tensors[matrix.name], self.reference.tensors[matrix.name])[0]
+        return tensor_geometry(self.base, self.reference, self.reference.tensors[matrix.name])
 
     def fingerprint(self) -> str:
         """See `Target.fingerprint`."""

@@ -82,7 +82,7 @@ def test_the_seed_decides_and_two_seeds_differ_as_much_as_orthos(setup: Setup, s
     def plans(seed: int, start: str) -> list[torch.Tensor]:
         options = QuantGuardOptions(start=start)
         found = start_positions(setup.loaded, parts, samples, options, setup.again(seed=seed), resident=True)
-        return [complete(h, part.geometry, 0.1) for h, part in zip(found, parts, strict=True)]
+        return [complete(h, part.geometry(), 0.1) for h, part in zip(found, parts, strict=True)]
 
     def shared(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
         both = sum(int((a & b).sum()) for a, b in zip(one, other, strict=True))

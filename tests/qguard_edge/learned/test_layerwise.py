@@ -85,7 +85,7 @@ def test_every_part_gets_a_position_and_the_model_is_left_as_it_was(setup: Setup
         setup.loaded, setup.parts.parts, samples, QuantGuardOptions(scope="block", steps=2, batch=4), setup.task
     )
     for found in (positions, scope.run()):
-        assert [tuple(p.shape) for p in found] == [tuple(p.geometry.value.shape) for p in setup.parts.parts]
+        assert [tuple(p.shape) for p in found] == [tuple(p.geometry().value.shape) for p in setup.parts.parts]
         assert all(bool(((p >= 0) & (p <= 1)).all()) for p in found)
     assert len(losses) == len(setup.parts.parts)
     assert len(scope.losses) == 2
@@ -99,4 +99,4 @@ def test_learning_a_block_lowers_its_output_error(setup: Setup, samples: Samples
     positions = scope.run()
     assert all(last < first for first, last in scope.losses)
     for part, position in zip(setup.parts.parts, positions, strict=True):
-        assert complete(position, part.geometry, 0.1).any()
+        assert complete(position, part.geometry(), 0.1).any()

@@ -35,7 +35,7 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
     assert {part.tensor.name for part in parts} == {tensor.name for tensor in setup.target.tensors}
 
     student = Student(setup.loaded.model, parts)
-    starts = [part.geometry.ratio for part in parts]
+    starts = [part.geometry().ratio for part in parts]
     variables = make_variables(parts, QuantGuardOptions(alignment=1.0), starts, CPU)
     for one in variables:
         one.h.zero_()  # type: ignore[attr-defined]
@@ -47,7 +47,7 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).reshape(-1, part.tensor.columns)
         assert torch.equal(part.gather(student.parameters[part.source.parameter].detach()), values[part.rows])
         error = values[part.rows].double() - part.gather(full[part.source.parameter].detach()).double()
-        assert part.geometry.energy == pytest.approx(float(error.square().sum()), rel=1e-4)
+        assert part.geometry().energy == pytest.approx(float(error.square().sum()), rel=1e-4)
 
     few = [tuple(token % 300 for token in sample) for sample in samples]
     run = EndToEnd(setup.loaded, parts, few, QuantGuardOptions(steps=2, batch=4), setup.task, "fingerprint")

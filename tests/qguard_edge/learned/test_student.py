@@ -38,7 +38,7 @@ def test_tied_embeddings_are_learned_once(tied_folder: Path, tmp_path: Path) -> 
 
 def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) -> None:
     """The oracle is gguf's own dequantizer; q and k are compared after llama.cpp's reordering is undone by rows."""
-    starts = [part.geometry.ratio for part in setup.parts.parts]
+    starts = [part.geometry().ratio for part in setup.parts.parts]
     variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, CPU)
     for one in variables:
         one.h.zero_()
@@ -56,7 +56,7 @@ def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) ->
 def test_both_values_of_a_weight_bracket_it(setup: Setup) -> None:
     for part in setup.parts.parts:
         weights = part.gather(dict(setup.loaded.model.named_parameters())[part.source.parameter].detach()).float()
-        one = part.geometry
+        one = part.geometry()
         flips = one.delta != 0
         between = one.value + one.ratio * one.delta
         scale = one.delta.abs().clamp(min=1e-9)
@@ -80,16 +80,16 @@ def test_the_straight_through_slope_is_the_derivative_of_the_soft_loss(setup: Se
     part = next(p for p in setup.parts.parts if p.tensor.name == "blk.1.ffn_down.weight")
     student = copy.deepcopy(model)
     parameter = dict(student.named_parameters())[part.source.parameter].requires_grad_(True)
-    h = part.geometry.ratio.double() * 0.3 + 0.1
+    h = part.geometry().ratio.double() * 0.3 + 0.1
 
     def loss_at(values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            part.scatter(part.geometry.value.double() + values * part.geometry.delta.double(), parameter)
+            part.scatter(part.geometry().value.double() + values * part.geometry().delta.double(), parameter)
         p, q = wanted.log_softmax(-1), forward(student).log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1).mean()
 
     loss_at(h).backward()
-    slope = part.gather(parameter.grad) * part.geometry.delta.double()
+    slope = part.gather(parameter.grad) * part.geometry().delta.double()
     index = slope.abs().flatten().topk(3).indices
     for flat in index.tolist():
         step = torch.zeros_like(h).flatten()
