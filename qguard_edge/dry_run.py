@@ -4,7 +4,6 @@ llama.cpp plans from a GGUF. For a Hugging Face folder an outline of the base (h
 the system's temporary folder and removed again.
 """
 
-import math
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +13,13 @@ from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.quantizer import Fallback, quantize
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
+from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, dry_cost
 from qguard_edge.pipeline import ConvertRequest, output_path
 from qguard_edge.source import open_base, resolve_source
 from quant_grids import GRIDS
 from quant_grids.errors import UnsupportedError
 from quant_grids.ggml_type import type_named
 
-TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
-LEARNING_BYTES = (
-    28  # per weight: the model twice in f32, values, steps, ratios and variables, one gradient in flight; an estimate
-)
 SLICE_ARRAYS = 40  # f32 arrays of a slice's size that planning a slice touches at most, measured
 
 
@@ -61,6 +57,7 @@ class DryRun:
         out_bytes: size of the output's tensors.
         memory_bytes: estimated peak resident size of the larger of the two processes.
         warnings: one sentence each.
+        learning: what a learned defense will cost.
     """
 
     outfile: Path
@@ -69,6 +66,7 @@ class DryRun:
     out_bytes: int
     memory_bytes: int
     warnings: tuple[str, ...]
+    learning: LearningCost | None = None
 
 
 def dry_run(request: ConvertRequest) -> DryRun:
@@ -99,13 +97,15 @@ def dry_run(request: ConvertRequest) -> DryRun:
     warnings = list(report.warnings)
     if request.options.file_type.needs_imatrix and request.options.imatrix is None:
         warnings.append(f"{request.options.file_type.name} needs an importance matrix: pass --imatrix FILE")
+    learning = dry_cost(request, [(tensor.name, tensor.shape) for tensor in tensors], warnings)
     return DryRun(
         outfile=output_path(request, source),
         tensors=tensors,
         base_bytes=base_bytes,
         out_bytes=sum(tensor.n_bytes for tensor in tensors),
-        memory_bytes=max(_memory(tensors, request.options.threads), _learning_memory(tensors, request)),
+        memory_bytes=max(_memory(tensors, request.options.threads), learning.memory_bytes if learning else 0),
         warnings=tuple(warnings),
+        learning=learning,
     )
 
 
@@ -135,13 +135,3 @@ def _memory(tensors: tuple[DryTensor, ...], threads: int) -> int:
         largest = max(largest, weights * (4 + 4) + tensor.n_bytes)
     planning = TORCH_BYTES + (threads or available_cores()) * SLICE_ARRAYS * 4 * SLICE_WEIGHTS
     return max(largest, planning)
-
-
-def _learning_memory(tensors: tuple[DryTensor, ...], request: ConvertRequest) -> int:
-    """Peak of a learned defense: every weight of the model at `LEARNING_BYTES`, and the logits of a batch a few times."""
-    if not request.defense.calibrated:
-        return 0
-    weights = sum(math.prod(tensor.shape) for tensor in tensors)
-    vocabulary = max((tensor.shape[-1] for tensor in tensors if tensor.name == "token_embd.weight"), default=0)
-    tokens = max(1024, getattr(request.defense, "batch", 1) * request.calibration.seqlen)
-    return TORCH_BYTES + LEARNING_BYTES * weights + 5 * 4 * tokens * vocabulary

@@ -4,7 +4,7 @@ Which modules bitsandbytes quantizes is asked of transformers (every Linear but 
 folder made here has exactly the modules that `load_in_4bit` would have made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from convert.hf_folder import CONFIG_NAME, SHARD_BYTES
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.hf_runtime import LinearModules, linear_modules
+from qguard_edge.learned.memory import LearningCost, dry_cost
 from qguard_edge.source import Source, resolve_source
 from quant_grids.errors import UnsupportedError
 
@@ -49,6 +50,7 @@ class FolderRequest:
         check_loads: load the result in transformers, and for `hf` really quantize it.
         shard_bytes: largest shard.
         calibration: the text that learned defenses look at.
+        max_memory: bytes that learning may use on its device; None: no limit.
     """
 
     model: str
@@ -67,6 +69,7 @@ class FolderRequest:
     check_loads: bool = True
     shard_bytes: int = SHARD_BYTES
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    max_memory: int | None = None
 
     def check(self) -> tuple[str, ...]:
         """Hold the options against each other; the formats that are asked for.
@@ -112,6 +115,10 @@ class FolderPlan:
     checkpoint: Checkpoint
     modules: LinearModules
     warnings: tuple[str, ...]
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors."""
+        return ((tensor.name, tensor.shape) for tensor in self.checkpoint.tensors.values())
 
     def module_of(self, tensor: SourceTensor) -> str | None:
         """Name of the module whose weight this is, if it is to be quantized."""
@@ -197,6 +204,7 @@ class DryFolder:
         base_bytes: tensor data read.
         out_bytes: tensor data written.
         warnings: one sentence each.
+        learning: what a learned defense will cost.
     """
 
     outfile: Path
@@ -204,6 +212,7 @@ class DryFolder:
     base_bytes: int
     out_bytes: int
     warnings: tuple[str, ...]
+    learning: LearningCost | None = None
 
 
 def dry_folder(request: FolderRequest) -> DryFolder:
@@ -226,4 +235,7 @@ def dry_folder(request: FolderRequest) -> DryFolder:
         protection = "scalar" if rounded else "float"
         tensors.append(DryFolderTensor(tensor.name, tensor.shape, tensor.dtype, target, size, protection))
     base = sum(source_bytes(tensor) for tensor in plan.checkpoint.tensors.values())
-    return DryFolder(plan.outfile, tuple(tensors), base, sum(tensor.n_bytes for tensor in tensors), plan.warnings)
+    warnings = list(plan.warnings)
+    learning = dry_cost(request, plan.shapes(), warnings)
+    out = sum(tensor.n_bytes for tensor in tensors)
+    return DryFolder(plan.outfile, tuple(tensors), base, out, tuple(warnings), learning)

@@ -14,7 +14,7 @@ gets its name at the end. What bitsandbytes would leave alone (output head, embe
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from qguard_edge.folder_learning import FolderTarget
 from qguard_edge.folder_plan import DTYPES, FolderPlan, FolderRequest, plan_folder, source_bytes
 from qguard_edge.hf_runtime import continue_text
 from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
+from qguard_edge.learned.memory import fitted_defense
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.load_check import PROMPT, TOKENS, LoadCheck
 from qguard_edge.model_card import CardFacts, write_card
@@ -120,6 +121,10 @@ def convert_to_folder(request: FolderRequest, progress: Progress | None = None) 
     plan = plan_folder(request)
     if request.check_loads:
         require_bitsandbytes()
+    if request.defense.calibrated:
+        warnings: list[str] = []
+        request = replace(request, defense=fitted_defense(request, plan.shapes(), warnings))
+        plan = replace(plan, warnings=(*plan.warnings, *warnings))
     with atomic_folder(plan.outfile, overwrite=request.overwrite, marker=CONFIG_NAME) as work:
         return _FolderConversion(request, plan, work, progress or NoProgress()).run()
 

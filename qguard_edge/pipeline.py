@@ -31,6 +31,7 @@ from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
+from qguard_edge.learned.memory import fitted_defense
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.load_check import LoadCheck, load_check
@@ -89,6 +90,7 @@ class ConvertRequest:
         allow_unprotected: accept tensors of types without a grid.
         check_loads: load the result in llama.cpp before it gets its name.
         calibration: the text that learned defenses look at.
+        max_memory: bytes that learning may use on its device; None: no limit.
     """
 
     model: str
@@ -106,6 +108,7 @@ class ConvertRequest:
     allow_unprotected: bool = False
     check_loads: bool = True
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,9 @@ def convert_model(
         if guard:
             with clock.stage("scan"):
                 request = _with_types(request, guard.before(base))
+        if request.defense.calibrated:
+            shapes = ((name, tensor.shape) for name, tensor in base.tensors.items())
+            request = replace(request, defense=fitted_defense(request, shapes, warnings))
         return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate, guard).run()
 
 

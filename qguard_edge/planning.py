@@ -7,7 +7,7 @@ laptop   qguard-edge apply PLAN --reference ...                 -> hardened GGUF
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed
+from qguard_edge.learned.memory import fitted_defense
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.metadata import qguard_entries, total_outcome
@@ -48,6 +49,7 @@ class PlanRequest:
         threads: 0 for all cores.
         allow_unprotected: accept tensors of types without a grid.
         calibration: text for learned defenses.
+        max_memory: bytes that learning may use on its device; None: no limit.
     """
 
     model: str
@@ -61,6 +63,7 @@ class PlanRequest:
     threads: int = 0
     allow_unprotected: bool = False
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,17 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
     request.defense.check()
     request.calibration.check()
     check_writable(request.outfile)
+    source = resolve_source(request.model, request.revision)
+    base, reference = open_base(request.base, allow_requantize=False), GgufFile(request.reference)
+    warnings: list[str] = []
+    if request.defense.calibrated:
+        shapes = ((name, tensor.shape) for name, tensor in base.tensors.items())
+        request = replace(request, defense=fitted_defense(request, shapes, warnings))
     defense = make_defense(request.defense)
     if defense.requantizes:
         raise UnsupportedError(
             f"--defense {defense.options.name} fits scales anew; that is more than a rounding plan can say"
         )
-    source = resolve_source(request.model, request.revision)
-    base, reference = open_base(request.base, allow_requantize=False), GgufFile(request.reference)
     coverage = coverage_of(base, reference)
     require_coverage(coverage, request.allow_unprotected)
     checkpoint = request.outfile.with_name(f".{request.outfile.name}.checkpoint")
@@ -112,6 +119,7 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
                 progress=progress,
             )
         )
+        learned = replace(learned, warnings=(*warnings, *learned.warnings))
     recorder = PlanRecorder(reference)
     try:
         weights = sum(tensor.n_weights for tensor in coverage.protected)

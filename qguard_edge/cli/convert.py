@@ -23,7 +23,7 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
-from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder, show_learned
+from qguard_edge.cli.convert_folder import learning_text, refuse_foreign_flags, run_folder, show_learned
 from qguard_edge.cli.convert_moved import run_moved
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.cli.scan_first import (
@@ -127,6 +127,14 @@ def convert(
     calib_seqlen: Annotated[
         int, typer.Option(min=8, help="Tokens of each text at most.", rich_help_panel=CALIBRATION_PANEL)
     ] = 256,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What learning may use on its device, such as 24GiB; goes block by block if need be. Default: no limit.",
+            rich_help_panel=CALIBRATION_PANEL,
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     base_type: Annotated[
         str | None,
@@ -261,6 +269,7 @@ def convert(
         refuse_foreign_flags(to, gguf_only)
         from qguard_edge.calibration import CalibrationOptions
         from qguard_edge.folder_plan import FolderRequest
+        from qguard_edge.learned.memory import parse_size
 
         folder = FolderRequest(
             model=model,
@@ -278,6 +287,7 @@ def convert(
             overwrite=overwrite,
             check_loads=not no_load_check,
             calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+            max_memory=parse_size(max_memory) if max_memory else None,
         )
         if not (no_scan or dry_run):
             scan_folder(folder, accept_findings, json_output=json_output, quiet=quiet)
@@ -316,6 +326,7 @@ def convert(
     options.check()
 
     from qguard_edge.calibration import CalibrationOptions
+    from qguard_edge.learned.memory import parse_size
     from qguard_edge.pipeline import ConvertRequest, convert_model
 
     request = ConvertRequest(
@@ -334,6 +345,7 @@ def convert(
         allow_unprotected=allow_unprotected,
         check_loads=not no_load_check,
         calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+        max_memory=parse_size(max_memory) if max_memory else None,
     )
     if moved:
         look = None if no_scan else partial(make_guard, accept_findings, False, threads)
@@ -543,7 +555,7 @@ def _show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
         for warning in plan.warnings:
             err.print(f"[yellow]warning:[/] {warning}", highlight=False)
     out.print(
-        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}; "
-        f"would write {plan.outfile.name}; nothing was written",
+        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}"
+        f"{learning_text(plan.learning)}; would write {plan.outfile.name}; nothing was written",
         highlight=False,
     )

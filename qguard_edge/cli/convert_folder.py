@@ -23,6 +23,7 @@ from quant_grids.errors import UnsupportedError
 if TYPE_CHECKING:
     from qguard_edge.folder_plan import DryFolder, FolderRequest
     from qguard_edge.hf_target import FolderReport, MatrixRounding
+    from qguard_edge.learned.memory import LearningCost
     from qguard_edge.learned.settings import LearnReport
 
 
@@ -165,6 +166,14 @@ def show_learned(learned: "LearnReport") -> None:
     )
 
 
+def learning_text(cost: "LearningCost | None") -> str:
+    """What a learned defense will take, for the last line of `--dry-run`; nothing for the others."""
+    if cost is None:
+        return ""
+    time = f" and about {cost.seconds / 60:.0f} min" if cost.seconds is not None else ""
+    return f"; learning takes about {size_text(cost.memory_bytes)}{time}"
+
+
 def _show_dry(plan: "DryFolder", json_output: bool, quiet: bool) -> None:
     if json_output:
         print_json(asdict(plan) | {"status": "ok", "outfile": plan.outfile.name})
@@ -179,6 +188,7 @@ def _show_dry(plan: "DryFolder", json_output: bool, quiet: bool) -> None:
         for warning in plan.warnings:
             err.print(f"[yellow]warning:[/] {warning}", highlight=False)
     out.print(
-        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}; would write {plan.outfile.name}; nothing was written",
+        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}{learning_text(plan.learning)}; would write "
+        f"{plan.outfile.name}; nothing was written",
         highlight=False,
     )

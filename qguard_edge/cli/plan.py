@@ -55,6 +55,14 @@ def plan(
     calib_seqlen: Annotated[
         int, typer.Option(min=8, help="Tokens of each at most.", rich_help_panel=CALIBRATION_PANEL)
     ] = 256,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What learning may use on its device, such as 24GiB; goes block by block if need be. Default: no limit.",
+            rich_help_panel=CALIBRATION_PANEL,
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
     allow_unprotected: Annotated[
@@ -68,6 +76,7 @@ def plan(
     chosen = options_from(defense, flags)
 
     from qguard_edge.calibration import CalibrationOptions
+    from qguard_edge.learned.memory import parse_size
     from qguard_edge.planning import PlanRequest, make_plan
 
     request = PlanRequest(
@@ -82,6 +91,7 @@ def plan(
         threads=threads,
         allow_unprotected=allow_unprotected,
         calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+        max_memory=parse_size(max_memory) if max_memory else None,
     )
     with ConsoleProgress(quiet) as progress:
         report = make_plan(request, progress)

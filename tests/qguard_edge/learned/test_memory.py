@@ -1,0 +1,147 @@
+"""Estimates of learning's memory and time, and what `--max-memory` makes of them."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from convert.ftypes import parse_file_type
+from convert.gguf_file import GgufModel
+from convert.quantizer import QuantizeOptions
+from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.cli import app
+from qguard_edge.defenses.options import EfrapOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.learned.memory import (
+    MemoryLimitError,
+    ModelSize,
+    available_bytes,
+    bytes_needed,
+    fit,
+    parse_size,
+    seconds_needed,
+    size_of,
+)
+from qguard_edge.pipeline import ConvertRequest, convert_model
+
+# A Llama of 8 billion parameters with untied embeddings.
+LARGE = ModelSize(8_030_000_000, 218_000_000, 32, 128_256, 4096)
+TEXT = CalibrationOptions(samples=128, seqlen=256)
+CPU = torch.device("cpu")
+
+
+def test_a_gguf_and_a_checkpoint_have_the_same_size() -> None:
+    gguf = [("token_embd.weight", (64, 1000)), ("blk.0.attn_q.weight", (64, 64)), ("blk.1.attn_q.weight", (64, 64))]
+    gguf += [("blk.1.ffn_up.weight", (64, 128)), ("output_norm.weight", (64,))]
+    checkpoint = [("model.embed_tokens.weight", (1000, 64)), ("model.layers.0.self_attn.q_proj.weight", (64, 64))]
+    checkpoint += [("model.layers.1.self_attn.q_proj.weight", (64, 64)), ("model.layers.1.mlp.up_proj.weight", (128, 64))]
+    checkpoint += [("model.norm.weight", (64,))]
+    expected = ModelSize(64_000 + 2 * 4096 + 8192 + 64, 4096 + 8192, 2, 1000, 64)
+    assert size_of(gguf) == size_of(checkpoint) == expected
+
+
+def test_the_first_that_fits_is_taken() -> None:
+    asked = QuantGuardOptions()
+    saving, blocks = replace(asked, checkpointing=True), replace(asked, scope="block")
+    needs = [bytes_needed(LARGE, one, TEXT) for one in (asked, saving, blocks)]
+    assert needs == sorted(needs, reverse=True)
+    assert needs[0] > 26 * LARGE.weights
+    assert needs[2] < 10 * LARGE.weights
+    for limit, expected in ((needs[0], asked), (needs[0] - 1, saving), (needs[1] - 1, blocks)):
+        chosen, note = fit(asked, LARGE, TEXT, limit)
+        assert chosen == expected
+        assert bool(note) == (chosen != asked)
+    with pytest.raises(MemoryLimitError, match="even one block at a time"):
+        fit(asked, LARGE, TEXT, needs[2] - 1)
+
+
+def test_a_scope_that_was_asked_for_is_not_changed() -> None:
+    for asked in (QuantGuardOptions(scope="block"), EfrapOptions()):
+        need = bytes_needed(LARGE, asked, TEXT)
+        assert fit(asked, LARGE, TEXT, need) == (asked, "")
+        with pytest.raises(MemoryLimitError, match=f"--defense {asked.name}"):
+            fit(asked, LARGE, TEXT, need - 1)
+    assert bytes_needed(LARGE, OrthoOptions(), TEXT) == 0
+
+
+@pytest.mark.parametrize(("text", "expected"), [("24GiB", 24 << 30), ("800 MB", 800_000_000), ("1000", 1000)])
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["lots", "", "0", "-3GiB", "3 parsecs"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(MemoryLimitError, match="is no size"):
+        parse_size(text)
+
+
+def test_time_grows_with_steps_and_weights() -> None:
+    small, large = ModelSize(10**8, 10**6, 30, 50_000, 512), ModelSize(10**9, 10**7, 30, 50_000, 512)
+    few, many = QuantGuardOptions(steps=10), QuantGuardOptions(steps=200)
+    found = [seconds_needed(size, options, TEXT, CPU) for size in (small, large) for options in (few, many)]
+    assert all(one is not None and one > 0 for one in found)
+    assert found[3] == max(found, key=float)  # type: ignore[arg-type]
+    assert found[0] == min(found, key=float)  # type: ignore[arg-type]
+    assert seconds_needed(small, EfrapOptions(), TEXT, CPU) is None
+
+
+def _convert(folder: Path, out: Path, defense: QuantGuardOptions, limit: int | None) -> tuple[bytes, tuple[str, ...]]:
+    report = convert_model(
+        ConvertRequest(
+            str(folder),
+            QuantizeOptions(parse_file_type("q4_0"), threads=1),
+            defense,
+            outfile=str(out),
+            device="cpu",
+            seed=3,
+            check_loads=False,
+            calibration=CalibrationOptions(samples=36, seqlen=24),
+            max_memory=limit,
+        )
+    )
+    return out.read_bytes(), report.warnings
+
+
+def test_a_limit_makes_the_file_that_block_scope_makes(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+    asked, blocks = QuantGuardOptions(steps=2), QuantGuardOptions(steps=2, scope="block")
+    size = size_of((name, tensor.shape) for name, tensor in GgufModel(tiny_base).tensors.items())
+    limit = bytes_needed(size, blocks, CalibrationOptions(samples=36, seqlen=24))
+    limited, notes = _convert(tiny_folder, tmp_path / "limited.gguf", asked, limit)
+    expected, quiet = _convert(tiny_folder, tmp_path / "blocks.gguf", blocks, None)
+    assert limited == expected
+    assert [note for note in notes if "block by block" in note]
+    assert not [note for note in quiet if "block by block" in note]
+
+
+def test_too_little_memory_is_one_sentence_and_no_file(tiny_folder: Path, tmp_path: Path) -> None:
+    command = ["convert", str(tiny_folder), "--to", "q4_0", "--defense", "quantguard", "-o", str(tmp_path / "out.gguf")]
+    for extra in ([], ["--dry-run"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "qguard_edge", *command, "--max-memory", "100MB", *extra],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "--max-memory allows 95.4 MiB" in " ".join(done.stderr.split())
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["q4_0", "nf4"])
+def test_a_dry_run_says_what_learning_takes(tiny_folder: Path, to: str) -> None:
+    command = ["convert", str(tiny_folder), "--to", to, "--dry-run", "--defense"]
+    cost = json.loads(CliRunner().invoke(app, [*command, "quantguard", "--json"]).stdout)["learning"]
+    assert cost["memory_bytes"] > 300 << 20
+    assert cost["seconds"] > 0
+    assert "learning takes about" in CliRunner().invoke(app, [*command, "quantguard", "-q"]).stdout
+    assert json.loads(CliRunner().invoke(app, [*command, "ortho", "--json"]).stdout)["learning"] is None
+
+
+def test_free_memory_is_known() -> None:
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert available_bytes(CPU) > resident
