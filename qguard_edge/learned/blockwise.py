@@ -122,7 +122,7 @@ class BlockScope:
         parameters = dict(self.loaded.model.named_parameters())
         kept: dict[str, Tensor] = {}
         for index, part in outside:
-            (one,) = make_variables([part], self.options, [self.starts.pop(index)], torch.device("cpu"))
+            (one,) = make_variables([part], self.options, [self.starts.pop(index)], [torch.device("cpu")])
             self.positions[index] = one.position()
             parameter = parameters[part.source.parameter]
             kept.setdefault(part.source.parameter, parameter.detach().clone())
@@ -147,7 +147,7 @@ class BlockScope:
         parts = [part for _, part in mine]
         if not parts:
             return stream(block, states, arguments, task.device)
-        variables = make_variables(parts, options, [self.starts.pop(index) for index, _ in mine], task.device)
+        variables = make_variables(parts, options, [self.starts.pop(index) for index, _ in mine], [task.device] * len(parts))
         student = Student(copy.deepcopy(block), parts)
         student.load_all(variables)
         scale = float((target - target.mean()).square().mean())

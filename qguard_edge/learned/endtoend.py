@@ -18,6 +18,7 @@ from torch import Tensor
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.hf_runtime import HfModel, autocast
 from qguard_edge.learned.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, stop_requests
+from qguard_edge.learned.devices import learning_devices, place
 from qguard_edge.learned.losses import (
     distance,
     distance_slope,
@@ -90,14 +91,13 @@ def logits_of(model: object, batch: Batch, device: torch.device) -> Tensor:
 
 
 def make_variables(
-    parts: Sequence[Part], options: QuantGuardOptions, starts: Sequence[Tensor], device: torch.device
+    parts: Sequence[Part], options: QuantGuardOptions, starts: Sequence[Tensor], devices: Sequence[torch.device]
 ) -> list[Variables]:
-    """Rounding variables of each part at their start, f32 `[rows, columns]` each."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Rounding variables of each part at their start, f32 `[rows, columns]` each, on the device of each."""
     weights = sum(part.n_weights for part in parts)
     made: list[Variables] = []
-    for part, start in zip(parts, starts, strict=True):
-        geometry = part.geometry().to(device, dtype)
+    for part, start, device in zip(parts, starts, devices, strict=True):
+        geometry = part.geometry().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         if options.optimizer == "sign":
             made.append(SignSteps(geometry, options.alignment, start.to(device)))
         else:
@@ -128,9 +128,13 @@ class EndToEnd:
     ) -> None:
         self.teacher, self.parts, self.samples = loaded.model, parts, samples
         self.options, self.task, self.fingerprint = options, task, fingerprint
-        starts = start_positions(loaded, parts, samples, options, task, resident=True)
-        self.variables = make_variables(parts, options, starts, task.device)
-        self.student = Student(self.teacher, parts, checkpointing=options.checkpointing)
+        devices = learning_devices(task.device)
+        self.device = devices[0]
+        starts = start_positions(loaded, parts, samples, options, task, resident=len(devices) == 1)
+        self.student = Student(self.teacher, parts, checkpointing=options.checkpointing, devices=devices)
+        place(self.teacher, devices)  # after it was copied: hooks do not survive a copy
+        places = [self.student.device_of(index) for index in range(len(parts))]
+        self.variables = make_variables(parts, options, starts, places)
         self.masks = [reversal_mask(one.geometry.ratio.float(), options.top) for one in self.variables]
         self.n_masked = max(1, sum(int(mask.sum()) for mask in self.masks))
         self.batch = batch_size(samples, options)
@@ -164,7 +168,7 @@ class EndToEnd:
         return taken / max(1, sum(one.geometry.value.numel() for one in self.variables))
 
     def _step(self, step: int) -> tuple[float, float]:
-        options, device = self.options, self.task.device
+        options, device = self.options, self.device
         batch = batch_of(self.samples, self.batch, self.task.seed, step)
         local = self._local_loss()
         rate, progress = rate_at(step, options), (step + 1) / options.steps
@@ -231,6 +235,6 @@ class EndToEnd:
         for part, one in zip(self.parts, self.variables, strict=True):
             start = f"{part.name}|"
             mine = {name.removeprefix(start): t for name, t in state.tensors.items() if name.startswith(start)}
-            one.restore({name: tensor.to(self.task.device) for name, tensor in mine.items()})
+            one.restore({name: tensor.to(one.geometry.value.device) for name, tensor in mine.items()})
         self.losses = list(state.losses)
         return state.step

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qguard_edge.learned.devices import place
 from qguard_edge.learned.parts import Part
 from qguard_edge.learned.variables import Variables
 
@@ -25,15 +26,20 @@ class Student:
         teacher: full precision; not modified.
         parts: what is quantized.
         checkpointing: recompute activations in the backward pass.
+        devices: where to spread the copy; empty: where the teacher is.
     """
 
-    def __init__(self, teacher: Any, parts: Sequence[Part], *, checkpointing: bool = False) -> None:
+    def __init__(
+        self, teacher: Any, parts: Sequence[Part], *, checkpointing: bool = False, devices: Sequence[torch.device] = ()
+    ) -> None:
         self.parts = parts
         for parameter in teacher.parameters():
             parameter.requires_grad_(False)
         names = {part.source.parameter for part in parts}
         shared = {id(p): p for name, p in teacher.named_parameters() if name not in names}
         self.model = copy.deepcopy(teacher, shared)  # a memo that maps shared parameters to themselves
+        if devices:
+            place(self.model, devices)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self.by_parameter: dict[str, list[int]] = {}
         for index, part in enumerate(parts):
@@ -47,6 +53,10 @@ class Student:
         """Put a part's weights into the model."""
         part = self.parts[index]
         part.scatter(values.float(), self.parameters[part.source.parameter])
+
+    def device_of(self, index: int) -> torch.device:
+        """Where a part's parameter is."""
+        return self.parameters[self.parts[index].source.parameter].device
 
     def load_all(self, variables: Sequence[Variables]) -> None:
         """Put every part's present values into the model."""

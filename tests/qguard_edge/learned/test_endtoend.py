@@ -8,7 +8,9 @@ import torch
 from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
+from qguard_edge.hf_runtime import load_hf_model
 from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
+from qguard_edge.learned.devices import device_map, learning_devices
 from qguard_edge.learned.endtoend import EndToEnd, batch_of, batch_size, rate_at
 from qguard_edge.learned.plan import plan_of
 
@@ -150,3 +152,36 @@ def test_recomputing_activations_changes_nothing(setup: Setup, samples: Samples)
     plain = learn(setup, samples, QuantGuardOptions(steps=2, batch=4))
     saving = learn(setup, samples, QuantGuardOptions(steps=2, batch=4, checkpointing=True))
     assert torch.allclose(torch.tensor(plain.run()), torch.tensor(saving.run()), rtol=1e-3)
+
+
+def test_a_model_spread_over_devices_learns_the_same(
+    setup: Setup, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices that are the same processor: accelerate's hooks around every module, and gradients through them."""
+    options, cpu = QuantGuardOptions(steps=3, batch=4), torch.device("cpu")
+    alone = learn(setup, samples, options)
+    losses = alone.run()
+    monkeypatch.setattr("qguard_edge.learned.endtoend.learning_devices", lambda device: (device, device))
+    loaded = load_hf_model(setup.task.model)
+    spread = EndToEnd(loaded, setup.parts.parts, samples, options, setup.task, "fingerprint")
+    for model in (spread.teacher, spread.student.model):
+        assert set(model.hf_device_map.values()) == {cpu}
+        assert all(hasattr(block, "_hf_hook") for block in model.model.layers)
+    assert spread.run() == losses
+    assert bits(setup, spread) == bits(setup, alone)
+
+
+def test_blocks_are_dealt_out_in_order(setup: Setup) -> None:
+    devices = [torch.device("cuda", index) for index in range(2)]
+    loaded = load_hf_model(setup.task.model)
+    found = dict(device_map(loaded.model, devices))
+    blocks = [found[f"model.layers.{index}"].index for index in range(loaded.layers)]
+    assert blocks == sorted(blocks)
+    assert blocks[0] == 0
+    assert blocks[-1] == 1
+    covered = {name for name, _ in loaded.model.named_parameters()}
+    assert all(any(name.startswith(f"{module}.") for module in found) for name in covered)
+    tied = loaded.model.get_output_embeddings().weight is loaded.model.get_input_embeddings().weight
+    assert found["lm_head"].index == (0 if tied else 1)
+    assert learning_devices(torch.device("cpu")) == (torch.device("cpu"),)
+    assert learning_devices(torch.device("cuda", 1)) == (torch.device("cuda", 1),)

@@ -36,7 +36,7 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
 
     student = Student(setup.loaded.model, parts)
     starts = [part.geometry().ratio for part in parts]
-    variables = make_variables(parts, QuantGuardOptions(alignment=1.0), starts, CPU)
+    variables = make_variables(parts, QuantGuardOptions(alignment=1.0), starts, [CPU] * len(starts))
     for one in variables:
         one.h.zero_()  # type: ignore[attr-defined]
     student.load_all(variables)

@@ -39,7 +39,7 @@ def test_tied_embeddings_are_learned_once(tied_folder: Path, tmp_path: Path) -> 
 def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) -> None:
     """The oracle is gguf's own dequantizer; q and k are compared after llama.cpp's reordering is undone by rows."""
     starts = [part.geometry().ratio for part in setup.parts.parts]
-    variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, CPU)
+    variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, [CPU] * len(starts))
     for one in variables:
         one.h.zero_()
     student = Student(setup.loaded.model, setup.parts.parts)
