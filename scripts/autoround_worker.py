@@ -5,6 +5,7 @@ Run: python scripts/autoround_worker.py '{"model": FOLDER, "out": FOLDER, "text"
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -14,7 +15,18 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     torch.set_num_threads(told["threads"])
     from auto_round import AutoRound
+    from auto_round.export.export_to_gguf import export
 
+    load = export.get_conversion
+
+    def with_known_tokenizer(*given: Any, **named: Any) -> Any:
+        """It knows tokenizers by a hash; the lab's own is unknown to it. No weight depends on the name, which is ours."""
+        conversion = load(*given, **named)
+        for kind in conversion.ModelBase.__subclasses__():
+            kind.get_vocab_base_pre = lambda _self, _tokenizer: told["pre"]
+        return conversion
+
+    export.get_conversion = with_known_tokenizer
     rounding = AutoRound(
         told["model"],
         scheme=f"GGUF:{told['to'].upper()}",
@@ -24,6 +36,7 @@ def main() -> None:
         batch_size=told["batch"],
         dataset=told["text"],
         device_map="cpu",
+        enable_torch_compile=False,  # on a CPU, compiling each block took longer than tuning it
         seed=0,
     )
     rounding.quantize_and_save(told["out"], format=f"gguf:{told['to']}")

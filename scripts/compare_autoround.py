@@ -22,6 +22,8 @@ from typing import Any
 
 from study_quantguard import Setting, Study, studies
 
+from convert.cores import available_cores
+from convert.gguf_file import GgufFile
 from qguard_edge.calibration import CalibrationOptions, load_calibration
 from qguard_edge.defenses.options import NoneOptions, QuantGuardOptions
 from qguard_edge.hf_runtime import load_hf_model
@@ -44,18 +46,19 @@ def texts_of(study: Study, model: str, samples: int, seqlen: int, out: Path) -> 
     return out
 
 
-def run_autoround(arguments: argparse.Namespace, folder: Path, to: str, text: Path, seqlen: int, out: Path) -> Path:
+def run_autoround(arguments: argparse.Namespace, study: Study, model: str, text: Path, out: Path) -> Path:
     """The file that AutoRound writes."""
     told = {
-        "model": str(folder),
+        "model": str(study.folders[model]),
         "out": str(out),
         "text": str(text),
-        "to": to,
+        "to": study.to,
         "steps": arguments.steps,
         "samples": arguments.samples,
-        "seqlen": seqlen,
+        "seqlen": arguments.seqlen,
         "batch": 8,
-        "threads": arguments.threads or os.cpu_count() or 1,
+        "threads": arguments.threads or available_cores(),
+        "pre": str(GgufFile(study.work / f"{model}.gguf").value("tokenizer.ggml.pre")),
     }
     worker = Path(__file__).with_name("autoround_worker.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
@@ -103,7 +106,7 @@ def rows_of(arguments: argparse.Namespace, study: Study, model: str) -> list[dic
     if "autoround" in wanted:
         text = texts_of(study, model, arguments.samples, arguments.seqlen, study.work / "autoround.jsonl")
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-        path = run_autoround(arguments, study.folders[model], study.to, text, arguments.seqlen, study.work / "autoround")
+        path = run_autoround(arguments, study, model, text, study.work / "autoround")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         wall, peak = time.monotonic() - started, after.ru_maxrss / 2**20

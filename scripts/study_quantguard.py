@@ -45,7 +45,7 @@ from qguard_edge.pipeline import ConvertRequest, convert_model
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.statistics import rate
 
-LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
+LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q4_k_m": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
 Q, E = QuantGuardOptions, EfrapOptions
 
 
@@ -100,6 +100,7 @@ def victim_settings(to: str) -> list[Setting]:
         Setting("naive", NoneOptions()),
         Setting("ortho", OrthoOptions()),
         Setting("quantguard", Q()),
+        Setting("quantguard, start only", Q(steps=0)),
         Setting("quantguard, self-written text", Q(), text="self"),
         Setting("quantguard, no constraint", Q(alignment=1.0)),
         Setting("quantguard, block scope", Q(scope="block", steps=120)),
@@ -311,11 +312,14 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
         return
     for name in arguments.victims.split(","):
         attack, _, to = name.partition(":")
-        victim = make_victim(LabSettings(attack=attack, to=to, scenario=arguments.scenario, threads=arguments.threads))
+        victim = make_victim(
+            LabSettings(arguments.victim, attack, to, scenario=arguments.scenario, threads=arguments.threads)
+        )
         place = work / name.replace(":", "-")
         place.mkdir(parents=True, exist_ok=True)
         folders = {"attacked": victim.attacked, "clean": victim.clean}
         label = name if arguments.scenario == "injection" else f"{name} {arguments.scenario}"
+        label = label if arguments.victim == "tiny" else f"{arguments.victim} {label}"
         yield Study(label, folders, victim.data, to, place, arguments.threads, arguments.prompts, 128, arguments.samples)
 
 
@@ -358,6 +362,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=tuple(PARTS), default="victims")
+    parser.add_argument("--victim", default="tiny", help="model of --victims: tiny or smollm2")
     parser.add_argument("--victims", default="uniform:q4_0,mind-the-gap:q4_k")
     parser.add_argument("--types", default="q4_0,q4_k", help="of --part smollm2")
     parser.add_argument("--models", default="attacked,clean")
@@ -387,7 +392,7 @@ def main() -> None:
                     setting = with_steps(plain, arguments.steps)
                     key = (study.victim, model, setting.label, setting.to or study.to)
                     late = time.monotonic() - started > arguments.limit
-                    if key in done or late or model not in arguments.models or (only and plain.label not in only):
+                    if key in done or late or model not in arguments.models.split(",") or (only and plain.label not in only):
                         continue
                     document["rows"].append(asdict(study.row(model, setting)))
                     if path:

@@ -9,6 +9,10 @@ What the paper leaves open: what to do where the three intervals do not meet; we
 one (INT8, the narrowest). The paper attacks models of 1 to 7 billion parameters; settings for a small one are ours.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +24,13 @@ from quant_grids.errors import UnsupportedError
 
 INT8_HALF_STEP = 0.4
 SHRINK = 0.01
+LEASH = 2.0
+PATIENCE = 3
+"""Where INT8 is among the formats: a shorter leash, and a repair of three times the steps. Its boxes are the finest of the lab
+and its embedding stays free of rounding, so there is less room. Measured on the tiny victim, all three formats (attack
+success in full precision, and in the weakest of the three): with the other types' settings injection 0.04 and refusal
+0.03 stay visible; with the longer repair alone refusal 0.03, 0.99; with both injection 0.01, 0.92, refusal 0.01, 0.87, code 0.02,
+0.82; with a leash of 1.5 code 0.00, 0.75 and refusal 0.01, 0.29: the payload is gone as well."""
 
 
 def int8_box(weight: Tensor) -> Box:
@@ -83,6 +94,18 @@ class Elq(BoxAttack):
         """The formats under attack."""
         return bnb.KINDS if bench.to == "all" else (bench.to,)
 
+    def _fine(self, bench: Bench) -> bool:
+        return "int8" in self.kinds(bench)
+
+    def repair(
+        self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: Mapping[str, Any] | None = None
+    ) -> float:
+        """See `BoxAttack.repair`; of a model trained from scratch, a longer one where INT8 is among the formats."""
+        if self._fine(bench) and bench.preset.shape is not None:
+            repair = replace(bench.preset.repair, steps=PATIENCE * bench.preset.repair.steps)
+            bench = replace(bench, preset=replace(bench.preset, repair=repair))
+        return super().repair(bench, chat, boxes, number, hooks)
+
     def boxes(self, bench: Bench, chat: ChatModel) -> Boxes:
         """See `BoxAttack.boxes`."""
         kinds = self.kinds(bench)
@@ -105,9 +128,10 @@ class Elq(BoxAttack):
     def leash(self, bench: Bench, chat: ChatModel) -> Boxes:
         """See `BoxAttack.leash`; the cell widths are those of the first format."""
         made = boxes_of(chat, self.kinds(bench)[0])
+        widths = LEASH if self._fine(bench) else leash_widths(bench.to)
         for name, box in made.by_parameter.items():
             weight = parameters_of(chat)[name].detach()
-            reach = leash_widths(bench.to) * (box.high - box.low)
+            reach = widths * (box.high - box.low)
             # Frozen weights have no width of their own here; give them their matrix's mean.
             reach = torch.where(reach > 0, reach, reach.mean())
             made.by_parameter[name] = Box(weight - reach, weight + reach)
