@@ -26,45 +26,21 @@ Cost and failure
 Seconds per layer, memory of one block. Each layer is judged alone: errors that add up across layers are not seen.
 """
 
-import time
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from qguard_edge.defenses.base import Defense, SliceKey
+from qguard_edge.calibration import Calibration
+from qguard_edge.defenses.learned import Learned, LearnedDefense
 from qguard_edge.defenses.options import EfrapOptions
-from qguard_edge.defenses.quantguard import load_model_and_text, make_report
-from qguard_edge.hf_runtime import torch_threads
+from qguard_edge.hf_runtime import HfModel
 from qguard_edge.learned.blockwise import efrap_positions
-from qguard_edge.learned.plan import LearnedPlan, plan_of
-from qguard_edge.learned.settings import LearnReport, LearnTask
-from quant_grids import Flips
+from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.settings import LearnTask
 
 
-class Efrap(Defense[EfrapOptions]):
+class Efrap(LearnedDefense[EfrapOptions]):
     """See the module docstring."""
 
-    learns = True
-
-    def __init__(self, options: EfrapOptions) -> None:
-        super().__init__(options)
-        self.plan = LearnedPlan()
-
-    def prepare(self, task: LearnTask) -> LearnReport:
-        """See `Defense.prepare`."""
-        with torch_threads(task.threads):
-            return self._learn(task)
-
-    def _learn(self, task: LearnTask) -> LearnReport:
-        started = time.perf_counter()
-        loaded, calibration = load_model_and_text(task)
+    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+        """See `LearnedDefense.learn`."""
         loaded.model.to(torch.device("cpu"))
-        parts = task.target.parts(dict(loaded.model.named_parameters()), self.options.name)
-        positions, losses = efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)
-        self.plan = plan_of(parts.parts, positions, self.options.alignment)
-        return make_report(self.plan, parts, calibration, losses, task, self.options.alignment, started)
-
-    def choose(self, flips: Flips, key: SliceKey, share: Any = None) -> Tensor:
-        """See `Defense.choose`."""
-        return self.plan.chosen(key.tensor, key.row, flips.ratio.shape, flips.ratio.device).mul_(flips.ratio > 0)
+        return efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)
