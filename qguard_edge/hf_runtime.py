@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,8 +226,10 @@ def linear_modules(folder: Path, skip: Sequence[str] = ()) -> LinearModules:
 def exact_on_cpu(model: Any) -> Any:
     """Keep a model quantized by bitsandbytes on the exact path of a CPU; returns the model.
 
-    With AVX512-BF16 the library would repack the weights and round their scales to bf16 at the first forward pass.
+    With AVX512-BF16 the library would repack the weights and round their scales to bf16 at the first forward pass. Its
+    warning that INT8 casts the inputs, which it repeats at every product, is turned off.
     """
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
