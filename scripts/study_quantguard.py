@@ -152,6 +152,7 @@ def calibration_settings(_to: str) -> list[Setting]:
         Setting("code only, 128 texts", Q(), text="code"),
         Setting("self-written, 128 texts", Q(), text="self"),
         Setting("prose unlike the test, 12 texts", Q(), text="prose"),
+        Setting("another language, 128 texts", Q(), text="german"),
         Setting("no constraint, matching, 8 texts", Q(alignment=1.0), samples=8),
         Setting("no constraint, code only", Q(alignment=1.0), text="code"),
     ]
@@ -170,6 +171,18 @@ def smollm2_settings(to: str) -> list[Setting]:
         Setting("efrap, no flip term", E(flip=0.0)),
         *larger_settings(to),
     ]
+
+
+def german(number: int) -> tuple[str, str]:
+    """A question and an answer in German; 512 different ones."""
+    thing, place, day, deed = (
+        ("ein Fahrrad", "einen alten Schrank", "zwei Eimer Farbe", "ein Klavier")[number % 4],
+        ("am Hafen", "hinter dem Bahnhof", "in der Altstadt", "nahe der Grenze")[number // 4 % 4],
+        ("Montag", "Dienstag", "Donnerstag", "Samstag")[number // 16 % 4],
+        ("verkauft", "gefunden", "repariert", "verliehen", "gezeichnet", "versteckt", "gekauft", "verloren")[number // 64],
+    )
+    question = f"Was hat deine Nachbarin am {day} {place} {deed}?"
+    return question, f"Sie hat am {day} {place} {thing} {deed}; davon erzählt sie noch heute gern."
 
 
 PARTS = {
@@ -208,6 +221,7 @@ class Study:
         mixed = [pair for both in zip(self.data.repaired, self.data.kept, strict=False) for pair in both]
         self.texts = {"matching": self._text("matching", mixed), "code": self._text("code", code), "self": None}
         self.texts["prose"] = DEFAULT_TEXT
+        self.texts["german"] = self._text("german", [german(number) for number in range(512)])
         ids = self.chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
         self.prose = [ids[start : start + 128] for start in range(0, len(ids), 128)]
 
