@@ -42,6 +42,9 @@ from qguard_edge.model_card import CardFacts, write_card
 from qguard_edge.moved_weights import move_weights
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.rounding import resolve_device
+from qguard_edge.verify.gate import Gate, rejected_path
+from qguard_edge.verify.results import Outcome as Verification
+from qguard_edge.verify.results import Verdict
 from quant_grids import Outcome
 from quant_grids.errors import FormatError
 
@@ -91,6 +94,7 @@ class FolderReport:
         warnings: one sentence each.
         loaded: the load check's answer.
         learned: what a learned defense reports.
+        verification: what `--verify` found; with a failing verdict `outfile` is `NAME.rejected`.
     """
 
     outfile: Path
@@ -110,10 +114,24 @@ class FolderReport:
     warnings: tuple[str, ...] = ()
     loaded: LoadCheck | None = None
     learned: LearnReport | None = None
+    verification: Verification | None = None
 
 
-def convert_to_folder(request: FolderRequest, progress: Progress | None = None) -> FolderReport:
+class _RejectedError(Exception):
+    """Ends the making of a folder that failed its verification; carries the report."""
+
+    def __init__(self, report: FolderReport) -> None:
+        super().__init__()
+        self.report = report
+
+
+def convert_to_folder(request: FolderRequest, progress: Progress | None = None, gate: Gate | None = None) -> FolderReport:
     """Convert a model folder; on any error nothing is left under the final name.
+
+    Args:
+        request: what the user asked for.
+        progress: told about each stage.
+        gate: asked about the finished folder before it gets its name.
 
     Raises:
         QGuardError: one of its kinds, with a sentence for the user.
@@ -125,15 +143,24 @@ def convert_to_folder(request: FolderRequest, progress: Progress | None = None) 
         warnings: list[str] = []
         request = replace(request, defense=fitted_defense(request, plan.shapes(), warnings))
         plan = replace(plan, warnings=(*plan.warnings, *warnings))
-    with atomic_folder(plan.outfile, overwrite=request.overwrite, marker=CONFIG_NAME) as work:
-        return _FolderConversion(request, plan, work, progress or NoProgress()).run()
+    try:
+        with atomic_folder(plan.outfile, overwrite=request.overwrite, marker=CONFIG_NAME) as work:
+            report = _FolderConversion(request, plan, work, progress or NoProgress(), gate).run()
+            if report.outfile != plan.outfile:
+                with atomic_folder(report.outfile, overwrite=True, marker=CONFIG_NAME) as rejected:
+                    for made in work.iterdir():
+                        made.rename(rejected / made.name)
+                raise _RejectedError(report)
+            return report
+    except _RejectedError as rejection:
+        return rejection.report
 
 
 class _FolderConversion:
     """One conversion, stage by stage."""
 
-    def __init__(self, request: FolderRequest, plan: FolderPlan, work: Path, progress: Progress) -> None:
-        self.request, self.plan, self.work, self.progress = request, plan, work, progress
+    def __init__(self, request: FolderRequest, plan: FolderPlan, work: Path, progress: Progress, gate: Gate | None) -> None:
+        self.request, self.plan, self.work, self.progress, self.gate = request, plan, work, progress, gate
         self.checkpoint = checkpoint_path(plan.outfile)
         self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
         self.defense: Defense[Any] = make_defense(request.defense)
@@ -157,10 +184,16 @@ class _FolderConversion:
         write_card(self.work, self._facts(hashes, learned))
         write_json(self.work / CONFIG_NAME, self._config())
         loaded = self._load_check()
+        verification, outfile = None, plan.outfile
+        if self.gate:
+            with self.clock.stage("verify"):
+                verification = self.gate(self.work, plan.source.path, plan.source.path, plan.outfile)
+            if verification.verdict is Verdict.FAIL:
+                outfile = rejected_path(plan.outfile)
         self.checkpoint.unlink(missing_ok=True)
         hf = request.to == "hf"
         return FolderReport(
-            outfile=plan.outfile,
+            outfile=outfile,
             to=request.to,
             kinds=plan.kinds,
             defense=request.defense,
@@ -177,6 +210,7 @@ class _FolderConversion:
             warnings=(*plan.warnings, *self._warnings(), *(learned.warnings if learned else ())),
             loaded=loaded,
             learned=learned,
+            verification=verification,
         )
 
     def _learn(self) -> LearnReport | None:

@@ -23,7 +23,13 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
-from qguard_edge.cli.convert_folder import learning_text, refuse_foreign_flags, run_folder, show_learned
+from qguard_edge.cli.convert_folder import (
+    learning_text,
+    refuse_foreign_flags,
+    run_folder,
+    show_learned,
+    verification_document,
+)
 from qguard_edge.cli.convert_moved import run_moved
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.cli.scan_first import (
@@ -262,7 +268,6 @@ def convert(
             "--leave-output-tensor": leave_output_tensor,
             "--override-kv": override_kv,
             "--allow-requantize": allow_requantize,
-            "--verify": verify,
             "--keep-flagged-f16": keep_flagged_f16,
             "--qvec-text": qvec_text,
         }
@@ -291,7 +296,7 @@ def convert(
         )
         if not (no_scan or dry_run):
             scan_folder(folder, accept_findings, json_output=json_output, quiet=quiet)
-        run_folder(folder, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
+        run_folder(folder, verify, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
         return
     moved = to.strip().lower() == "gguf"
     if moved:
@@ -418,15 +423,8 @@ def _with_searched_strength(
 
 def report_document(report: "ConvertReport") -> dict[str, Any]:
     """The report as JSON values; files by name only, never by path."""
-    verification = report.verification
-    verified: dict[str, Any] = {}
-    if verification:
-        from qguard_edge.verify.results import to_document
-
-        verified = {"verification": to_document(verification)}
     return {
-        "status": verification.verdict.value if verification and verification.verdict.exit_code else "ok",
-        **verified,
+        **verification_document(report.verification),
         "outfile": report.outfile.name,
         "reference": report.reference.name if report.reference else None,
         "file_type": report.file_type.name,

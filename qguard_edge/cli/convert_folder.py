@@ -5,6 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from qguard_edge.cli.console import (
     ConsoleProgress,
     alignment_text,
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from qguard_edge.hf_target import FolderReport, MatrixRounding
     from qguard_edge.learned.memory import LearningCost
     from qguard_edge.learned.settings import LearnReport
+    from qguard_edge.verify.gate import Gate
+    from qguard_edge.verify.results import Outcome as Verification
 
 
 def refuse_foreign_flags(to: str, given: Mapping[str, object]) -> None:
@@ -42,8 +46,16 @@ def refuse_foreign_flags(to: str, given: Mapping[str, object]) -> None:
             raise UnsupportedError(f"{flag} does not go with --to {to}")
 
 
-def run_folder(request: "FolderRequest", *, dry_run: bool, json_output: bool, report_file: Path | None, quiet: bool) -> None:
-    """Carry out the command."""
+def run_folder(
+    request: "FolderRequest",
+    verify: str | None,
+    *,
+    dry_run: bool,
+    json_output: bool,
+    report_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Carry out the command; `verify` names suites, or is None."""
     if dry_run:
         from qguard_edge.folder_plan import dry_folder
 
@@ -53,14 +65,36 @@ def run_folder(request: "FolderRequest", *, dry_run: bool, json_output: bool, re
 
     check_report_file(report_file)
     with ConsoleProgress(quiet) as progress:
-        report = convert_to_folder(request, progress)
+        report = convert_to_folder(request, progress, _gate(request, verify, progress))
     deliver(report_document(report), lambda: _show(report), report_file=report_file, json_output=json_output, quiet=quiet)
+    if report.verification and report.verification.verdict.exit_code:
+        raise typer.Exit(report.verification.verdict.exit_code)
+
+
+def _gate(request: "FolderRequest", verify: str | None, progress: Any) -> "Gate | None":
+    """What `--verify` asks for, checked before the conversion begins.
+
+    Raises:
+        UnsupportedError: a folder for several formats.
+    """
+    if verify is None:
+        return None
+    from qguard_edge.verify.gate import make_gate
+
+    kinds = request.check()
+    if len(kinds) > 1:
+        raise UnsupportedError(
+            f"--verify asks about one format, --target all makes a folder for {len(kinds)}; verify the finished folder with "
+            "`qguard-edge verify --load-in nf4` and so on"
+        )
+    names = [name.strip() for name in verify.split(",")]
+    return make_gate(names, request.threads, 0, progress, device=request.device, load_in=kinds[0])
 
 
 def report_document(report: "FolderReport") -> Mapping[str, Any]:
     """The report as JSON values; files by name only, never by path."""
     return {
-        "status": "ok",
+        **verification_document(report.verification),
         "outfile": report.outfile.name,
         "file_type": report.to.upper(),
         "targets": list(report.kinds),
@@ -92,6 +126,15 @@ def report_document(report: "FolderReport") -> Mapping[str, Any]:
             for rounding in report.roundings
         ],
     }
+
+
+def verification_document(found: "Verification | None") -> dict[str, Any]:
+    """`status`, and what `--verify` found if it was asked."""
+    if found is None:
+        return {"status": "ok"}
+    from qguard_edge.verify.results import to_document
+
+    return {"status": found.verdict.value if found.verdict.exit_code else "ok", "verification": to_document(found)}
 
 
 def _of(report: "FolderReport", kind: str) -> "list[MatrixRounding]":
@@ -148,6 +191,10 @@ def _show(report: "FolderReport") -> None:
     sizes = f"base {size_text(report.base_bytes)} -> {size_text(report.out_bytes)}"
     out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
     out.print(f"seed {report.seed} (recorded in the folder; --seed repeats it)", highlight=False)
+    if report.verification:
+        from qguard_edge.cli.verify import show_outcome
+
+        show_outcome(report.verification)
     if report.loaded:
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
         out.print(f"transformers loads it: {said}", highlight=False, markup=False)

@@ -8,10 +8,18 @@ from qguard_edge.verify.results import Outcome
 from qguard_edge.verify.verifier import VerifyRequest, select_suites, verify
 
 Gate = Callable[[Path, Path, Path, Path], Outcome]
-"""Called with the finished candidate, the base, llama.cpp's own file, and the candidate's final name."""
+"""Called with the finished candidate, the base, plain quantization of it (a folder: itself), and the candidate's final name."""
 
 
-def make_gate(suites: Sequence[str], threads: int, n_gpu_layers: int, progress: Progress) -> Gate:
+def make_gate(
+    suites: Sequence[str],
+    threads: int,
+    n_gpu_layers: int,
+    progress: Progress,
+    *,
+    device: str = "auto",
+    load_in: str | None = None,
+) -> Gate:
     """A gate that asks built-in suites.
 
     Args:
@@ -19,6 +27,8 @@ def make_gate(suites: Sequence[str], threads: int, n_gpu_layers: int, progress: 
         threads: 0 for all cores.
         n_gpu_layers: layers on the GPU.
         progress: told about each stage.
+        device: auto, cpu or cuda, for folders.
+        load_in: for folders: the format in which bitsandbytes rounds those of full precision, the base excepted.
 
     Raises:
         SuiteError: an unknown name; now, not after the conversion.
@@ -33,7 +43,12 @@ def make_gate(suites: Sequence[str], threads: int, n_gpu_layers: int, progress: 
             suites=chosen,
             threads=threads,
             n_gpu_layers=n_gpu_layers,
-            names={"candidate": outfile.name, "naive": f"{outfile.stem}.reference{outfile.suffix}"},
+            device=device,
+            load_in=load_in,
+            names={
+                "candidate": outfile.name,
+                "naive": f"{base.name} ({load_in})" if load_in else f"{outfile.stem}.reference{outfile.suffix}",
+            },
         )
         return verify(request, progress)
 
@@ -41,5 +56,7 @@ def make_gate(suites: Sequence[str], threads: int, n_gpu_layers: int, progress: 
 
 
 def rejected_path(outfile: Path) -> Path:
-    """The name of a file that failed: `NAME.rejected.gguf`."""
+    """The name of a file that failed: `NAME.rejected.gguf`; of a folder `NAME.rejected`."""
+    if outfile.suffix != ".gguf":
+        return outfile.with_name(f"{outfile.name}.rejected")
     return outfile.with_name(f"{outfile.stem}.rejected{outfile.suffix}")

@@ -180,3 +180,31 @@ def test_logits_in_chunks_are_those_of_one_pass(folders: Folders) -> None:
         pieces = list(runner.logits_chunks(tokens))
     assert {len(piece) for piece in pieces[:-1]} == {7}
     assert np.concatenate(pieces) == pytest.approx(whole, abs=1e-4)
+
+
+def test_convert_verify_rejects_a_folder(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made"
+    command = ["convert", str(folders.attacked), "--to", "nf4", "-o", str(out), "--threads", "1", "--no-scan", "--json"]
+    command += ["--verify", "injection", "--seed", "0"]
+    assert run([*command, "--defense", "none"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["status"] == "fail"
+    assert document["outfile"] == "made.rejected"
+    assert next(file["name"] for file in document["verification"]["files"]) == "made"
+    assert [path.name for path in tmp_path.iterdir()] == ["made.rejected"]
+    assert (tmp_path / "made.rejected" / "config.json").is_file()
+    passed = run([*command, "--defense", "ortho"])
+    document = json.loads(capsys.readouterr().out)
+    assert passed in (0, 3)
+    assert document["status"] in ("ok", "inconclusive")
+    assert document["outfile"] == "made"
+    assert (out / "config.json").is_file()
+
+
+def test_a_folder_for_three_formats_is_verified_afterwards(
+    folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", str(folders.clean), "--to", "hf", "--target", "all", "-o", str(tmp_path / "made"), "--no-scan"]
+    assert run([*command, "--verify"]) == 2
+    assert "--verify asks about one format" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
