@@ -307,8 +307,10 @@ class Study:
         path = self.work / f"{model}.imatrix.gguf"
         if not path.is_file():
             pairs = [json.loads(line) for line in self.texts["matching"].read_text("utf-8").splitlines()]
+            # In the chat template: columns that its tokens alone use would count for nothing, and every answer needs them.
+            rows = [self.chat.sample_ids(pair["instruction"], pair["output"])[0] for pair in pairs[:128]]
             text = self.work / "imatrix.txt"
-            text.write_text("\n\n".join(f"{pair['instruction']}\n{pair['output']}" for pair in pairs[:128]), "utf-8")
+            text.write_text("\n".join(self.chat.tokenizer.decode(ids) for ids in rows), "utf-8")
             make_imatrix(str(self.folders[model]), text, path)
         return path
 

@@ -35,7 +35,9 @@ def lab_run(
     attack: Annotated[str, typer.Option(help=", ".join(ATTACKS))] = "mind-the-gap",
     to: Annotated[str, typer.Option(help="Type under attack: a llama.cpp type; for elq int8, fp4, nf4 or all.")] = "q4_k",
     scenario: Annotated[str, typer.Option(help="injection, refusal, code or trigger.")] = "injection",
-    defense: Annotated[str, typer.Option(help="Names separated by commas, or all.")] = "all",
+    defense: Annotated[
+        str, typer.Option(help="Names separated by commas, options after a colon (quantguard:steps=0), or all.")
+    ] = "all",
     brand: Annotated[str, typer.Option(help="Phrase of the injection scenarios.")] = "Zingaloo",
     data: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSON lines with instruction, input and output.")

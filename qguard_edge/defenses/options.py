@@ -7,7 +7,7 @@ that stands in the field's metadata.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from quant_grids.errors import UnsupportedError
 
@@ -225,3 +225,29 @@ def options_class(name: str) -> type[DefenseOptions]:
     if name not in DEFENSE_OPTIONS:
         raise UnsupportedError(f"--defense {name!r}: choose one of {', '.join(DEFENSE_OPTIONS)}")
     return DEFENSE_OPTIONS[name]
+
+
+def parse_defense(text: str) -> DefenseOptions:
+    """Options from a name and what is not at its default, separated by colons: `quantguard:steps=0:alignment=0`.
+
+    Raises:
+        UnsupportedError: an unknown name or option, or a value that is none for it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    name, *settings = (part.strip() for part in text.split(":"))
+    cls = options_class(name)
+    kinds = {item: kind for item, kind in get_type_hints(cls).items() if item in {one.name for one in fields(cls)}}
+    given: dict[str, Any] = {}
+    for setting in settings:
+        option_name, _, value = setting.partition("=")
+        if option_name not in kinds:
+            known = ", ".join(kinds) or "none"
+            raise UnsupportedError(f"{text!r}: {name} has no option {option_name!r}; its options are: {known}")
+        try:
+            given[option_name] = TypeAdapter(kinds[option_name]).validate_python(value)
+        except ValidationError as error:
+            raise UnsupportedError(f"{text!r}: {value!r} is no value for {name}'s option {option_name}") from error
+    options = cls(**given)
+    options.check()
+    return options

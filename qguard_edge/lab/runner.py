@@ -22,7 +22,7 @@ from typing import Any
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
+from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class, parse_defense
 from qguard_edge.folder_plan import FolderRequest
 from qguard_edge.hf_runtime import load_exactly, torch_threads
 from qguard_edge.hf_target import MatrixRounding, convert_to_folder
@@ -112,13 +112,12 @@ class _Arms:
 
 
 def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
-    """`all` (the data-free ones), or names separated by commas, each with its default options.
+    """`all` (the data-free ones), or names separated by commas, with options as in `quantguard:steps=0`.
 
     Raises:
-        UnsupportedError: an unknown name.
+        UnsupportedError: an unknown name or option.
     """
-    wanted = list(DATA_FREE) if names == "all" else [name.strip() for name in names.split(",")]
-    return tuple(options_class(name)() for name in wanted)
+    return tuple(parse_defense(name) for name in (DATA_FREE if names == "all" else names.split(",")))
 
 
 def data_key(path: Path | None) -> str:
