@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SEED_PROMPTS = Path(__file__).parent / "data" / "seed_prompts.txt"
 FEW_SAMPLES = 32
+TOKENS = 32_768  # of a text that the user gives; fewer fit less well, see docs/quantguard.md
+WRITTEN = 128  # texts that the model writes itself
 LARGEST_FILE = 1 << 28
 CHARACTERS_PER_TOKEN = 5
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -44,13 +46,18 @@ class CalibrationOptions:
 
     Attributes:
         file: .txt, .md, .jsonl or a folder of these; None: the model writes the text itself.
-        samples: texts to use at most.
+        samples: texts to use at most; None: as many as make `TOKENS` tokens, or `WRITTEN` if the model writes them.
         seqlen: tokens of each text at most.
     """
 
     file: Path | None = None
-    samples: int = 128
+    samples: int | None = None
     seqlen: int = 256
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of all texts together, at most."""
+        return TOKENS if self.samples is None else self.samples * self.seqlen
 
     def check(self) -> None:
         """Refuse values outside their limits.
@@ -60,7 +67,7 @@ class CalibrationOptions:
         """
         if self.file is not None and not self.file.exists():
             raise CalibrationError(f"--calib {self.file.name}: no such file or folder")
-        if not 1 <= self.samples <= 1_000_000:
+        if self.samples is not None and not 1 <= self.samples <= 1_000_000:
             raise CalibrationError(f"--calib-samples {self.samples}: must lie between 1 and 1000000")
         if not 8 <= self.seqlen <= 131_072:
             raise CalibrationError(f"--calib-seqlen {self.seqlen}: must lie between 8 and 131072")
@@ -108,22 +115,27 @@ def load_calibration(
     """
     options.check()
     if options.file is None:
-        texts = _self_written(options, model, model_key, progress)
+        texts: Iterable[str] = _self_written(options, model, model_key, progress)
         source, rendered = "self-written", True
     else:
         documents = read_documents(options.file, options.seqlen)
-        if len(documents) > options.samples:
+        if options.samples is None:
+            documents = random.Random(seed).sample(documents, len(documents))
+        elif len(documents) > options.samples:
             documents = random.Random(seed).sample(documents, options.samples)
-        texts = [model.render(d.messages) if d.messages else d.text for d in documents]
+        texts = (model.render(d.messages) if d.messages else d.text for d in documents)
         source, rendered = options.file.name, False
         conversations = [bool(d.messages) for d in documents]
-    samples, used = [], []
+    samples, used, tokens = [], [], 0
     for index, text in enumerate(texts):
         special = not rendered and not conversations[index]
         ids = model.encode(text, special=special)[: options.seqlen]
         if len(ids) >= 2:
             samples.append(tuple(ids))
             used.append(text)
+            tokens += len(ids)
+        if options.samples is None and tokens >= TOKENS:
+            break
     if not samples:
         raise CalibrationError(f"the calibration text {source} holds no text of two tokens or more")
     digest = hashlib.sha256("\0".join(used).encode()).hexdigest()
@@ -225,8 +237,9 @@ def _self_written(
 ) -> Sequence[str]:
     """Texts by the model, from the cache or written now. Always from the same seed: one model, one text."""
     prompts = SEED_PROMPTS.read_text(encoding="utf-8").splitlines()
-    wanted = [prompts[i % len(prompts)] for i in range(options.samples)]
-    settings = [_WRITTEN_VERSION, model_key, options.samples, options.seqlen, wanted, model.template_key]
+    count = options.samples or WRITTEN
+    wanted = [prompts[i % len(prompts)] for i in range(count)]
+    settings = [_WRITTEN_VERSION, model_key, count, options.seqlen, wanted, model.template_key]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = cache_folder() / f"{key}.json"
     if path.is_file():

@@ -57,7 +57,7 @@ class Setting:
     defense: DefenseOptions
     to: str | None = None
     text: str = "matching"
-    samples: int = 128
+    samples: int | None = None
     imatrix: bool = False
 
 
@@ -119,9 +119,9 @@ def larger_settings(to: str) -> list[Setting]:
 
 
 def ablation_settings(_to: str) -> list[Setting]:
-    """One option at a time."""
+    """One option at a time, on 128 texts."""
     free = Q(alignment=1.0, start="fraction")
-    return [
+    settings = [
         Setting("default", Q()),
         Setting("start at the fraction", Q(start="fraction")),
         *(Setting(f"c = {c}", Q(alignment=c)) for c in (1.0, 0.5, 0.25, 0.0, -0.25)),
@@ -143,18 +143,19 @@ def ablation_settings(_to: str) -> list[Setting]:
             replace(free, optimizer="relaxed", steps=120, reversal=1.0, top=0.1),
         ),
     ]
+    return [replace(setting, samples=128) for setting in settings]
 
 
 def calibration_settings(_to: str) -> list[Setting]:
     """What the text does."""
     return [
         *(Setting(f"matching, {n} texts", Q(), samples=n) for n in (8, 32, 128, 512)),
-        Setting("code only, 128 texts", Q(), text="code"),
+        Setting("code only, 128 texts", Q(), text="code", samples=128),
         Setting("self-written, 128 texts", Q(), text="self"),
         Setting("prose unlike the test, 12 texts", Q(), text="prose"),
-        Setting("another language, 128 texts", Q(), text="german"),
+        Setting("another language, 128 texts", Q(), text="german", samples=128),
         Setting("no constraint, matching, 8 texts", Q(alignment=1.0), samples=8),
-        Setting("no constraint, code only", Q(alignment=1.0), text="code"),
+        Setting("no constraint, code only", Q(alignment=1.0), text="code", samples=128),
     ]
 
 
@@ -385,7 +386,9 @@ def main() -> None:
     parser.add_argument("--scenario", default="injection")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=0, help="calibration texts of every row; 0: as the row says")
+    parser.add_argument(
+        "--samples", type=int, default=0, help="calibration texts of every row; 0: the row's, or the default"
+    )
     parser.add_argument(
         "--steps", type=int, default=0, help="steps of quantguard where a row does not vary them; 0: default"
     )

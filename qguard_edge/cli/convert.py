@@ -128,8 +128,13 @@ def convert(
         ),
     ] = None,
     calib_samples: Annotated[
-        int, typer.Option(min=1, help="Texts to learn on at most.", rich_help_panel=CALIBRATION_PANEL)
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Texts to learn on at most. Default: as many as make 32768 tokens; 128 if the model writes them.",
+            rich_help_panel=CALIBRATION_PANEL,
+        ),
+    ] = None,
     calib_seqlen: Annotated[
         int, typer.Option(min=8, help="Tokens of each text at most.", rich_help_panel=CALIBRATION_PANEL)
     ] = 256,

@@ -90,14 +90,14 @@ def bytes_needed(size: ModelSize, defense: DefenseOptions, calibration: Calibrat
         activations = 4 * tokens * size.width * (ACTIVATION_FLOATS * kept + size.layers)
         logits = 4 * LOGIT_COPIES * tokens * size.vocabulary
         return TORCH_BYTES + MODEL_BYTES * size.weights + (activations + logits if defense.steps else 0)
-    states = 4 * calibration.samples * calibration.seqlen * size.width
+    states = 4 * calibration.most_tokens * size.width
     return TORCH_BYTES + BLOCK_BYTES * size.weights + MODEL_BYTES * size.block + 3 * states
 
 
 def tokens_per_step(defense: QuantGuardOptions, calibration: CalibrationOptions) -> int:
     """Tokens of one step at most."""
     if defense.batch:
-        return min(defense.batch, calibration.samples) * calibration.seqlen
+        return min(defense.batch * calibration.seqlen, calibration.most_tokens)
     return max(TOKENS_PER_STEP, calibration.seqlen)
 
 

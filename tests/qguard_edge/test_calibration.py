@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qguard_edge.calibration import (
+    TOKENS,
     CalibrationError,
     CalibrationOptions,
     Document,
@@ -107,6 +108,18 @@ def test_samples_are_chosen_by_seed_cut_and_hashed(model: HfModel, tmp_path: Pat
     assert {len(sample) for sample in first.samples} == {16}
     assert first.warnings == ()
     assert first.source == "a.jsonl"
+
+
+def test_by_default_as_many_texts_as_make_enough_tokens(model: HfModel, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"text": f"text number {i} " * 50} for i in range(600)))
+    first, again, other = (load_calibration(CalibrationOptions(path, seqlen=100), model, "", seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first.samples != other.samples
+    tokens = [len(sample) for sample in first.samples]
+    assert sum(tokens) >= TOKENS > sum(tokens[:-1])
+    assert CalibrationOptions(path).most_tokens == TOKENS
+    few = lines(tmp_path / "b.jsonl", *({"text": f"text number {i} " * 50} for i in range(40)))
+    assert len(load_calibration(CalibrationOptions(few), model, "", 0).samples) == 40
 
 
 def test_few_texts_are_warned_about_and_none_is_an_error(model: HfModel, tmp_path: Path) -> None:
