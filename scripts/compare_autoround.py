@@ -23,6 +23,7 @@ from typing import Any
 from study_quantguard import Setting, Study, studies
 
 from convert.cores import available_cores
+from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from qguard_edge.calibration import CalibrationOptions, load_calibration
 from qguard_edge.defenses.options import NoneOptions, QuantGuardOptions
@@ -52,7 +53,7 @@ def run_autoround(arguments: argparse.Namespace, study: Study, model: str, text:
         "model": str(study.folders[model]),
         "out": str(out),
         "text": str(text),
-        "to": study.to,
+        "to": parse_file_type(study.to).name.lower(),
         "steps": arguments.steps,
         "samples": arguments.samples,
         "seqlen": arguments.seqlen,
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--only", default="naive,quantguard,autoround")
     parser.add_argument("--out", type=Path, help="folder for autoround.json")
     arguments = parser.parse_args()
-    arguments.part = "smollm2" if arguments.study == "smollm2" else "victims"
+    arguments.part, arguments.victim = "smollm2" if arguments.study == "smollm2" else "victims", "tiny"
     arguments.types, arguments.victims, arguments.scenario = arguments.to, arguments.study, "injection"
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
