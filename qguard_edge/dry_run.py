@@ -13,7 +13,7 @@ from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.quantizer import Fallback, quantize
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
-from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, dry_cost
+from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, dry_cost, size_of
 from qguard_edge.pipeline import ConvertRequest, output_path
 from qguard_edge.source import open_base, resolve_source
 from quant_grids import GRIDS
@@ -97,7 +97,7 @@ def dry_run(request: ConvertRequest) -> DryRun:
     warnings = list(report.warnings)
     if request.options.file_type.needs_imatrix and request.options.imatrix is None:
         warnings.append(f"{request.options.file_type.name} needs an importance matrix: pass --imatrix FILE")
-    learning = dry_cost(request, [(tensor.name, tensor.shape) for tensor in tensors], warnings)
+    learning = dry_cost(request, size_of((tensor.name, tensor.shape) for tensor in tensors), warnings)
     return DryRun(
         outfile=output_path(request, source),
         tensors=tensors,

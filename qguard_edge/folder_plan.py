@@ -4,7 +4,7 @@ Which modules bitsandbytes quantizes is asked of transformers (every Linear but 
 folder made here has exactly the modules that `load_in_4bit` would have made.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from convert.hf_folder import CONFIG_NAME, SHARD_BYTES
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.hf_runtime import LinearModules, linear_modules
-from qguard_edge.learned.memory import LearningCost, dry_cost
+from qguard_edge.learned.memory import LearningCost, ModelSize, dry_cost, size_of
 from qguard_edge.source import Source, resolve_source
 from quant_grids.errors import UnsupportedError
 
@@ -116,9 +116,9 @@ class FolderPlan:
     modules: LinearModules
     warnings: tuple[str, ...]
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of all tensors."""
-        return ((tensor.name, tensor.shape) for tensor in self.checkpoint.tensors.values())
+    def size(self) -> ModelSize:
+        """Of the model, for the estimates of learning."""
+        return size_of((tensor.name, tensor.shape) for tensor in self.checkpoint.tensors.values())
 
     def module_of(self, tensor: SourceTensor) -> str | None:
         """Name of the module whose weight this is, if it is to be quantized."""
@@ -236,6 +236,6 @@ def dry_folder(request: FolderRequest) -> DryFolder:
         tensors.append(DryFolderTensor(tensor.name, tensor.shape, tensor.dtype, target, size, protection))
     base = sum(source_bytes(tensor) for tensor in plan.checkpoint.tensors.values())
     warnings = list(plan.warnings)
-    learning = dry_cost(request, plan.shapes(), warnings)
+    learning = dry_cost(request, plan.size(), warnings)
     out = sum(tensor.n_bytes for tensor in tensors)
     return DryFolder(plan.outfile, tuple(tensors), base, out, tuple(warnings), learning)

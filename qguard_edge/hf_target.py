@@ -139,10 +139,9 @@ def convert_to_folder(request: FolderRequest, progress: Progress | None = None, 
     plan = plan_folder(request)
     if request.check_loads:
         require_bitsandbytes()
-    if request.defense.calibrated:
-        warnings: list[str] = []
-        request = replace(request, defense=fitted_defense(request, plan.shapes(), warnings))
-        plan = replace(plan, warnings=(*plan.warnings, *warnings))
+    warnings = list(plan.warnings)
+    request = replace(request, defense=fitted_defense(request, plan.size(), warnings))
+    plan = replace(plan, warnings=tuple(warnings))
     try:
         with atomic_folder(plan.outfile, overwrite=request.overwrite, marker=CONFIG_NAME) as work:
             report = _FolderConversion(request, plan, work, progress or NoProgress(), gate).run()

@@ -31,7 +31,7 @@ from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
-from qguard_edge.learned.memory import fitted_defense
+from qguard_edge.learned.memory import fitted_defense, size_of_gguf
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.load_check import LoadCheck, load_check
@@ -183,9 +183,7 @@ def convert_model(
         if guard:
             with clock.stage("scan"):
                 request = _with_types(request, guard.before(base))
-        if request.defense.calibrated:
-            shapes = ((name, tensor.shape) for name, tensor in base.tensors.items())
-            request = replace(request, defense=fitted_defense(request, shapes, warnings))
+        request = replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
         return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate, guard).run()
 
 

@@ -21,7 +21,7 @@ from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed
-from qguard_edge.learned.memory import fitted_defense
+from qguard_edge.learned.memory import fitted_defense, size_of_gguf
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.metadata import qguard_entries, total_outcome
@@ -91,9 +91,7 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
     source = resolve_source(request.model, request.revision)
     base, reference = open_base(request.base, allow_requantize=False), GgufFile(request.reference)
     warnings: list[str] = []
-    if request.defense.calibrated:
-        shapes = ((name, tensor.shape) for name, tensor in base.tensors.items())
-        request = replace(request, defense=fitted_defense(request, shapes, warnings))
+    request = replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
     defense = make_defense(request.defense)
     if defense.requantizes:
         raise UnsupportedError(

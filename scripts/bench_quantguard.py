@@ -24,7 +24,7 @@ from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import load_smollm2
-from qguard_edge.learned.memory import bytes_needed, seconds_needed, size_of
+from qguard_edge.learned.memory import bytes_needed, seconds_needed, size_of_gguf
 from qguard_edge.pipeline import ConvertRequest, convert_model
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding import resolve_device
@@ -102,8 +102,7 @@ def main() -> None:
             str(folder), QuantizeOptions(parse_file_type("bf16")), options, outfile=str(work / "base.gguf")
         )
         convert_model(plain)
-        shapes = ((name, tensor.shape) for name, tensor in open_base(work / "base.gguf", False).tensors.items())
-        size = size_of(shapes)
+        size = size_of_gguf(open_base(work / "base.gguf", False))
         promised = bytes_needed(size, options, calibration), seconds_needed(size, options, calibration, device)
         out = str(work / "out.gguf")
         request = ConvertRequest(

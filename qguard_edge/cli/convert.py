@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import (
     ConsoleProgress,
     alignment_text,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
     from qguard_edge.pipeline import ConvertReport, ConvertRequest
 
-CALIBRATION_PANEL = "Text for learned defenses (quantguard, efrap)"
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
 SCAN_PANEL = "Look before converting (see `qguard-edge scan`)"
@@ -119,33 +119,10 @@ def convert(
         int | None, typer.Option(min=0, help="Repeat a conversion. Default: fresh for each, recorded in the file.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    calib: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text for learned defenses: .txt, .jsonl or a folder. Default: the model writes its own.",
-            rich_help_panel=CALIBRATION_PANEL,
-        ),
-    ] = None,
-    calib_samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Texts to learn on at most. Default: as many as make 32768 tokens; 128 if the model writes them.",
-            rich_help_panel=CALIBRATION_PANEL,
-        ),
-    ] = None,
-    calib_seqlen: Annotated[
-        int, typer.Option(min=8, help="Tokens of each text at most.", rich_help_panel=CALIBRATION_PANEL)
-    ] = 256,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What learning may use on its device, such as 24GiB; goes block by block if need be. Default: no limit.",
-            rich_help_panel=CALIBRATION_PANEL,
-        ),
-    ] = None,
+    calib: CalibFlag = None,
+    calib_samples: CalibSamplesFlag = None,
+    calib_seqlen: CalibSeqlenFlag = 256,
+    max_memory: MaxMemoryFlag = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     base_type: Annotated[
         str | None,

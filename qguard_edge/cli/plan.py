@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
-from qguard_edge.cli.convert import CALIBRATION_PANEL
 from qguard_edge.cli.convert_folder import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 
@@ -47,29 +47,10 @@ def plan(
     defense: Annotated[str, typer.Option(help="Rounding defense, see `qguard-edge defenses`.")] = "quantguard",
     seed: Annotated[int | None, typer.Option(min=0, help="Repeat a plan. Default: fresh, recorded.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    calib: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text: .txt, .jsonl or a folder.", rich_help_panel=CALIBRATION_PANEL),
-    ] = None,
-    calib_samples: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Texts to learn on at most. Default: as many as make 32768 tokens; 128 if the model writes them.",
-            rich_help_panel=CALIBRATION_PANEL,
-        ),
-    ] = None,
-    calib_seqlen: Annotated[
-        int, typer.Option(min=8, help="Tokens of each at most.", rich_help_panel=CALIBRATION_PANEL)
-    ] = 256,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What learning may use on its device, such as 24GiB; goes block by block if need be. Default: no limit.",
-            rich_help_panel=CALIBRATION_PANEL,
-        ),
-    ] = None,
+    calib: CalibFlag = None,
+    calib_samples: CalibSamplesFlag = None,
+    calib_seqlen: CalibSeqlenFlag = 256,
+    max_memory: MaxMemoryFlag = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
     allow_unprotected: Annotated[

@@ -167,3 +167,26 @@ def numbered_blocks(model: Any) -> Iterator[tuple[int, nn.Module, str]]:
     """The decoder blocks in order, with the prefix of their parameters."""
     for index, block in enumerate(decoder_blocks(model)):
         yield index, block, prefix_of(model, block)
+
+
+def block_grams(
+    loaded: HfModel, parts: Sequence[Part], inputs: BlockInputs, device: torch.device, *, resident: bool
+) -> Iterator[list[tuple[int, Tensor | None]]]:
+    """Block by block, the index of each part in it and what `gram_matrices` says of its inputs in full precision.
+
+    Args:
+        loaded: the full-precision model.
+        parts: what is quantized.
+        inputs: of the blocks.
+        device: where each block runs.
+        resident: whether blocks stay there; else they go back to the CPU one by one.
+    """
+    states = inputs.states
+    for number, block, prefix in numbered_blocks(loaded.model):
+        mine = parts_of_block(parts, prefix)
+        block.to(device)
+        names = [part.source.parameter for _, part in mine]
+        grams, states = gram_matrices(block, names, states, inputs.arguments[number], device)
+        yield [(index, grams.get(part.source.parameter)) for index, part in mine]
+        if not resident:
+            block.to("cpu")

@@ -17,8 +17,8 @@ from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.hf_runtime import HfModel
 from qguard_edge.learned.blocks import (
     BlockInputs,
+    block_grams,
     capture,
-    gram_matrices,
     numbered_blocks,
     parts_of_block,
     rows_of,
@@ -45,7 +45,6 @@ def efrap_positions(
     task.progress.stage("Learning the rounding layer by layer", len(parts), "layers")
     positions: dict[int, Tensor] = {}
     losses: list[tuple[float, float]] = []
-    states = inputs.states
     parameters = dict(loaded.model.named_parameters())
 
     def learn(index: int, gram: Tensor | None) -> None:
@@ -58,14 +57,9 @@ def efrap_positions(
         positions[index] = position.cpu()
         task.progress.advance(1, f"{part.tensor.name}: output error x{losses[-1][1]:.2f}")
 
-    for number, block, prefix in numbered_blocks(loaded.model):
-        mine = parts_of_block(parts, prefix)
-        block.to(task.device)
-        names = [part.source.parameter for _, part in mine]
-        grams, states = gram_matrices(block, names, states, inputs.arguments[number], task.device)
-        for index, part in mine:
-            learn(index, grams.get(part.source.parameter))
-        block.to("cpu")
+    for grams in block_grams(loaded, parts, inputs, task.device, resident=False):
+        for index, gram in grams:
+            learn(index, gram)
     for index in range(len(parts)):
         if index not in positions:
             learn(index, None)

@@ -21,6 +21,7 @@ import psutil
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from convert.gguf_file import GgufModel
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions, QuantGuardOptions
 from qguard_edge.hf_runtime import autocast
@@ -78,6 +79,11 @@ def size_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> ModelSize:
         elif len(shape) == 2 and count > math.prod(embedding):
             embedding = (max(shape), min(shape))
     return ModelSize(weights, max(blocks.values(), default=0), len(blocks), *embedding)
+
+
+def size_of_gguf(base: GgufModel) -> ModelSize:
+    """Size of the model in a GGUF."""
+    return size_of((name, tensor.shape) for name, tensor in base.tensors.items())
 
 
 def bytes_needed(size: ModelSize, defense: DefenseOptions, calibration: CalibrationOptions) -> int:
@@ -155,20 +161,22 @@ class LearningRequest(Protocol):
         """Bytes that learning may use on its device; None: no limit."""
 
 
-def fitted_defense(
-    request: LearningRequest, shapes: Iterable[tuple[str, tuple[int, ...]]], warnings: list[str]
-) -> DefenseOptions:
+def fitted_defense(request: LearningRequest, size: ModelSize, warnings: list[str]) -> DefenseOptions:
     """The defense as `fit` changes it under a limit; without one, a warning if the device has too little free memory.
+
+    A defense that does not learn is returned as it is.
 
     Args:
         request: what the user asked for.
-        shapes: names and shapes of all tensors of the model.
+        size: of the model.
         warnings: gets one sentence for what is changed or scarce.
 
     Raises:
         MemoryLimitError: see `fit`.
     """
-    size, defense = size_of(shapes), request.defense
+    defense = request.defense
+    if not defense.calibrated:
+        return defense
     if request.max_memory is not None:
         defense, note = fit(defense, size, request.calibration, request.max_memory)
         warnings += [note] if note else []
@@ -182,15 +190,11 @@ def fitted_defense(
     return defense
 
 
-def dry_cost(
-    request: LearningRequest, shapes: Iterable[tuple[str, tuple[int, ...]]], warnings: list[str]
-) -> LearningCost | None:
+def dry_cost(request: LearningRequest, size: ModelSize, warnings: list[str]) -> LearningCost | None:
     """What learning will cost under the request's limit; None for a defense that does not learn. See `fitted_defense`."""
     if not request.defense.calibrated:
         return None
-    known = tuple(shapes)
-    defense, size = fitted_defense(request, known, warnings), size_of(known)
-    device = resolve_device(request.device)
+    defense, device = fitted_defense(request, size, warnings), resolve_device(request.device)
     return LearningCost(
         bytes_needed(size, defense, request.calibration), seconds_needed(size, defense, request.calibration, device)
     )

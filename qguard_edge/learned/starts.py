@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qguard_edge.defenses.base import SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.hf_runtime import HfLoadError, HfModel, autocast, decoder_blocks
-from qguard_edge.learned.blocks import capture, gram_matrices, numbered_blocks, parts_of_block, rows_of
+from qguard_edge.learned.blocks import block_grams, capture, rows_of
 from qguard_edge.learned.feedback import start_from
 from qguard_edge.learned.parts import Geometry, Part
 from qguard_edge.learned.settings import LearnTask
@@ -78,7 +78,6 @@ def _feedback(
     """Starts of the parts whose inputs are seen, block by block."""
     rows = rows_of(samples, task.calibration.seqlen, ROWS)
     inputs = capture(loaded, rows)
-    states = inputs.states
     parameters = dict(loaded.model.named_parameters())
     found: dict[int, Tensor] = {}
     task.progress.stage("Looking at what each layer is fed", len(inputs.arguments) + 1, "blocks")
@@ -93,15 +92,9 @@ def _feedback(
         found[index] = start_from(geometry, weights, gram.to(task.device), options.alignment, generator).cpu()
 
     with torch.no_grad():
-        for number, block, prefix in numbered_blocks(loaded.model):
-            mine = parts_of_block(parts, prefix)
-            block.to(task.device)
-            names = [part.source.parameter for _, part in mine]
-            grams, states = gram_matrices(block, names, states, inputs.arguments[number], task.device)
-            for index, part in mine:
-                add(index, grams.get(part.source.parameter))
-            if not resident:
-                block.to("cpu")
+        for grams in block_grams(loaded, parts, inputs, task.device, resident=resident):
+            for index, gram in grams:
+                add(index, gram)
             task.progress.advance(1)
         head = _head(loaded.model)
         heads = [i for i, part in enumerate(parts) if parameters[part.source.parameter] is getattr(head, "weight", None)]

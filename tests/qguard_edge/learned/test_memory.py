@@ -26,6 +26,7 @@ from qguard_edge.learned.memory import (
     parse_size,
     seconds_needed,
     size_of,
+    size_of_gguf,
 )
 from qguard_edge.pipeline import ConvertRequest, convert_model
 
@@ -109,7 +110,7 @@ def _convert(folder: Path, out: Path, defense: QuantGuardOptions, limit: int | N
 
 def test_a_limit_makes_the_file_that_block_scope_makes(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     asked, blocks = QuantGuardOptions(steps=2), QuantGuardOptions(steps=2, scope="block")
-    size = size_of((name, tensor.shape) for name, tensor in GgufModel(tiny_base).tensors.items())
+    size = size_of_gguf(GgufModel(tiny_base))
     limit = bytes_needed(size, blocks, CalibrationOptions(samples=36, seqlen=24))
     limited, notes = _convert(tiny_folder, tmp_path / "limited.gguf", asked, limit)
     expected, quiet = _convert(tiny_folder, tmp_path / "blocks.gguf", blocks, None)
