@@ -37,6 +37,7 @@ ACTIVATION_FLOATS = 40  # f32 per token, layer and hidden unit that the backward
 STEP_PRODUCTS = 8  # multiplications and additions per weight and token: teacher 2, student 2, backward 4
 OVERHEAD = 1.9  # time of a step over that of its matrix products, measured on a CPU
 FEEDBACK_SECONDS = 4e-7  # per weight: error feedback of one weight on one core, measured
+FEEDBACK_PRODUCTS = 4  # per weight and token of the text: the layer 2, its inputs' Gram matrix about 2
 _BLOCK = re.compile(r"\.(\d+)\.")
 _SIZE = TypeAdapter(ByteSize)
 
@@ -206,9 +207,11 @@ def seconds_needed(
     """Rough time of learning on this machine, from a short test of its matrix products; None where it is not known."""
     if not isinstance(defense, QuantGuardOptions) or defense.scope != "model":
         return None
-    tokens = tokens_per_step(defense, calibration)
-    steps = STEP_PRODUCTS * tokens * size.weights * defense.steps * OVERHEAD / product_rate(device)
-    return steps + (FEEDBACK_SECONDS * size.weights if defense.start == "feedback" else 0.0)
+    products = STEP_PRODUCTS * tokens_per_step(defense, calibration) * defense.steps
+    if defense.start == "feedback":
+        products += FEEDBACK_PRODUCTS * calibration.most_tokens
+    seconds = products * size.weights * OVERHEAD / product_rate(device)
+    return seconds + (FEEDBACK_SECONDS * size.weights if defense.start == "feedback" else 0.0)
 
 
 def product_rate(device: torch.device, width: int = 1024) -> float:

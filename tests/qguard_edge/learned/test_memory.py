@@ -91,6 +91,17 @@ def test_time_grows_with_steps_and_weights() -> None:
     assert seconds_needed(small, EfrapOptions(), TEXT, CPU) is None
 
 
+def test_time_grows_with_the_text_that_error_feedback_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qguard_edge.learned.memory.product_rate", lambda _device: 1e11)  # the same machine both times
+    options = QuantGuardOptions(steps=0)
+    short, long = (seconds_needed(LARGE, options, replace(TEXT, samples=count), CPU) for count in (32, 512))
+    assert short is not None
+    assert long is not None
+    assert long > 2 * short
+    fraction = replace(options, start="fraction")
+    assert len({seconds_needed(LARGE, fraction, replace(TEXT, samples=count), CPU) for count in (32, 512)}) == 1
+
+
 def _convert(folder: Path, out: Path, defense: QuantGuardOptions, limit: int | None) -> tuple[bytes, tuple[str, ...]]:
     report = convert_model(
         ConvertRequest(
