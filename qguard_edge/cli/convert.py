@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,25 +13,13 @@ from typer.core import TyperCommand
 from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import (
     ConsoleProgress,
-    alignment_text,
     check_report_file,
-    count_text,
     deliver,
     err,
-    out,
-    percent,
-    print_json,
-    size_text,
-    table,
 )
-from qguard_edge.cli.convert_folder import (
-    learning_text,
-    refuse_foreign_flags,
-    run_folder,
-    show_learned,
-    verification_document,
-)
+from qguard_edge.cli.convert_folder import refuse_foreign_flags, run_folder
 from qguard_edge.cli.convert_moved import run_moved
+from qguard_edge.cli.convert_report import report_document, show_dry_run, show_report
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.cli.scan_first import (
     check_scan_flags,
@@ -45,8 +33,7 @@ from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from qguard_edge.dry_run import DryRun
-    from qguard_edge.pipeline import ConvertReport, ConvertRequest
+    from qguard_edge.pipeline import ConvertRequest
 
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
@@ -341,7 +328,7 @@ def convert(
     if dry_run:
         from qguard_edge.dry_run import dry_run as plan
 
-        _show_dry_run(plan(request), json_output, quiet)
+        show_dry_run(plan(request), json_output, quiet)
         return
     check_report_file(report_file)
     with ConsoleProgress(quiet) as progress:
@@ -356,7 +343,7 @@ def convert(
         said = f"qvec: lambda {chosen.strength} is a fixed default; --qvec-text FILE searches it on your text"
         err.print(said, highlight=False)
     document = report_document(report) | guard_document(guard)
-    deliver(document, lambda: _show_report(report), report_file=report_file, json_output=json_output, quiet=quiet)
+    deliver(document, lambda: show_report(report), report_file=report_file, json_output=json_output, quiet=quiet)
     if report.verification and report.verification.verdict.exit_code:
         raise typer.Exit(report.verification.verdict.exit_code)
 
@@ -401,141 +388,3 @@ def _with_searched_strength(
     if not quiet:
         err.print(search.summary, highlight=False, soft_wrap=True)
     return replace(request, defense=search.best)
-
-
-def report_document(report: "ConvertReport") -> dict[str, Any]:
-    """The report as JSON values; files by name only, never by path."""
-    return {
-        **verification_document(report.verification),
-        "outfile": report.outfile.name,
-        "reference": report.reference.name if report.reference else None,
-        "file_type": report.file_type.name,
-        "defense": report.defense.name if report.defense else None,
-        "params": asdict(report.defense) if report.defense else None,
-        "seed": report.seed,
-        "protected_share": report.coverage.protected_share if report.coverage else None,
-        "unprotected": [tensor.name for tensor in report.coverage.unprotected] if report.coverage else [],
-        "bytes": {"base": report.base_bytes, "output": report.out_bytes},
-        "sha256": dict(report.hashes),
-        "seconds": {name: round(value, 3) for name, value in report.seconds.items()},
-        "fallbacks": [asdict(fallback) for fallback in report.quantized.fallbacks] if report.quantized else [],
-        "warnings": list(report.warnings),
-        "load_check": asdict(report.loaded) if report.loaded else None,
-        "learned": asdict(report.learned) if report.learned else None,
-        "tensors": [
-            {
-                "name": rounding.name,
-                "type": rounding.ggml_type.name,
-                "weights": rounding.n_weights,
-                "flips": rounding.outcome.n_changed,
-                "share_flipped": rounding.outcome.n_changed / rounding.n_weights,
-                "alignment_before": 1.0,
-                "alignment": rounding.outcome.alignment,
-                "added_squared_error": rounding.outcome.added_error,
-            }
-            for rounding in report.roundings
-        ],
-    }
-
-
-def _show_report(report: "ConvertReport") -> None:
-    from qguard_edge.metadata import total_outcome
-    from quant_grids import Outcome
-
-    if report.coverage is not None:
-        rows = table(
-            f"{report.outfile.name}: {report.file_type.name}, defense {report.defense.name if report.defense else '-'}",
-            "type", ">tensors", ">weights", "protected", ">flipped", ">alignment", ">added error",
-        )  # fmt: skip
-        by_type: dict[str, list[Any]] = {}
-        for rounding in report.roundings:
-            by_type.setdefault(rounding.ggml_type.name, []).append(rounding)
-        for name, group in sorted(by_type.items()):
-            _add_row(rows, name, len(group), sum(r.n_weights for r in group), total_outcome(group))
-        for label, tensors in (("no", report.coverage.unprotected), ("not rounded", report.coverage.untouched)):
-            kinds = sorted({tensor.ggml_type.name for tensor in tensors})
-            if tensors:
-                weights = sum(tensor.n_weights for tensor in tensors)
-                rows.add_row(", ".join(kinds), str(len(tensors)), count_text(weights), label, "", "", "")
-        total = total_outcome(report.roundings) if report.roundings else Outcome(0, 0.0, 0.0, 0.0)
-        rows.add_section()
-        _add_row(rows, "all", len(report.roundings), sum(r.n_weights for r in report.roundings), total)
-        out.print(rows)
-    _show_fallbacks(report.quantized.fallbacks if report.quantized else ())
-    for warning in report.warnings:
-        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
-    sizes = f"base {size_text(report.base_bytes)} -> {size_text(report.out_bytes)}"
-    out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
-    if report.seed is not None:
-        out.print(f"seed {report.seed} (recorded in the file; --seed repeats it)", highlight=False)
-    if report.verification:
-        from qguard_edge.cli.verify import show_outcome
-
-        show_outcome(report.verification)
-    if report.learned:
-        show_learned(report.learned)
-    if report.loaded:
-        said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
-        out.print(f"llama.cpp loads it: {said}", highlight=False, markup=False)
-    out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
-    if report.reference:
-        out.print(f"kept  {report.reference}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _add_row(rows: Any, name: str, count: int, weights: int, outcome: Any) -> None:
-    rows.add_row(
-        name,
-        str(count),
-        count_text(weights),
-        "yes",
-        percent(outcome.n_changed / weights) if weights else "-",
-        alignment_text(outcome.alignment) if weights else "-",
-        f"{outcome.added_error:+.0%}" if weights else "-",
-    )
-
-
-def _show_fallbacks(fallbacks: Any) -> None:
-    """Loudly: these tensors are not stored as the type that was asked for."""
-    if not fallbacks:
-        return
-    groups: dict[tuple[str, str, int], list[str]] = {}
-    for fallback in fallbacks:
-        groups.setdefault((fallback.wanted, fallback.got, fallback.columns), []).append(fallback.tensor)
-    rows = table(
-        f"{len(fallbacks)} tensors fell back to another type (their row length is not a multiple of the block)",
-        "wanted", "got", ">row length", ">tensors", "for example",
-    )  # fmt: skip
-    for (wanted, got, columns), names in sorted(groups.items()):
-        rows.add_row(wanted, got, str(columns), str(len(names)), names[0])
-    out.print(rows)
-
-
-def _show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
-    if json_output:
-        document = asdict(plan) | {"status": "ok", "outfile": plan.outfile.name}
-        print_json(document)
-        return
-    if not quiet:
-        rows = table("What llama.cpp would write", "tensor", "shape", "from", "to", ">size", "protection", "fallback")
-        for tensor in plan.tensors:
-            fell = f"wanted {tensor.fallback.wanted}" if tensor.fallback else ""
-            shape = " x ".join(map(str, tensor.shape))
-            rows.add_row(
-                tensor.name,
-                shape,
-                tensor.source_type,
-                tensor.target_type,
-                size_text(tensor.n_bytes),
-                tensor.protection,
-                fell,
-            )
-        out.print(rows)
-        _show_fallbacks([tensor.fallback for tensor in plan.tensors if tensor.fallback])
-        for warning in plan.warnings:
-            err.print(f"[yellow]warning:[/] {warning}", highlight=False)
-    out.print(
-        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}"
-        f"{learning_text(plan.learning)}; would write {plan.outfile.name}; nothing was written",
-        highlight=False,
-    )
