@@ -75,7 +75,7 @@ def random_llama(folder: Path, tokenizer_folder: Path) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -283,7 +283,7 @@ def main() -> None:
         "python": platform.python_version(),
     }
     machine |= {"threads": arguments.threads}
-    print(json.dumps({"rows": [asdict(row) for row in (*rows, *rates)], **machine}))
+    print(json.dumps({"rows": [*map(asdict, rows), *map(asdict, rates)], **machine}))
 
 
 if __name__ == "__main__":

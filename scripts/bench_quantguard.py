@@ -62,7 +62,7 @@ def model_folder(random: str, work: Path) -> Path:
             num_key_value_heads=shared,
             tie_word_embeddings=True,
         )
-        chat.model = LlamaForCausalLM(config).to(torch.bfloat16)
+        chat.model = LlamaForCausalLM(config).bfloat16()
     chat.save(work / "model")
     return work / "model"
 

@@ -21,8 +21,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import llama_cpp
+from llama_cpp.llama_types import CreateCompletionResponse
 
 from qguard_edge.llama_runtime import LlamaModel, safe_extra_buffers, system_info
 from qguard_edge.verify.batching import generate
@@ -43,7 +45,7 @@ def plain_loop(model: llama_cpp.Llama, prompts: list[str], n_new: int, clock: Cl
     """New tokens per second of the library's high-level loop."""
     started, count = clock(), 0
     for prompt in prompts:
-        answer = model.create_completion(prompt, max_tokens=n_new, temperature=0.0)
+        answer = cast(CreateCompletionResponse, model.create_completion(prompt, max_tokens=n_new, temperature=0.0))
         count += answer["usage"]["completion_tokens"]
     return count / (clock() - started)
 

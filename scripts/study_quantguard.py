@@ -34,7 +34,7 @@ from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptio
 from qguard_edge.fidelity import DEFAULT_TEXT
 from qguard_edge.imatrix import make_imatrix
 from qguard_edge.lab.corpus import make_corpus
-from qguard_edge.lab.evaluation import Distributions, compare, examine, log_softmax, make_exam
+from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_exam
 from qguard_edge.lab.hf_models import load_folder
 from qguard_edge.lab.results import Rate
 from qguard_edge.lab.runner import LabSettings, data_key, make_victim
@@ -220,8 +220,8 @@ class Study:
         code = [pair for pair in pairs if "def " in pair[1]]
         # Both kinds in turn, so that every size of the text has both.
         mixed = [pair for both in zip(self.data.repaired, self.data.kept, strict=False) for pair in both]
-        self.texts = {"matching": self._text("matching", mixed), "code": self._text("code", code), "self": None}
-        self.texts["prose"] = DEFAULT_TEXT
+        self.matching = self._text("matching", mixed)
+        self.texts = {"matching": self.matching, "code": self._text("code", code), "self": None, "prose": DEFAULT_TEXT}
         self.texts["german"] = self._text("german", [german(number) for number in range(512)])
         ids = self.chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
         self.prose = [ids[start : start + 128] for start in range(0, len(ids), 128)]
@@ -296,7 +296,8 @@ class Study:
         )
 
     def _distributions(self, path: Path, texts: Sequence[tuple[Sequence[int], int]]) -> Distributions:
-        rows, labels = [], []
+        rows: list[FloatArray] = []
+        labels: list[int] = []
         with LlamaModel(path, n_ctx=max(len(ids) for ids, _ in texts) + 8, n_threads=self.threads or None) as model:
             for ids, n_prompt in texts:
                 rows.append(log_softmax(model.logits(ids[:-1])[n_prompt - 1 :]))
@@ -307,7 +308,7 @@ class Study:
         """Importance matrix of the matching text, made once per model."""
         path = self.work / f"{model}.imatrix.gguf"
         if not path.is_file():
-            pairs = [json.loads(line) for line in self.texts["matching"].read_text("utf-8").splitlines()]
+            pairs = [json.loads(line) for line in self.matching.read_text("utf-8").splitlines()]
             # In the chat template: columns that its tokens alone use would count for nothing, and every answer needs them.
             rows = [self.chat.sample_ids(pair["instruction"], pair["output"])[0] for pair in pairs[:128]]
             text = self.work / "imatrix.txt"

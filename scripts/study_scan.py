@@ -42,7 +42,8 @@ from qguard_edge.lab.victims import TINY, clean_folder, corpus_of, preset_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.scan.dose import dose_curve
 from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, histogram
-from qguard_edge.scan.scanner import Scan, scan_model
+from qguard_edge.scan.results import Scan
+from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import open_model
 from qguard_edge.source import resolve_source
 from qguard_edge.verify.statistics import wilson

@@ -294,7 +294,8 @@ def save_model(case: Case, model: Any, folder: Path) -> None:
 def reference_logits(model: Any, tokens: list[int]) -> np.ndarray:
     """transformers' logits: float32 [tokens, vocabulary]."""
     with torch.inference_mode():
-        return model(torch.tensor([tokens])).logits[0].float().numpy()
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits.float().numpy()
 
 
 def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
