@@ -7,25 +7,20 @@ file system; the folder goes away however the conversion ends. The library retur
 command line's job.
 """
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from convert.atomic import PREFIX, OutputError, check_writable, commit
+from convert.atomic import commit
 from convert.compare import compare_files
 from convert.cores import available_cores
 from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
-from convert.hf.base import describe_folder, write_base_gguf
-from convert.hf.external import find_converter, run_converter
 from convert.imatrix import Imatrix, load_imatrix
 from convert.patch import GgufPatch, sha256_of
-from convert.quantizer import QuantizeOptions, QuantizeReport, quantize
+from convert.quantizer import QuantizeOptions, QuantizeReport
 from qguard_edge import __version__
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
@@ -36,6 +31,7 @@ from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
 from qguard_edge.load_check import LoadCheck, load_check
 from qguard_edge.metadata import qguard_entries
+from qguard_edge.preparation import check_output, make_base, output_path, quantize_base, reference_path, work_folder
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.requantize import measure_requantized, write_moved_base
 from qguard_edge.rounding import (
@@ -46,10 +42,10 @@ from qguard_edge.rounding import (
     require_coverage,
     resolve_device,
 )
-from qguard_edge.source import Source, open_base, resolve_source
+from qguard_edge.source import Source, resolve_source
 from qguard_edge.verify.gate import Gate, rejected_path
 from qguard_edge.verify.results import Outcome, Verdict
-from quant_grids.errors import QGuardError, UnsupportedError
+from quant_grids.errors import QGuardError
 
 
 class SelfCheckError(QGuardError):
@@ -177,7 +173,7 @@ def convert_model(
     with work_folder(outfile.parent) as work:
         warnings: list[str] = []
         with clock.stage("base"):
-            base = _make_base(source, request, work, progress, warnings)
+            base = make_base(source, request, work, progress, warnings)
         if request.options.file_type.base:
             return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
         if guard:
@@ -191,95 +187,6 @@ def _with_types(request: ConvertRequest, types: tuple[tuple[str, str], ...]) -> 
     """The request with types of certain tensors put before the user's own."""
     options = request.options
     return replace(request, options=replace(options, tensor_types=(*types, *options.tensor_types))) if types else request
-
-
-def output_path(request: ConvertRequest, source: Source) -> Path:
-    """The final name of the output."""
-    name = request.options.file_type.name
-    template = request.outfile or f"{source.name}-{{FTYPE}}.gguf"
-    return Path(template.replace("{ftype}", name.lower()).replace("{FTYPE}", name)).expanduser()
-
-
-def reference_path(outfile: Path) -> Path:
-    """Where `--keep-reference` puts llama.cpp's own file."""
-    return outfile.with_name(f"{outfile.stem}.reference{outfile.suffix}")
-
-
-def check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
-    """Refuse an output that cannot be written or must not be replaced, before any work is done."""
-    check_writable(outfile)
-    targets = [outfile] + ([reference_path(outfile)] if request.keep_reference else [])
-    for target in targets:
-        if source.is_gguf and target.exists() and target.samefile(source.path):
-            raise OutputError(f"input and output are the same file, {target.name}; choose another with --outfile")
-        if target.exists() and not request.overwrite:
-            raise OutputError(f"{target.name} exists; pass --overwrite to replace it or choose another with --outfile")
-
-
-@contextmanager
-def work_folder(parent: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, removed at the end."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    except OSError as error:
-        raise OutputError(f"the output folder {parent} cannot be written: {error.strerror}") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_base(source: Source, request: ConvertRequest, work: Path, progress: Progress, warnings: list[str]) -> GgufModel:
-    """The full-precision GGUF: the input itself, or one written from the folder."""
-    if source.is_gguf:
-        base = open_base(source.path, request.options.allow_requantize)
-        if request.options.allow_requantize:
-            warnings.append("the input is already quantized: only what the second rounding adds is protected")
-        return base
-    path = work / "base.gguf"
-    base_type = request.base_type
-    if request.options.file_type.base:
-        base_type = request.options.file_type.name.lower()
-    warnings += write_base(source, path, request, base_type, progress)
-    return GgufModel(path)
-
-
-def write_base(
-    source: Source, path: Path, request: ConvertRequest, base_type: str | None, progress: Progress
-) -> tuple[str, ...]:
-    """Write the full-precision GGUF of a folder: built in, or by llama.cpp's own converter where one was named.
-
-    `--converter` is always followed; LLAMA_CPP_ROOT only for architectures that are not built in.
-
-    Returns:
-        Warnings, one sentence each.
-    """
-    script = find_converter(request.converter)
-    if script is not None and (request.converter is not None or not is_built_in(source.path)):
-        progress.stage(f"Writing the base with {script.name}", 0, "lines")
-        run_converter(script, source.path, path, base_type=base_type, on_line=lambda line: progress.advance(1, line[:60]))
-        return (f"the base was made by {script.name}, which was not checked by qguard-edge",)
-    progress.stage("Writing the base", 0, "B")
-    done = 0
-
-    def advance(name: str, count: int, total: int) -> None:
-        nonlocal done
-        if done == 0:
-            progress.stage("Writing the base", total, "B")
-        progress.advance(count - done, name)
-        done = count
-
-    report = write_base_gguf(source.path, path, base_type=base_type, pre=request.pre, name=source.name, progress=advance)
-    return report.warnings
-
-
-def is_built_in(folder: Path) -> bool:
-    """Whether a folder's architecture is one that `convert.hf` knows."""
-    try:
-        describe_folder(folder)
-    except UnsupportedError:
-        return False
-    return True
 
 
 def _finish_base(
@@ -298,7 +205,7 @@ def _finish_base(
     if source.is_gguf:
         made = work / "converted.gguf"
         with clock.stage("convert"):
-            quantized = _quantize(base.path, made, request.options, progress, len(base.tensors))
+            quantized = quantize_base(base.path, made, request.options, progress, len(base.tensors))
     loaded = _load_check(made, request, clock, progress)
     with clock.stage("write"):
         hashes = {"output": sha256_of([made])}
@@ -319,11 +226,6 @@ def _finish_base(
         warnings=warnings,
         loaded=loaded,
     )
-
-
-def _quantize(base: Path, out: Path, options: QuantizeOptions, progress: Progress, count: int) -> QuantizeReport:
-    progress.stage(f"Quantizing with llama.cpp to {options.file_type.name}", count, "tensors")
-    return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
 
 
 def _load_check(path: Path, request: ConvertRequest, clock: Clock, progress: Progress) -> LoadCheck | None:
@@ -418,7 +320,7 @@ class _Conversion:
 
         def make() -> QuantizeReport:
             with self.clock.stage("reference"):
-                return _quantize(self.base.path, out, self.request.options, self.progress, len(self.base.tensors))
+                return quantize_base(self.base.path, out, self.request.options, self.progress, len(self.base.tensors))
 
         quantized = make()
         if self.guard:
@@ -502,7 +404,7 @@ class _Conversion:
             threads=threads,
             progress=self.progress,
         )
-        quantized = _quantize(moved, again, self.request.options, self.progress, len(self.base.tensors))
+        quantized = quantize_base(moved, again, self.request.options, self.progress, len(self.base.tensors))
         moved.unlink()
         result = GgufFile(again)
         self.progress.stage("Measuring the result", weights, "weights")

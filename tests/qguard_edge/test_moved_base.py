@@ -16,7 +16,8 @@ from convert.tensor_io import open_reader, row_slices
 from qguard_edge.defenses.options import DefenseOptions, FlipGuardOptions, NoneOptions, OrthoOptions, QVecOptions
 from qguard_edge.metadata import total_outcome
 from qguard_edge.moved_base import MovedReport, convert_to_moved_base, move_into_cells
-from qguard_edge.pipeline import ConvertRequest, convert_model, reference_path
+from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.preparation import reference_path
 from quant_grids import GRIDS, Outcome
 from quant_grids.base import ScalarGrid
 from quant_grids.cells import cell_of, sub_block_setters
