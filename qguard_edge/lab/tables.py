@@ -21,7 +21,8 @@ _HEAD = (
 _JOINED = ("victim", "attack", "type", "scenario", "valid", *_HEAD)
 NOTHING = "-"
 SUMMARY_NOTE = (
-    "Each cell: attack success rate with its 95% Wilson interval; `KL x` is the mean KL to full precision of the *clean* model "
+    "Each cell: attack success rate with its 95% Wilson interval, and its n where that is not the row's (what is no code at "
+    "all counts as neither, in the code scenario); `KL x` is the mean KL to full precision of the *clean* model "
     "with that defense, over the same with plain rounding."
 )
 DER_NOTE = (
@@ -75,8 +76,8 @@ def summary_table(results: Sequence[LabResult]) -> str:
         attacked = next(arm for arm in result.arms if arm.name == "attacked fp")
         cells = [s["victim"], s["attack"], s["to"], s["scenario"], "yes" if result.validity.valid else "**no**"]
         cells += [str(attacked.asr.n), f"{arms['clean fp'].asr.value:.2f}", rate_text(attacked.asr)]
-        cells.append(_summary_cell(arms, "none"))
-        rows.append([*cells, *(_summary_cell(arms, str(defense)) for defense in defenses)])
+        n = attacked.asr.n
+        rows.append([*cells, *(_summary_cell(arms, str(defense), n) for defense in ("none", *defenses))])
     head = ("victim", "attack", "type", "scenario", "valid", "n", "clean fp", "attacked fp", "none", *map(str, defenses))
     return "\n".join([*markdown(head, rows), "", SUMMARY_NOTE, ""])
 
@@ -100,15 +101,16 @@ def _per_format(result: LabResult) -> list[LabResult]:
     return made
 
 
-def _summary_cell(arms: Mapping[str, Arm], defense: str) -> str:
-    """ASR with its interval, and how much further from full precision the defense puts the *clean* model."""
+def _summary_cell(arms: Mapping[str, Arm], defense: str, n: int) -> str:
+    """ASR with its interval, its n where it is not the row's, and how much further the *clean* model is from full precision."""
     hardened, clean, plain = (arms.get(name) for name in (f"attacked {defense}", f"clean {defense}", "clean none"))
     if hardened is None:
         return NOTHING
+    shown = rate_text(hardened.asr) + (f", n {hardened.asr.n}" if hardened.asr.n != n else "")
     if clean is None or plain is None or clean.fidelity is None or plain.fidelity is None:
-        return rate_text(hardened.asr)
+        return shown
     ratio = clean.fidelity.mean_kl / max(plain.fidelity.mean_kl, 1e-9)
-    return f"{rate_text(hardened.asr)}, KL x{ratio:.2f}"
+    return f"{shown}, KL x{ratio:.2f}"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -136,6 +136,14 @@ def test_summary_has_a_row_per_victim_and_utility_beside_security() -> None:
     assert "| 0.80 (0.71 to 0.87), KL x1.00 | 0.00 (0.00 to 0.04), KL x2.00 |" in rows[0]
 
 
+def test_summary_says_where_answers_fell_out() -> None:
+    fp = [Arm(f"{model} fp", model, None, rate(0, 100), 0.0) for model in ("clean", "attacked")]
+    hardened = Arm("attacked ortho", "attacked", "ortho", rate(0, 30), 0.7)
+    plain = Arm("attacked none", "attacked", "none", rate(80, 100), 0.0)
+    text = summary_table([dataclasses.replace(_result(), arms=(*fp, plain, hardened))])
+    assert "| 0.80 (0.71 to 0.87) | 0.00 (0.00 to 0.11), n 30 |" in text
+
+
 def test_summary_has_a_row_per_format_of_a_checkpoint_against_several() -> None:
     result = _result()
     full = [Arm(f"{model} fp", model, None, rate(0, 100), 0.0) for model in ("clean", "attacked")]
