@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from convert.hf_folder import write_json
 from qguard_edge import __version__

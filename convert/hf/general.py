@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import yaml  # type: ignore[import-untyped]  # no stubs; safe_load only
+import yaml  # safe_load only
 
 from convert.hf.jsonfile import Section, read_bytes, read_optional_json
 from quant_grids.errors import FormatError

@@ -47,7 +47,7 @@ N_BOOTSTRAP = 2000
 
 @cache
 def _quantile(confidence: float) -> float:
-    from scipy.stats import norm  # type: ignore[import-untyped]
+    from scipy.stats import norm
 
     return float(norm.ppf(0.5 + confidence / 2))
 

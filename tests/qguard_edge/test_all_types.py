@@ -4,16 +4,19 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from expected_targets import ortho_target
 
 from convert.compare import compare_files
 from convert.ftypes import FILE_TYPES, FileType
-from convert.gguf_file import GgufFile
+from convert.gguf_file import GgufFile, TensorInfo
 from convert.imatrix import load_imatrix
 from convert.quantizer import QuantizeError, QuantizeOptions
+from convert.tensor_io import RowSlice
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.imatrix import make_imatrix
 from qguard_edge.pipeline import ConvertRequest, convert_model
@@ -56,6 +59,11 @@ def check(base: Path, made: ConvertRequest) -> set[str]:
 
 
 @pytest.mark.parametrize("file_type", QUANTIZED, ids=lambda file_type: file_type.name)
+def keep(rows: list[torch.Tensor], _tensor: TensorInfo, _rows: RowSlice, blocks: torch.Tensor) -> None:
+    """A sink that keeps what it is given."""
+    rows.append(blocks)
+
+
 def test_every_type(tiny_base: Path, tmp_path: Path, imatrix: Path, file_type: FileType) -> None:
     types = check(
         tiny_base, request(tiny_base, tmp_path / "out.gguf", file_type, imatrix if file_type.needs_imatrix else None)
@@ -81,7 +89,6 @@ def test_types_that_need_an_imatrix_say_so(tiny_base: Path, tmp_path: Path, file
 
 def test_imatrix_is_the_mean_square_of_each_input(tiny_folder: Path, imatrix: Path) -> None:
     """Held against activations taken with a hook on one layer, and against the names in the base."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = load_imatrix(imatrix)
@@ -102,7 +109,6 @@ def test_imatrix_is_the_mean_square_of_each_input(tiny_folder: Path, imatrix: Pa
 def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Path, imatrix: Path) -> None:
     """With weights, the added error (weighted) is lower than what the unweighted choice adds, on the same reference."""
     import numpy as np
-    import torch
 
     from convert.gguf_file import GgufModel
     from convert.tensor_io import open_reader, row_slices
@@ -118,7 +124,7 @@ def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Pat
     for name, table in (("weighted", weights), ("plain", None)):
         rows: list[torch.Tensor] = []
         harden(base, reference, (tensor,), make_defense(OrthoOptions(width=0.0)), seed=1,
-               sink=lambda _t, _r, blocks, rows=rows: rows.append(blocks), threads=1, imatrix=table)  # fmt: skip
+               sink=partial(keep, rows), threads=1, imatrix=table)  # fmt: skip
         with open_reader(reference.path, tiny_base) as reader:
             (part,) = row_slices(tensor, tensor.n_weights)
             grid = GRIDS[tensor.ggml_type]

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_fidelity_is_what_transformers_says(tiny_folder: Path, tiny_base: Path, 
     with torch.no_grad():
         other.lm_head.weight.mul_(0.5)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    other.to(torch.bfloat16).save_pretrained(tmp_path / "other")
+    other.bfloat16().save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     write_base_gguf(tmp_path / "other", tmp_path / "other.gguf")
     measured = measure_fidelity(tiny_base, tmp_path / "other.gguf", TEXTS, max_tokens=64)
@@ -106,7 +107,8 @@ def test_convert_searches_lambda_on_a_text(tiny_base: Path, tmp_path: Path, capf
     arguments = ["convert", str(tiny_base), "--to", "q4_0", "--defense", "qvec", "-o", str(out), "--overwrite"]
     assert run([*arguments, "--qvec-text", str(text)]) == 0
     assert "closest to full precision" in capfd.readouterr().err
-    chosen = qguard_metadata(GgufFile(out))["params"]["strength"]
+    params: Any = qguard_metadata(GgufFile(out))["params"]
+    chosen = params["strength"]
     assert chosen in (0.1, 0.25, 0.5)
     assert run(arguments) == 0
     assert "fixed default" in capfd.readouterr().err

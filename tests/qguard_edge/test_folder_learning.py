@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from qguard_edge import hf_target
 from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.folder_learning import FolderTarget
 from qguard_edge.folder_plan import plan_folder
@@ -87,8 +88,12 @@ def test_the_loaded_weights_are_the_learned_ones(
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     made: list[Any] = []
-    original = hf_target.make_defense
-    monkeypatch.setattr(hf_target, "make_defense", lambda options: made.append(original(options)) or made[-1])
+
+    def noted(options: DefenseOptions) -> Any:
+        made.append(make_defense(options))
+        return made[-1]
+
+    monkeypatch.setattr(hf_target, "make_defense", noted)
     asked = request(
         tmp_path / "gpt2", tmp_path / "out", "nf4", defense, calibration=CalibrationOptions(text, samples=36, seqlen=32)
     )

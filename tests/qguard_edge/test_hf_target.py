@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
+from convert import bnb_layout
 from convert.atomic import OutputError
 from qguard_edge import hf_target
 from qguard_edge.defenses.options import (
@@ -42,7 +43,7 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 1e-4 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-4)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     return folder
@@ -137,7 +138,7 @@ def test_the_loaded_model_is_the_plan(
 def spy_on_plans(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """Note the levels of every matrix that is handed to the writer."""
     planned: dict[str, torch.Tensor] = {}
-    real = hf_target.stored_tensors
+    real = bnb_layout.stored_tensors
 
     def note(name: str, grid: Any, blocks: torch.Tensor, shape: tuple[int, int], *rest: Any) -> dict[str, torch.Tensor]:
         planned[name] = grid.dequantize(blocks).reshape(-1)[: shape[0] * shape[1]].view(shape)

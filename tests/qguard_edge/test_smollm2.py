@@ -1,6 +1,7 @@
 """The real model, end to end: fallbacks, both inputs, and the same tokens in llama.cpp and in transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_same_greedy_tokens_in_llama_cpp_and_transformers(smollm2_folder: Path, 
     """In f32 on both sides, so that the two programs compute the same function."""
     write_base_gguf(smollm2_folder, tmp_path / "f32.gguf", base_type="f32")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
     with LlamaModel(tmp_path / "f32.gguf", n_ctx=64) as runtime:
         for prompt in PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt").input_ids

@@ -76,7 +76,7 @@ def read_suite(path: Path) -> Suite:
 
 
 def _yaml(text: str, where: str) -> Any:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     # An alias can repeat a large part a billion times in a few lines; no suite needs one.
     try:

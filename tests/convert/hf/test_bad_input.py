@@ -33,7 +33,8 @@ def folder(tmp_path: Path) -> Path:
 def refused(folder: Path, match: str, kind: type[QGuardError] = FormatError) -> None:
     """Both entry points refuse the folder, and the writing one leaves no file."""
     outfile = folder.parent / "out.gguf"
-    for call in (lambda: describe_folder(folder), lambda: write_base_gguf(folder, outfile)):
+    calls: list[Callable[[], object]] = [lambda: describe_folder(folder), lambda: write_base_gguf(folder, outfile)]
+    for call in calls:
         with pytest.raises(kind, match=match) as caught:
             call()
         assert "\n" not in str(caught.value)

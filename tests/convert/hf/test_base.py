@@ -115,7 +115,7 @@ def test_shards_give_the_same_file(llama_folder: Path, tmp_path: Path) -> None:
     weights = load_file(llama_folder / "model.safetensors")
     (llama_folder / "model.safetensors").unlink()
     halves = [dict(list(weights.items())[::2]), dict(list(weights.items())[1::2])]
-    index = {}
+    index: dict[str, str] = {}
     for number, half in enumerate(halves, 1):
         name = f"model-{number:05d}-of-00002.safetensors"
         save_file(half, llama_folder / name, {"format": "pt"})

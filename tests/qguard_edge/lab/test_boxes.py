@@ -7,10 +7,11 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qguard_edge.lab import bnb
-from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, cell_of, cut_box
+from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, cut_box
 from qguard_edge.lab.attacks.elq import four_bit_box, int8_box
 from quant_grids import GRIDS
 from quant_grids.base import ScalarGrid
+from quant_grids.cells import cell_of
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,13 @@ def test_a_resumed_run_ends_at_the_same_plan(
 
     resumed = learn(setup, samples, options, path)
     taken: list[int] = []
-    monkeypatch.setattr(resumed, "_step", lambda n, original=resumed._step: (taken.append(n), original(n))[1])
+    step = resumed._step
+
+    def noted(number: int) -> Any:
+        taken.append(number)
+        return step(number)
+
+    monkeypatch.setattr(resumed, "_step", noted)
     assert resumed.run() == whole.losses
     assert taken == [5, 6, 7]
     assert bits(setup, resumed) == bits(setup, whole)

@@ -1,6 +1,7 @@
 """The terms of the loss against values worked out by hand, and their derivatives against finite differences."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,10 +51,11 @@ def test_slopes_are_the_derivatives() -> None:
     delta = torch.randn(4, 8, generator=generator, dtype=torch.float64)
     geometry = Geometry(torch.zeros_like(delta), delta, ratio, 3.0)
     mask = reversal_mask(ratio, 0.3)
-    for value, slope in (
+    losses: list[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]] = [
         (lambda x: reversal(x, ratio, mask), reversal_slope(h, ratio, mask)),
         (lambda x: distance(x, geometry), distance_slope(h, geometry)),
-    ):
+    ]
+    for value, slope in losses:
         for i, j in ((0, 0), (1, 5), (3, 7)):
             step = torch.zeros_like(h)
             step[i, j] = 1e-6

@@ -37,9 +37,11 @@ CPU = torch.device("cpu")
 
 
 def test_a_gguf_and_a_checkpoint_have_the_same_size() -> None:
-    gguf = [("token_embd.weight", (64, 1000)), ("blk.0.attn_q.weight", (64, 64)), ("blk.1.attn_q.weight", (64, 64))]
+    gguf: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (64, 1000)), ("blk.0.attn_q.weight", (64, 64))]
+    gguf += [("blk.1.attn_q.weight", (64, 64))]
     gguf += [("blk.1.ffn_up.weight", (64, 128)), ("output_norm.weight", (64,))]
-    checkpoint = [("model.embed_tokens.weight", (1000, 64)), ("model.layers.0.self_attn.q_proj.weight", (64, 64))]
+    checkpoint: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (1000, 64))]
+    checkpoint += [("model.layers.0.self_attn.q_proj.weight", (64, 64))]
     checkpoint += [("model.layers.1.self_attn.q_proj.weight", (64, 64)), ("model.layers.1.mlp.up_proj.weight", (128, 64))]
     checkpoint += [("model.norm.weight", (64,))]
     expected = ModelSize(64_000 + 2 * 4096 + 8192 + 64, 4096 + 8192, 2, 1000, 64)

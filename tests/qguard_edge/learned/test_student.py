@@ -1,6 +1,7 @@
 """The torch side of a GGUF: every tensor mapped or reported, the hard forward, the straight-through gradient."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from qguard_edge.learned.endtoend import Batch, logits_of, make_variables
 from qguard_edge.learned.losses import kl_divergence
 from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.student import Student
+from qguard_edge.learned.variables import SignSteps
 from quant_grids.errors import UnsupportedError
 
 CPU = torch.device("cpu")
@@ -41,6 +43,7 @@ def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) ->
     starts = [part.geometry().ratio for part in setup.parts.parts]
     variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, [CPU] * len(starts))
     for one in variables:
+        assert isinstance(one, SignSteps)
         one.h.zero_()
     student = Student(setup.loaded.model, setup.parts.parts)
     student.load_all(variables)
@@ -72,8 +75,9 @@ def test_the_straight_through_slope_is_the_derivative_of_the_soft_loss(setup: Se
     model = copy.deepcopy(setup.loaded.model).double()
     ids = torch.tensor([samples[0], samples[1]])
 
-    def forward(one: object) -> torch.Tensor:
-        return one(input_ids=ids, use_cache=False).logits.flatten(0, 1)  # type: ignore[operator]
+    def forward(one: Any) -> torch.Tensor:
+        logits: torch.Tensor = one(input_ids=ids, use_cache=False).logits
+        return logits.flatten(0, 1)
 
     with torch.no_grad():
         wanted = forward(model)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from lab_files import LabFiles
+from pydantic import JsonValue
 
 from qguard_edge.cli import run
 from qguard_edge.packs.check import CheckRequest, check
@@ -73,7 +74,7 @@ def test_few_prompts_are_inconclusive(injection: LabFiles, pack: Pack) -> None:
 
 def test_recorded_matches_that_changed_are_a_warning(injection: LabFiles, pack: Pack) -> None:
     (suite,) = pack.suites
-    entry = {"type": "phrases", "phrases": ["the"], "name": "the", "kind": "security"}
+    entry: dict[str, JsonValue] = {"type": "phrases", "phrases": ["the"], "name": "the", "kind": "security"}
     prompts = tuple(replace(prompt, matches={"the": None}) for prompt in suite.prompts)
     changed = replace(pack, suites=(replace(suite, matchers=(entry,), prompts=prompts),))
     outcome = check(CheckRequest(changed, candidate=injection.attacked, threads=1, limit=10))

@@ -71,7 +71,7 @@ def test_the_plugin_is_registered() -> None:
 
 def test_one_test_per_check(files: tuple[Path, Path, Path], tmp_path: Path) -> None:
     pack, near, own = files
-    given = ["--qguard-candidate", near, "--qguard-baseline", pack]
+    given: list[str | Path] = ["--qguard-candidate", near, "--qguard-baseline", pack]
     done = run_pytest(own.parent, own, *given, "-rs", "-v", f"--junitxml={tmp_path / 'out.xml'}", "-k", "not unrelated")
     assert done.returncode == 0, done.stdout + done.stderr
     # Four prompts are too few for a margin of 2 points; nine texts are enough for the drift.

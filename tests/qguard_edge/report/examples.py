@@ -148,8 +148,9 @@ def hostile() -> Outcome:
     outcome = example()
     first = outcome.checks[0]
     phrase = replace(first.findings[0], phrase=HOSTILE)
-    words = {"prompt_id": HOSTILE, "prompt": HOSTILE, "candidate": HOSTILE, "reference": "plain", "naive": HOSTILE}
-    shown = replace(first.evidence[0], **words)
+    shown = replace(
+        first.evidence[0], prompt_id=HOSTILE, prompt=HOSTILE, candidate=HOSTILE, reference="plain", naive=HOSTILE
+    )
     check = replace(
         first, suite=HOSTILE, name=HOSTILE, title=HOSTILE, reason=HOSTILE, findings=(phrase,), evidence=(shown,),
         verdict=Verdict.FAIL,
