@@ -58,12 +58,12 @@ def check(base: Path, made: ConvertRequest) -> set[str]:
     return {rounding.ggml_type.name for rounding in report.roundings}
 
 
-@pytest.mark.parametrize("file_type", QUANTIZED, ids=lambda file_type: file_type.name)
 def keep(rows: list[torch.Tensor], _tensor: TensorInfo, _rows: RowSlice, blocks: torch.Tensor) -> None:
     """A sink that keeps what it is given."""
     rows.append(blocks)
 
 
+@pytest.mark.parametrize("file_type", QUANTIZED, ids=lambda file_type: file_type.name)
 def test_every_type(tiny_base: Path, tmp_path: Path, imatrix: Path, file_type: FileType) -> None:
     types = check(
         tiny_base, request(tiny_base, tmp_path / "out.gguf", file_type, imatrix if file_type.needs_imatrix else None)
