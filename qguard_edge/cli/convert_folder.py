@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qguard_edge.hf_target import FolderReport, MatrixRounding
     from qguard_edge.learned.memory import LearningCost
     from qguard_edge.learned.settings import LearnReport
+    from qguard_edge.rounding import TensorRounding
     from qguard_edge.verify.gate import Gate
     from qguard_edge.verify.results import Outcome as Verification
 
@@ -112,19 +113,27 @@ def report_document(report: "FolderReport") -> Mapping[str, Any]:
         "learned": asdict(report.learned) if report.learned else None,
         "tensors": [
             {
-                "name": rounding.name,
-                "type": rounding.kind.upper(),
-                "weights": rounding.n_weights,
-                "flips": rounding.outcome.n_changed,
-                "share_flipped": rounding.outcome.n_changed / rounding.n_weights,
-                "alignment_before": 1.0,
-                "alignment": rounding.outcome.alignment,
-                "added_squared_error": rounding.outcome.added_error,
+                **rounding_document(rounding, rounding.kind.upper()),
                 "given_up": rounding.given_up,
                 "reproduced": _reproduced([rounding]),
             }
             for rounding in report.roundings
         ],
+    }
+
+
+def rounding_document(rounding: "MatrixRounding | TensorRounding", type_name: str) -> dict[str, Any]:
+    """What was decided for one tensor, as JSON values."""
+    outcome = rounding.outcome
+    return {
+        "name": rounding.name,
+        "type": type_name,
+        "weights": rounding.n_weights,
+        "flips": outcome.n_changed,
+        "share_flipped": outcome.n_changed / rounding.n_weights,
+        "alignment_before": 1.0,
+        "alignment": outcome.alignment,
+        "added_squared_error": outcome.added_error,
     }
 
 

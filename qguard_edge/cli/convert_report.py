@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qguard_edge.cli.console import alignment_text, count_text, err, out, percent, print_json, size_text, table
-from qguard_edge.cli.convert_folder import learning_text, show_learned, verification_document
+from qguard_edge.cli.convert_folder import learning_text, rounding_document, show_learned, verification_document
 
 if TYPE_CHECKING:
     from qguard_edge.dry_run import DryRun
@@ -30,19 +30,7 @@ def report_document(report: "ConvertReport") -> dict[str, Any]:
         "warnings": list(report.warnings),
         "load_check": asdict(report.loaded) if report.loaded else None,
         "learned": asdict(report.learned) if report.learned else None,
-        "tensors": [
-            {
-                "name": rounding.name,
-                "type": rounding.ggml_type.name,
-                "weights": rounding.n_weights,
-                "flips": rounding.outcome.n_changed,
-                "share_flipped": rounding.outcome.n_changed / rounding.n_weights,
-                "alignment_before": 1.0,
-                "alignment": rounding.outcome.alignment,
-                "added_squared_error": rounding.outcome.added_error,
-            }
-            for rounding in report.roundings
-        ],
+        "tensors": [rounding_document(rounding, rounding.ggml_type.name) for rounding in report.roundings],
     }
 
 
