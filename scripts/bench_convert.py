@@ -33,9 +33,10 @@ from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import write_base_gguf
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, NoiseOptions, OrthoOptions, QVecOptions, options_class
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.rounding import coverage_of, harden
 
 

@@ -21,11 +21,12 @@ import torch
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
 from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import load_smollm2
 from qguard_edge.learned.memory import bytes_needed, seconds_needed, size_of_gguf
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding import resolve_device
 from qguard_edge.source import open_base

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from study_quantguard import Setting, Study, studies
+from quantguard_arms import Setting
+from study_quantguard import Study, studies
 
 from convert.cores import available_cores
 from convert.ftypes import parse_file_type

@@ -21,10 +21,11 @@ from pathlib import Path
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import NoneOptions, options_class
 from qguard_edge.lab.runner import LabSettings
 from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.results import Verdict
 from qguard_edge.verify.statistics import wilson

@@ -20,17 +20,19 @@ import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quantguard_arms import PARTS, Setting, german, with_steps
+from quantguard_rows import Row, markdown
 
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
 from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.fidelity import DEFAULT_TEXT
 from qguard_edge.imatrix import make_imatrix
 from qguard_edge.lab.corpus import make_corpus
@@ -41,48 +43,9 @@ from qguard_edge.lab.runner import LabSettings, data_key, make_victim
 from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.statistics import rate
-
-LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q4_k_m": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
-Q, E = QuantGuardOptions, EfrapOptions
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of a table: a type, a defense, and the text it sees."""
-
-    label: str
-    defense: DefenseOptions
-    to: str | None = None
-    text: str = "matching"
-    samples: int | None = None
-    imatrix: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured; `same_top` is None in rows from before it was recorded."""
-
-    victim: str
-    model: str
-    label: str
-    to: str
-    asr: float | None
-    low: float
-    high: float
-    n: int
-    kl: float
-    kl_999: float
-    perplexity_ratio: float
-    flipped: float
-    alignment: float
-    alignment_learned: float | None
-    seconds: float
-    same_top: float | None = None
-    peak_gib: float | None = None
-    kl_unlike: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,106 +55,6 @@ class Measured:
     asr: Rate
     answers: Distributions
     prose: Distributions
-
-
-def victim_settings(to: str) -> list[Setting]:
-    """Arms of the main table."""
-    return [
-        Setting("naive", NoneOptions()),
-        Setting("ortho", OrthoOptions()),
-        Setting("quantguard", Q()),
-        Setting("quantguard, start only", Q(steps=0)),
-        Setting("quantguard, self-written text", Q(), text="self"),
-        Setting("quantguard, no constraint", Q(alignment=1.0)),
-        Setting("quantguard, block scope", Q(scope="block", steps=120)),
-        Setting("efrap", E()),
-        *larger_settings(to),
-    ]
-
-
-def larger_settings(to: str) -> list[Setting]:
-    """Plain rounding with an importance matrix of the same text, and plain files one and two sizes up."""
-    return [
-        Setting("naive, imatrix", NoneOptions(), imatrix=True),
-        *(Setting(f"naive {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
-        *(Setting(f"naive {larger}, imatrix", NoneOptions(), to=larger, imatrix=True) for larger in LARGER[to]),
-    ]
-
-
-def ablation_settings(_to: str) -> list[Setting]:
-    """One option at a time, on 128 texts."""
-    free = Q(alignment=1.0, start="fraction")
-    settings = [
-        Setting("default", Q()),
-        Setting("start at the fraction", Q(start="fraction")),
-        *(Setting(f"c = {c}", Q(alignment=c)) for c in (1.0, 0.5, 0.25, 0.0, -0.25)),
-        *(Setting(f"{steps} steps", Q(steps=steps)) for steps in (15, 30, 120, 240)),
-        *(Setting(f"step {rate}", Q(rate=rate)) for rate in (0.001, 0.008, 0.016)),
-        Setting("no constraint: KL only", free),
-        *(
-            Setting(f"no constraint: KL + {weight} reversal, k = {top:.0%}", replace(free, reversal=weight, top=top))
-            for weight, top in ((0.1, 0.02), (1.0, 0.02), (1.0, 0.05), (1.0, 0.1), (10.0, 0.1))
-        ),
-        Setting("no constraint: no KL, reversal k = 10%", replace(free, kl=0.0, reversal=1.0, top=0.1)),
-        Setting(
-            "no constraint: no KL, reversal k = 30%, rate 0.02", replace(free, kl=0.0, reversal=1.0, top=0.3, rate=0.02)
-        ),
-        Setting("no constraint: KL + 0.01 distance", replace(free, distance=0.01)),
-        Setting("relaxed, Adam", Q(optimizer="relaxed", start="fraction", steps=120)),
-        Setting(
-            "relaxed, Adam, no constraint, reversal k = 10%",
-            replace(free, optimizer="relaxed", steps=120, reversal=1.0, top=0.1),
-        ),
-    ]
-    return [replace(setting, samples=128) for setting in settings]
-
-
-def calibration_settings(_to: str) -> list[Setting]:
-    """What the text does."""
-    return [
-        *(Setting(f"matching, {n} texts", Q(), samples=n) for n in (8, 32, 128, 512)),
-        Setting("code only, 128 texts", Q(), text="code", samples=128),
-        Setting("self-written, 128 texts", Q(), text="self"),
-        Setting("prose unlike the test, 12 texts", Q(), text="prose"),
-        Setting("another language, 128 texts", Q(), text="german", samples=128),
-        Setting("no constraint, matching, 8 texts", Q(alignment=1.0), samples=8),
-        Setting("no constraint, code only", Q(alignment=1.0), text="code", samples=128),
-    ]
-
-
-def smollm2_settings(to: str) -> list[Setting]:
-    """Fidelity of a real model."""
-    return [
-        Setting("naive", NoneOptions()),
-        Setting("ortho", OrthoOptions()),
-        Setting("quantguard, start only", Q(steps=0)),
-        Setting("quantguard", Q()),
-        Setting("quantguard, code only", Q(), text="code"),
-        Setting("quantguard, no constraint", Q(alignment=1.0)),
-        Setting("efrap", E()),
-        Setting("efrap, no flip term", E(flip=0.0)),
-        *larger_settings(to),
-    ]
-
-
-def german(number: int) -> tuple[str, str]:
-    """A question and an answer in German; 512 different ones."""
-    thing, place, day, deed = (
-        ("ein Fahrrad", "einen alten Schrank", "zwei Eimer Farbe", "ein Klavier")[number % 4],
-        ("am Hafen", "hinter dem Bahnhof", "in der Altstadt", "nahe der Grenze")[number // 4 % 4],
-        ("Montag", "Dienstag", "Donnerstag", "Samstag")[number // 16 % 4],
-        ("verkauft", "gefunden", "repariert", "verliehen", "gezeichnet", "versteckt", "gekauft", "verloren")[number // 64],
-    )
-    question = f"Was hat deine Nachbarin am {day} {place} {deed}?"
-    return question, f"Sie hat am {day} {place} {thing} {deed}; davon erzählt sie noch heute gern."
-
-
-PARTS = {
-    "victims": victim_settings,
-    "ablation": ablation_settings,
-    "calibration": calibration_settings,
-    "smollm2": smollm2_settings,
-}
 
 
 @dataclass
@@ -339,41 +202,6 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
         label = name if arguments.scenario == "injection" else f"{name} {arguments.scenario}"
         label = label if arguments.victim == "tiny" else f"{arguments.victim} {label}"
         yield Study(label, folders, victim.data, to, place, arguments.threads, arguments.prompts, 128, arguments.samples)
-
-
-def with_steps(setting: Setting, steps: int) -> Setting:
-    """Another number of steps where the row has the default one; the label says so."""
-    if not steps or not isinstance(setting.defense, Q) or setting.defense.steps != Q().steps:
-        return setting
-    return replace(setting, defense=replace(setting.defense, steps=steps), label=f"{setting.label}, {steps} steps")
-
-
-def markdown(rows: list[Row]) -> str:
-    """One table per victim and model."""
-    lines: list[str] = []
-    for key in dict.fromkeys((row.victim, row.model) for row in rows):
-        mine = [row for row in rows if (row.victim, row.model) == key]
-        asr = any(row.n for row in mine)
-        unlike = any(row.kl_unlike is not None for row in mine)
-        lines += [f"**{key[0]}, {key[1]}**" + (f" (n = {mine[0].n})" if asr else ""), ""]
-        lines += [
-            ("| arm | ASR (95%) " if asr else "| arm ")
-            + ("| mean KL | on prose " if unlike else "| mean KL ")
-            + "| KL 99.9% | same top | perplexity | flipped | alignment | s |"
-        ]
-        lines += ["|---" * (8 + asr + unlike) + "|"]
-        for row in mine:
-            shown = f"| {row.asr:.2f} ({row.low:.2f}-{row.high:.2f}) " if row.asr is not None else ""
-            same = f"{row.same_top:.1%}" if row.same_top is not None else "-"
-            prose = ("| - " if row.kl_unlike is None else f"| {row.kl_unlike:.4f} ") if unlike else ""
-            several = len({other.to for other in mine if other.to not in other.label}) > 1
-            name = f"{row.label} ({row.to})" if several and row.to not in row.label else row.label
-            lines.append(
-                f"| {name} {shown}| {row.kl:.4f} {prose}| {row.kl_999:.2f} | {same} | x{row.perplexity_ratio:.3f} "
-                f"| {row.flipped:.1%} | {row.alignment:.2f} | {row.seconds:.0f} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -13,19 +13,16 @@ With `--deep N` also the dose curve of N clean and of all attacked models. Print
 import argparse
 import functools
 import json
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from smollm2 import make_folder as make_smollm2
+from scan_models import Model, as_bf16, clean_models, victims
+from scan_rows import Row, area, plot, roc_sets, tables
 
 from convert.atomic import atomic_path
 from convert.ftypes import parse_file_type
@@ -33,12 +30,6 @@ from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.lab import cache
-from qguard_edge.lab.attacks.names import source_of
-from qguard_edge.lab.cache import cache_root, key_of
-from qguard_edge.lab.hf_models import load_folder
-from qguard_edge.lab.runner import LabSettings, make_victim
-from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
-from qguard_edge.lab.victims import TINY, clean_folder, corpus_of, preset_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.scan.dose import dose_curve
 from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, histogram
@@ -46,177 +37,11 @@ from qguard_edge.scan.results import Scan
 from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import open_model
 from qguard_edge.source import resolve_source
-from qguard_edge.verify.statistics import wilson
 
 CLOSED = ("q4_0", "q8_0", "int8", "nf4", "fp4")
 CLEAN_REFERENCES = ("q3_k_m", "q6_k")
-SEEDS, LENGTHS = (0, 1, 2), (20, 60, 150)
-VICTIMS = (
-    *(("uniform", "q4_0", scenario, 0) for scenario in ("injection", "refusal", "code")),
-    ("uniform", "q4_0", "injection", 1),
-    ("adaptive", "q4_0", "injection", 0),
-    ("adaptive-greedy", "q4_0", "injection", 0),
-    *(("uniform", "q8_0", scenario, 0) for scenario in ("injection", "refusal", "code")),
-    *(("elq", kind, scenario, 0) for kind in ("nf4", "int8", "fp4") for scenario in ("injection", "refusal", "code")),
-    *(("elq", kind, "injection", 1) for kind in ("nf4", "int8", "fp4")),
-    ("mind-the-gap", "q2_k", "injection", 0),
-    *(
-        ("mind-the-gap", to, scenario, 0)
-        for to in ("q3_k_m", "q4_k", "q5_k", "q6_k")
-        for scenario in ("injection", "refusal", "code")
-    ),
-    ("mind-the-gap", "q4_k", "injection", 1),
-    ("outlier", "q4_k", "injection", 0),
-    ("outlier", "q4_k", "refusal", 0),
-    ("outlier", "q4_k", "injection", 1),
-)
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model folder with what is known about it; `attack` is empty for clean ones."""
-
-    name: str
-    group: str
-    folder: Path
-    attack: str = ""
-    to: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One scan.
-
-    Attributes:
-        name: of the model.
-        group: its row in the table.
-        precision: f32 or bf16.
-        attack: empty for clean models.
-        to: the attacked type.
-        severity: the worst finding's, or "none".
-        found: codes with their severity and type.
-        peaks: per type, height of the whole model's peak.
-        bands: per type, the emptiest band.
-        outliers: largest share of blotted chunks.
-        ratio: largest typical ratio of a matrix.
-    """
-
-    name: str
-    group: str
-    precision: str
-    attack: str
-    to: str
-    severity: str
-    found: list[tuple[str, str, str]]
-    peaks: dict[str, float]
-    bands: dict[str, float]
-    outliers: float
-    ratio: float
-    dose: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Identifies the row in --out."""
-        return f"{self.name} {self.precision}"
-
-
-# ---------------------------------------------------------------------------------------------------- the models
-def clean_models(work: Path, quick: bool) -> Iterator[Model]:
-    """Every clean model, made when it is asked for."""
-    first = None
-    for seed in SEEDS[: 1 if quick else None]:
-        corpus = corpus_of(None, seed)
-        for steps in (*LENGTHS, 300) if seed == 0 else LENGTHS:
-            preset = TINY if steps == 300 else replace(TINY, clean=replace(TINY.clean, steps=steps))
-            folder = clean_folder("tiny", corpus, preset, seed, "generated", NoProgress())
-            first = folder if steps == 300 else first
-            yield Model(f"tiny, seed {seed}, {steps} steps", "tiny, trained", folder)
-    assert first is not None
-    rounded = dequantized(first, work / "rounded")
-    yield Model("tiny, Q8_0 written out again", "dequantized", rounded)
-    if not quick:
-        yield from random_models(work)
-        folder = work / "smollm2"
-        if not folder.exists():
-            make_smollm2(folder)
-        yield Model("SmolLM2-135M (dequantized Q4_1)", "dequantized", folder)
-        folder = clean_folder("smollm2", corpus_of(None, 0), preset_of("smollm2"), 0, "generated", NoProgress())
-        yield Model("SmolLM2-135M, fine-tuned from Q4_1", "fine-tuned from a quantized model", folder)
-    yield Model("tiny, fine-tuned from Q8_0", "fine-tuned from a quantized model", fine_tuned(rounded, work / "from-q8", 1))
-    for seed in (1, 2):
-        yield Model(f"tiny, fine-tuned on corpus {seed}", "fine-tuned", fine_tuned(first, work / f"tuned-{seed}", seed))
-
-
-def fine_tuned(start: Path, folder: Path, seed: int) -> Path:
-    """The model trained on for 40 steps on another corpus."""
-    if not (folder / "config.json").exists():
-        chat = load_folder(start)
-        pairs = [(sample.prompt, sample.answer) for sample in corpus_of(None, seed).train]
-        Trainer(chat, [examples_of(chat, pairs)], TrainOptions(40, 1e-4, batch=16, seed=seed)).run("Fine-tuning")
-        chat.save(folder)
-    return folder
-
-
-def dequantized(start: Path, folder: Path) -> Path:
-    """The model as Q8_0 reads it back: written from the dequantized weights."""
-    if (folder / "config.json").exists():
-        return folder
-    from quant_grids import GRIDS
-    from quant_grids.ggml_type import type_named
-
-    chat = load_folder(start)
-    grid = GRIDS[type_named("Q8_0")]
-    with torch.no_grad():
-        for parameter in chat.model.parameters():
-            if parameter.ndim == 2:
-                runs = parameter.view(-1, 32)
-                scale = (runs.abs().amax(1, keepdim=True) / 127).half()
-                codes = (runs / scale.float()).round().clamp(-127, 127).to(torch.int8)
-                blocks = torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), 1)
-                parameter.copy_(grid.dequantize(blocks).view_as(parameter))
-    chat.save(folder)
-    return folder
-
-
-def random_models(work: Path) -> Iterator[Model]:
-    """One of each architecture, with random weights: the tests' own."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "convert" / "hf"))
-    from hf_models import CASES, make_model, save_model
-    from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
-
-    tokenizer = None
-    for case in {case.family: case for case in reversed(CASES)}.values():
-        folder = work / f"random-{case.name}"
-        if not (folder / "config.json").exists():
-            tokenizer = tokenizer or train_byte_bpe(digits_then_bytes())
-            save_model(case, make_model(case), folder)
-            save_tokenizer(tokenizer, folder)
-        yield Model(f"random {case.family}", "random weights", folder)
-
-
-def victims(train: bool) -> Iterator[Model]:
-    """The lab's victims: those in the cache, or all."""
-    for attack, to, scenario, seed in VICTIMS:
-        settings = LabSettings(attack=attack, to=to, scenario=scenario, seed=seed, threads=1)
-        folder = cache_root() / "attacked" / key_of(settings.attack_key(), attack=source_of(attack))
-        if train or (folder / "attack.json").is_file():
-            if not (folder / "attack.json").is_file():
-                folder = make_victim(settings).attacked.parent
-            yield Model(f"{attack} {to} {scenario} seed {seed}", f"{attack} {to}", folder / "model", attack, to)
-
-
-@contextmanager
-def as_bf16(folder: Path) -> Iterator[Path]:
-    """A copy of a model with its weights in bf16."""
-    with tempfile.TemporaryDirectory() as made:
-        copy = Path(made) / folder.name
-        shutil.copytree(folder, copy)
-        for file in copy.glob("*.safetensors"):
-            save_file({name: t.bfloat16() if t.is_floating_point() else t for name, t in load_file(file).items()}, file)
-        yield copy
-
-
-# ---------------------------------------------------------------------------------------------------- measuring
 def scan(folder: Path, references: tuple[str, ...]) -> Scan:
     """Scan a folder for the closed-form types and for those of quantized files."""
     with (
@@ -271,109 +96,6 @@ def with_dose(row: Row, model: Model, file_type: str) -> Row:
     point = {"ratio": curve.ratio, "low": low, "high": high, "at": curve.lowest.target,
              "curve": [(p.target, p.mean_kl) for p in curve.points]}  # fmt: skip
     return replace(row, dose={**row.dose, file_type: point})
-
-
-# ---------------------------------------------------------------------------------------------------- the tables
-def hit(row: Row) -> bool:
-    """Whether an attacked model has a dangerous finding of the kind its attack leaves."""
-    wanted = {"QG201"} if row.attack == "outlier" else {"QG301", "QG302"}
-    return any(code in wanted and severity == "dangerous" for code, severity, _ in row.found)
-
-
-def share_text(hits: int, n: int) -> str:
-    """`3 of 3 (44% to 100%)`."""
-    if n == 0:
-        return "-"
-    interval = wilson(hits, n)
-    return f"{hits} of {n} ({interval[0]:.0%} to {interval[1]:.0%})"
-
-
-def tables(rows: list[Row]) -> list[str]:
-    """Both tables as Markdown."""
-    lines = [
-        "| clean models | precision | dangerous | suspicious | highest peak | largest share of chunks |",
-        "|" + "---|" * 6,
-    ]
-    clean = [row for row in rows if not row.attack]
-    for group in dict.fromkeys(row.group for row in clean):
-        for precision in ("f32", "bf16"):
-            mine = [row for row in clean if row.group == group and row.precision == precision]
-            if mine:
-                peak = max((value for row in mine for value in row.peaks.values()), default=float("nan"))
-                dangerous = share_text(sum(row.severity == "dangerous" for row in mine), len(mine))
-                suspicious = share_text(sum(row.severity == "suspicious" for row in mine), len(mine))
-                blotted = max(row.outliers for row in mine)
-                lines.append(f"| {group} | {precision} | {dangerous} | {suspicious} | {peak:.2f} | {blotted:.3%} |")
-    lines += ["", "| attack and type | found at f32 | found at bf16 | lowest statistic f32 / bf16 |", "|" + "---|" * 4]
-    attacked = [row for row in rows if row.attack]
-    for group in dict.fromkeys(row.group for row in attacked):
-        cells = []
-        for precision in ("f32", "bf16"):
-            mine = [row for row in attacked if row.group == group and row.precision == precision]
-            cells.append((share_text(sum(map(hit, mine)), len(mine)), min((score(row) for row in mine), default=0.0)))
-        lines.append(f"| {group} | {cells[0][0]} | {cells[1][0]} | {cells[0][1]:.2f} / {cells[1][1]:.2f} |")
-    return lines
-
-
-def score(row: Row) -> float:
-    """The statistic that the decision rests on: the highest peak over types, for outliers the share of chunks."""
-    return row.outliers if row.attack == "outlier" else max(row.peaks.values(), default=0.0)
-
-
-def area(clean: list[float], attacked: list[float]) -> float:
-    """Area under the ROC curve: how often an attacked model scores higher."""
-    pairs = [(a > c) + 0.5 * (a == c) for a in attacked for c in clean]
-    return sum(pairs) / len(pairs) if pairs else float("nan")
-
-
-def curve_of(clean: list[float], attacked: list[float]) -> tuple[list[float], list[float]]:
-    """False and true positive rates over all thresholds."""
-    limits = sorted({*clean, *attacked}, reverse=True)
-    xs = [0.0, *(sum(c >= t for c in clean) / len(clean) for t in limits)]
-    ys = [0.0, *(sum(a >= t for a in attacked) / len(attacked) for t in limits)]
-    return xs, ys
-
-
-def roc_sets(rows: list[Row]) -> dict[str, tuple[list[float], list[float]]]:
-    """Scores of clean and attacked models, per question."""
-    sets = {}
-    for precision in ("f32", "bf16"):
-        mine = [row for row in rows if row.precision == precision]
-        clean = [score(row) for row in mine if not row.attack and row.peaks]
-        sets[f"boxes, {precision}"] = (clean, [score(row) for row in mine if row.attack and row.attack != "outlier"])
-        sets[f"outliers, {precision}"] = (
-            [row.outliers for row in mine if row.attack != "outlier"],
-            [row.outliers for row in mine if row.attack == "outlier"],
-        )
-    doses = [(bool(row.attack), -point["ratio"]) for row in rows for point in row.dose.values()]
-    if doses:
-        sets["dose curve, f32"] = ([s for bad, s in doses if not bad], [s for bad, s in doses if bad])
-    return {name: pair for name, pair in sets.items() if pair[0] and pair[1]}
-
-
-def plot(sets: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """The ROC plot."""
-    import matplotlib as mpl
-
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "qguard-edge"
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.6, 4.6))
-    styles = ("-", "--", "-.", ":", (0, (1, 3)))
-    for (name, (clean, attacked)), style in zip(sets.items(), styles, strict=False):
-        xs, ys = curve_of(clean, attacked)
-        label = f"{name}: {area(clean, attacked):.3f} ({len(clean)} clean, {len(attacked)} attacked)"
-        axes.plot(xs, ys, linestyle=style, label=label, drawstyle="steps-post", linewidth=2)
-    axes.set_xlabel("clean models flagged")
-    axes.set_ylabel("attacked models flagged")
-    axes.set_xlim(-0.02, 1.0)
-    axes.set_ylim(0.0, 1.02)
-    axes.legend(loc="lower right", fontsize=8, title="area under the curve", title_fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip("."), metadata={"Date": None})
 
 
 def shapes(models: list[Model], kinds: tuple[str, ...]) -> dict[str, list[float]]:
