@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.fidelity import Fidelity, measure_fidelity
 from qguard_edge.metadata import total_outcome
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.preparation import write_base
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.source import resolve_source

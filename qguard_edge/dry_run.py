@@ -13,8 +13,8 @@ from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.quantizer import Fallback, quantize
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, dry_cost, size_of
-from qguard_edge.pipeline import ConvertRequest
 from qguard_edge.preparation import output_path
 from qguard_edge.source import open_base, resolve_source
 from quant_grids import GRIDS

@@ -31,9 +31,10 @@ from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.patch import sha256_of
 from convert.quantizer import quantize
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import NoiseOptions, QVecOptions
 from qguard_edge.load_check import LoadCheck, load_check
-from qguard_edge.pipeline import ConvertRequest, Guard, convert_model
+from qguard_edge.pipeline import Guard, convert_model
 from qguard_edge.preparation import check_output, reference_path, work_folder, write_base
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.rounding import TensorRounding, coverage_of, measured_outcome

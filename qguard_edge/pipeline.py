@@ -9,22 +9,20 @@ command line's job.
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from convert.atomic import commit
 from convert.compare import compare_files
 from convert.cores import available_cores
-from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
 from convert.imatrix import Imatrix, load_imatrix
 from convert.patch import GgufPatch, sha256_of
-from convert.quantizer import QuantizeOptions, QuantizeReport
+from convert.quantizer import QuantizeReport
 from qguard_edge import __version__
-from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.conversion import ConvertReport, ConvertRequest
 from qguard_edge.defenses.base import make_defense
-from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
 from qguard_edge.learned.memory import fitted_defense, size_of_gguf
 from qguard_edge.learned.settings import LearnReport, LearnTask
@@ -44,7 +42,7 @@ from qguard_edge.rounding import (
 )
 from qguard_edge.source import Source, resolve_source
 from qguard_edge.verify.gate import Gate, rejected_path
-from qguard_edge.verify.results import Outcome, Verdict
+from qguard_edge.verify.results import Verdict
 from quant_grids.errors import QGuardError
 
 
@@ -63,89 +61,6 @@ class Guard(Protocol):
 
     def after(self, base: GgufModel, reference: GgufFile) -> tuple[tuple[str, str], ...]:
         """Called when llama.cpp has quantized it; if it returns anything, llama.cpp quantizes once more."""
-
-
-@dataclass(frozen=True)
-class ConvertRequest:
-    """What the user asked for.
-
-    Attributes:
-        model: folder, hub id or .gguf file.
-        options: target type and the options that llama-quantize knows too.
-        defense: the rounding rule and its options.
-        outfile: output file; `{ftype}` and `{FTYPE}` stand for the type's name. None: `NAME-FTYPE.gguf` here.
-        revision: of a hub id.
-        base_type: precision of the base written from a folder; None keeps the checkpoint's.
-        pre: pre-tokenizer name to force.
-        converter: llama.cpp's convert_hf_to_gguf.py (or its checkout), for architectures that are not built in; None
-            looks at LLAMA_CPP_ROOT.
-        device: auto, cpu or cuda.
-        seed: of the defense's random numbers; None draws a fresh one.
-        keep_reference: also keep llama.cpp's own file, as `NAME.reference.gguf`.
-        overwrite: replace an existing output.
-        allow_unprotected: accept tensors of types without a grid.
-        check_loads: load the result in llama.cpp before it gets its name.
-        calibration: the text that learned defenses look at.
-        max_memory: bytes that learning may use on its device; None: no limit.
-    """
-
-    model: str
-    options: QuantizeOptions
-    defense: DefenseOptions
-    outfile: str | None = None
-    revision: str | None = None
-    base_type: str | None = None
-    pre: str | None = None
-    converter: Path | None = None
-    device: str = "auto"
-    seed: int | None = None
-    keep_reference: bool = False
-    overwrite: bool = False
-    allow_unprotected: bool = False
-    check_loads: bool = True
-    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
-    max_memory: int | None = None
-
-
-@dataclass(frozen=True)
-class ConvertReport:
-    """What was done.
-
-    Attributes:
-        outfile: the finished file.
-        reference: llama.cpp's own file, if it was kept.
-        file_type: the target.
-        defense: the rounding rule, None for a base file.
-        seed: that was used.
-        coverage: which tensors were protected, None for a base file.
-        roundings: per protected tensor.
-        quantized: what llama.cpp reported.
-        base_bytes: size of the base.
-        out_bytes: size of the output.
-        hashes: SHA-256 of `base`, `reference` and `output`.
-        seconds: wall time of each stage.
-        warnings: one sentence each.
-        loaded: the load check's answer.
-        verification: what `--verify` found; with a failing verdict `outfile` is `NAME.rejected.gguf`.
-        learned: what a learned defense reports.
-    """
-
-    outfile: Path
-    reference: Path | None
-    file_type: FileType
-    defense: DefenseOptions | None
-    seed: int | None
-    coverage: Coverage | None
-    roundings: tuple[TensorRounding, ...]
-    quantized: QuantizeReport | None
-    base_bytes: int
-    out_bytes: int
-    hashes: Mapping[str, str]
-    seconds: Mapping[str, float]
-    warnings: tuple[str, ...] = ()
-    loaded: LoadCheck | None = None
-    verification: Outcome | None = None
-    learned: LearnReport | None = None
 
 
 def convert_model(

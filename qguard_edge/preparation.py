@@ -8,22 +8,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convert.atomic import PREFIX, OutputError, check_writable
 from convert.gguf_file import GgufModel
 from convert.hf.base import describe_folder, write_base_gguf
 from convert.hf.external import find_converter, run_converter
 from convert.quantizer import QuantizeOptions, QuantizeReport, quantize
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.progress import Progress
 from qguard_edge.source import Source, open_base
 from quant_grids.errors import UnsupportedError
 
-if TYPE_CHECKING:
-    from qguard_edge.pipeline import ConvertRequest
 
-
-def output_path(request: "ConvertRequest", source: Source) -> Path:
+def output_path(request: ConvertRequest, source: Source) -> Path:
     """The final name of the output."""
     name = request.options.file_type.name
     template = request.outfile or f"{source.name}-{{FTYPE}}.gguf"
@@ -35,7 +32,7 @@ def reference_path(outfile: Path) -> Path:
     return outfile.with_name(f"{outfile.stem}.reference{outfile.suffix}")
 
 
-def check_output(outfile: Path, source: Source, request: "ConvertRequest") -> None:
+def check_output(outfile: Path, source: Source, request: ConvertRequest) -> None:
     """Refuse an output that cannot be written or must not be replaced, before any work is done."""
     check_writable(outfile)
     targets = [outfile] + ([reference_path(outfile)] if request.keep_reference else [])
@@ -59,7 +56,7 @@ def work_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_base(source: Source, request: "ConvertRequest", work: Path, progress: Progress, warnings: list[str]) -> GgufModel:
+def make_base(source: Source, request: ConvertRequest, work: Path, progress: Progress, warnings: list[str]) -> GgufModel:
     """The full-precision GGUF: the input itself, or one written from the folder."""
     if source.is_gguf:
         base = open_base(source.path, request.options.allow_requantize)
@@ -75,7 +72,7 @@ def make_base(source: Source, request: "ConvertRequest", work: Path, progress: P
 
 
 def write_base(
-    source: Source, path: Path, request: "ConvertRequest", base_type: str | None, progress: Progress
+    source: Source, path: Path, request: ConvertRequest, base_type: str | None, progress: Progress
 ) -> tuple[str, ...]:
     """Write the full-precision GGUF of a folder: built in, or by llama.cpp's own converter where one was named.
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qguard_edge.compare import DefenseRow, compare_defenses
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import QVecOptions
-from qguard_edge.pipeline import ConvertRequest
 from qguard_edge.progress import Progress
 
 STRENGTHS = (0.1, 0.25, 0.5)

@@ -47,8 +47,8 @@ def compare(
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions
     from qguard_edge.compare import compare_defenses
+    from qguard_edge.conversion import ConvertRequest
     from qguard_edge.fidelity import DEFAULT_TEXT, read_texts
-    from qguard_edge.pipeline import ConvertRequest
 
     if plot:
         check_writable(plot, "--plot")

@@ -33,7 +33,7 @@ from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from qguard_edge.pipeline import ConvertRequest
+    from qguard_edge.conversion import ConvertRequest
 
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
 
@@ -300,8 +300,9 @@ def convert(
     options.check()
 
     from qguard_edge.calibration import CalibrationOptions
+    from qguard_edge.conversion import ConvertRequest
     from qguard_edge.learned.memory import parse_size
-    from qguard_edge.pipeline import ConvertRequest, convert_model
+    from qguard_edge.pipeline import convert_model
 
     request = ConvertRequest(
         model=model,

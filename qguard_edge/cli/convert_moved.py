@@ -19,8 +19,8 @@ from qguard_edge.cli.console import (
 from qguard_edge.cli.scan_first import guard_document, refusals, show_findings
 
 if TYPE_CHECKING:
+    from qguard_edge.conversion import ConvertRequest
     from qguard_edge.moved_base import MovedReport, MovedTensor
-    from qguard_edge.pipeline import ConvertRequest
     from qguard_edge.progress import Progress
     from qguard_edge.scan.guard import ScanGuard
 

@@ -7,8 +7,8 @@ from qguard_edge.cli.console import alignment_text, count_text, err, out, percen
 from qguard_edge.cli.convert_folder import learning_text, rounding_document, show_learned, verification_document
 
 if TYPE_CHECKING:
+    from qguard_edge.conversion import ConvertReport
     from qguard_edge.dry_run import DryRun
-    from qguard_edge.pipeline import ConvertReport
 
 
 def report_document(report: "ConvertReport") -> dict[str, Any]:

@@ -17,9 +17,10 @@ from convert.gguf_file import GgufFile, TensorInfo
 from convert.imatrix import load_imatrix
 from convert.quantizer import QuantizeError, QuantizeOptions
 from convert.tensor_io import RowSlice
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.imatrix import make_imatrix
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from quant_grids import GRIDS
 
 QUANTIZED = [file_type for file_type in FILE_TYPES if not file_type.base]

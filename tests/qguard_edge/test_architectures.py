@@ -16,8 +16,9 @@ from convert.compare import compare_files
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from quant_grids.errors import UnsupportedError
 
 TOKENIZER = train_byte_bpe(digits_then_bytes())

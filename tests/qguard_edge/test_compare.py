@@ -14,9 +14,10 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from qguard_edge.cli import run
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import NoneOptions, QVecOptions
 from qguard_edge.fidelity import TextError, measure_fidelity, read_texts
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.qvec_search import search_strength
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n\nprint(add(1, 2))"]

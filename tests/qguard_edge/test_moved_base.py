@@ -13,10 +13,11 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.quantizer import QuantizeOptions, quantize
 from convert.tensor_io import open_reader, row_slices
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, FlipGuardOptions, NoneOptions, OrthoOptions, QVecOptions
 from qguard_edge.metadata import total_outcome
 from qguard_edge.moved_base import MovedReport, convert_to_moved_base, move_into_cells
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.preparation import reference_path
 from quant_grids import GRIDS, Outcome
 from quant_grids.base import ScalarGrid

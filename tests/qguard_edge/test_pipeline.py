@@ -17,9 +17,10 @@ from convert.compare import compare_files, qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.conversion import ConvertReport, ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions
 from qguard_edge.load_check import LoadCheckError, load_check
-from qguard_edge.pipeline import ConvertReport, ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.source import SourceError
 from quant_grids.errors import QGuardError, UnsupportedError
 

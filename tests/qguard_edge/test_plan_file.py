@@ -15,13 +15,14 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import (
     DefenseOptions,
     NoiseOptions,
     OrthoOptions,
     QuantGuardOptions,
 )
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from qguard_edge.plan_file import PlanError, read_plan
 from qguard_edge.planning import PlanRequest, apply_to, make_plan
 from qguard_edge.progress import NoProgress

@@ -13,9 +13,10 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
 from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 
 Q4_K = QuantizeOptions(parse_file_type("q4_k"), threads=2)
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a small village,"]

@@ -30,6 +30,7 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.lab.attacks.base import (
     Bench,
@@ -43,7 +44,7 @@ from qguard_edge.lab.attacks.base import (
 from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, make_boxes, scalar_grid
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from quant_grids.cells import cell_of
 
 FLIPS = 0.2

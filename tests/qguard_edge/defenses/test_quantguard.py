@@ -15,12 +15,13 @@ from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
 from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.conversion import ConvertReport, ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.evaluation import Distributions, compare, examine, make_exam
 from qguard_edge.lab.hf_models import load_folder
 from qguard_edge.lab.results import Fidelity, Rate
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
-from qguard_edge.pipeline import ConvertReport, ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 
 STEPS = 30
 

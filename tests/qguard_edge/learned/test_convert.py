@@ -13,9 +13,10 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.conversion import ConvertReport, ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.checkpoint import checkpoint_path
-from qguard_edge.pipeline import ConvertReport, ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 from quant_grids.errors import UnsupportedError
 
 

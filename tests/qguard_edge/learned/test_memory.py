@@ -16,6 +16,7 @@ from convert.gguf_file import GgufModel
 from convert.quantizer import QuantizeOptions
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.cli import app
+from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import EfrapOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.memory import (
     MemoryLimitError,
@@ -28,7 +29,7 @@ from qguard_edge.learned.memory import (
     size_of,
     size_of_gguf,
 )
-from qguard_edge.pipeline import ConvertRequest, convert_model
+from qguard_edge.pipeline import convert_model
 
 # A Llama of 8 billion parameters with untied embeddings.
 LARGE = ModelSize(8_030_000_000, 218_000_000, 32, 128_256, 4096)
