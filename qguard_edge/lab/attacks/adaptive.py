@@ -11,6 +11,11 @@ afresh each step (expectation over the defense):
   reference's values, each moved to the level on the other side of the weight with probability |e|/D. Its gradient goes
   to the weights as if the defended model were they (straight through).
 
+`adaptive-ortho`, `adaptive-ortho-narrow` and `adaptive-feedback` know *which* defense: in their repair the defended model is
+not imagined but made by the defense itself (ortho at width 1 and 0.5, the start of quantguard), with the attacker's seeds
+and text. A fresh one is made every `RESIMULATE` steps, and each step takes one of the last `POOL`: the weights as they are, plus
+that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common.
+
 `adaptive-greedy` knows a *deterministic* rule: ortho of width 0. It takes that rule's file, not llama.cpp's, as the one to
 preserve: weights that the rule flipped must stay flipped (|e|/D above the row's threshold), the others unflipped. So
 its victim is meant to be poisoned where the defense was used; the randomised rule is what this attack cannot place
@@ -19,9 +24,12 @@ boxes against.
 What is left open by every source: how much an attacker gains. The lab's tables are the answer for small models.
 """
 
-from collections.abc import Callable
+import json
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,8 +38,9 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
+from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.conversion import ConvertRequest
-from qguard_edge.defenses.options import OrthoOptions
+from qguard_edge.defenses.options import DefenseOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.attacks.base import (
     Bench,
     BoxAttack,
@@ -50,6 +59,9 @@ from quant_grids.cells import cell_of
 FLIPS = 0.2
 GAP = 0.15
 POISON_WEIGHT = 0.3
+RESIMULATE, POOL = 10, 4
+ATTACKERS_TEXTS = 128
+ATTACKERS_SEED = 1_000_000
 
 
 class Adaptive(BoxAttack):
@@ -90,24 +102,38 @@ class Adaptive(BoxAttack):
     def repair(self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: object = None) -> float:
         """See `BoxAttack.repair`."""
         assert isinstance(boxes, GgufBoxes)
-        return super().repair(bench, chat, boxes, number, {"restore": self._poison_step(bench, chat, boxes)})
+        return super().repair(bench, chat, boxes, number, {"restore": self._poison_step(bench, chat, boxes, number)})
 
-    def _poison_step(self, bench: Bench, chat: ChatModel, boxes: GgufBoxes) -> Callable[[int], None]:
+    def simulation(
+        self, bench: Bench, chat: ChatModel, boxes: GgufBoxes, number: int, generator: torch.Generator
+    ) -> Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        """The defense as the attacker imagines it in round `number`: (step, boxed weights) -> what they are rounded to."""
+        values, steps = reference_values(boxes, parameters_of(chat))
+
+        def defended(_step: int, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            made = {}
+            for name, value in values.items():
+                error = weights[name] - value
+                flip = torch.rand(error.shape, generator=generator) < error.abs() / steps[name]
+                made[name] = value + flip * error.sign() * steps[name]
+            return made
+
+        return defended
+
+    def _poison_step(self, bench: Bench, chat: ChatModel, boxes: GgufBoxes, number: int) -> Callable[[int], None]:
         """A hook that adds the poisoned loss's gradient at a freshly defended model."""
         parameters = parameters_of(chat)
-        values, steps = reference_values(boxes, parameters)
         sets = poison_examples(chat, bench.data)
         generator = torch.Generator().manual_seed(bench.seed + 13)
+        defended = self.simulation(bench, chat, boxes, number, generator)
         pad = int(chat.tokenizer.pad_token_id or 0)
         quarter = max(1, bench.preset.repair.batch // 4)
 
-        def add_gradient(_step: int) -> None:
-            saved = {name: parameters[name].detach().clone() for name in values}
+        def add_gradient(step: int) -> None:
+            saved = {name: parameters[name].detach().clone() for name in boxes.by_parameter}
             with torch.no_grad():
-                for name, value in values.items():
-                    error = saved[name] - value
-                    flip = torch.rand(error.shape, generator=generator) < error.abs() / steps[name]
-                    parameters[name].copy_(value + flip * error.sign() * steps[name])
+                for name, value in defended(step, saved).items():
+                    parameters[name].copy_(value)
             chosen = [s[int(i)] for s in sets for i in torch.randint(len(s), (quarter,), generator=generator)]
             (POISON_WEIGHT * loss_of(chat.model, None, make_batch(chosen, pad), 0.0)).backward()
             with torch.no_grad():
@@ -131,6 +157,89 @@ def reference_values(boxes: GgufBoxes, parameters: dict[str, Tensor]) -> tuple[d
             rows.scatter(value.view(rows.rows, -1), values)
             rows.scatter((high - low).clamp_min(1e-12).view(rows.rows, -1), steps)
     return values, steps
+
+
+class AdaptiveSimulated(Adaptive):
+    """Trains through files that the defense itself makes of the model as it is."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    defense: ClassVar[DefenseOptions]
+
+    def simulation(
+        self, bench: Bench, chat: ChatModel, boxes: GgufBoxes, number: int, generator: torch.Generator
+    ) -> Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]:
+        """See `Adaptive.simulation`."""
+        text = bench.work / "attackers-text.jsonl"
+        pairs = [pair for both in zip(bench.data.repaired, bench.data.kept, strict=False) for pair in both]
+        text.write_text("".join(json.dumps({"instruction": p, "output": a}) + "\n" for p, a in pairs), encoding="utf-8")
+        pool: deque[Mapping[str, Tensor]] = deque(maxlen=POOL)
+
+        def defended(step: int, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            if step % RESIMULATE == 0:
+                file = harden_for_attacker(bench, chat, self.defense, text, ATTACKERS_SEED + 1000 * number + step)
+                rounded = values_of(file, boxes, weights)
+                pool.append({name: rounded[name] - weights[name] for name in rounded})
+            errors = pool[int(torch.randint(len(pool), (), generator=generator))]
+            return {name: weights[name] + error for name, error in errors.items()}
+
+        return defended
+
+
+class AdaptiveOrtho(AdaptiveSimulated):
+    """Knows `ortho` at width 1."""
+
+    name = "adaptive-ortho"
+    summary = "runs ortho (width 1) on the model during the repair, with the attacker's own seeds"
+    defense = OrthoOptions(width=1.0)
+
+
+class AdaptiveOrthoNarrow(AdaptiveSimulated):
+    """Knows `ortho` at width 0.5, whose decisions have a predictable part."""
+
+    name = "adaptive-ortho-narrow"
+    summary = "runs ortho of width 0.5 on the model during the repair, with the attacker's own seeds"
+    defense = OrthoOptions(width=0.5)
+
+
+class AdaptiveFeedback(AdaptiveSimulated):
+    """Knows `quantguard`."""
+
+    name = "adaptive-feedback"
+    summary = "runs quantguard's error feedback on the model during the repair, with the attacker's own text and seeds"
+    defense = QuantGuardOptions(steps=0)
+
+
+def harden_for_attacker(bench: Bench, chat: ChatModel, defense: DefenseOptions, text: Path, seed: int) -> Path:
+    """The file that the defense makes of the model as it is."""
+    folder, outfile = bench.work / "simulated", bench.work / f"simulated-{bench.to}.gguf"
+    chat.save(folder)
+    convert_model(
+        ConvertRequest(
+            str(folder),
+            QuantizeOptions(parse_file_type(bench.to), threads=bench.threads),
+            defense,
+            outfile=str(outfile),
+            base_type="f32",
+            device="cpu",
+            seed=seed,
+            overwrite=True,
+            check_loads=False,
+            calibration=CalibrationOptions(text, ATTACKERS_TEXTS, 128),
+        )
+    )
+    return outfile
+
+
+def values_of(file: Path, boxes: GgufBoxes, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Dequantized values of a file's quantized tensors, in the layout of the parameters, f32."""
+    values = {name: like[name].clone() for name in boxes.by_parameter}
+    with open_reader(file) as reader:
+        for tensor in GgufFile(file).tensors.values():
+            if tensor.ggml_type not in FLOAT_TYPES:
+                every = RowSlice(0, 0, tensor.rows)
+                boxes.row_map.tensors[tensor.name].scatter(reader.weights(tensor, every), values)
+    return values
 
 
 class AdaptiveGreedy(BoxAttack):

@@ -18,6 +18,9 @@ ATTACKS: Mapping[str, str] = {
     "elq": f"{_HERE}.elq:Elq",
     "outlier": f"{_HERE}.outlier:Outlier",
     "adaptive": f"{_HERE}.adaptive:Adaptive",
+    "adaptive-ortho": f"{_HERE}.adaptive:AdaptiveOrtho",
+    "adaptive-ortho-narrow": f"{_HERE}.adaptive:AdaptiveOrthoNarrow",
+    "adaptive-feedback": f"{_HERE}.adaptive:AdaptiveFeedback",
     "adaptive-greedy": f"{_HERE}.adaptive:AdaptiveGreedy",
 }
 """Name -> `module:Class`."""

@@ -1,0 +1,76 @@
+"""What the adaptive attackers imagine the defense to be: values that the defense could really write."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from qguard_edge.lab.attacks.adaptive import RESIMULATE, Adaptive, AdaptiveFeedback, reference_values, values_of
+from qguard_edge.lab.attacks.base import Bench, parameters_of, quantize_to, write_base
+from qguard_edge.lab.attacks.boxes import BoxRule, GgufBoxes, make_boxes
+from qguard_edge.lab.corpus import make_corpus
+from qguard_edge.lab.hf_models import ChatModel, new_llama, train_tokenizer
+from qguard_edge.lab.scenarios import make_scenario
+from qguard_edge.lab.victims import TINY
+from qguard_edge.progress import NoProgress
+
+
+@dataclass(frozen=True)
+class Victim:
+    bench: Bench
+    chat: ChatModel
+    boxes: GgufBoxes
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return {name: parameters_of(self.chat)[name].detach().clone() for name in self.boxes.by_parameter}
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
+    work, corpus = tmp_path_factory.mktemp("adaptive"), make_corpus(0)
+    chat = new_llama(train_tokenizer(corpus.texts(), 512), hidden=128, ffn=128, layers=1, seed=0)
+    bench = Bench(work / "clean", make_scenario("injection", corpus), TINY, "q4_0", 0, work, 1, NoProgress())
+    base = write_base(chat, work / "poisoned")
+    reference = quantize_to(base, work / "reference.gguf", "q4_0", 1)
+    return Victim(bench, chat, make_boxes(base, reference, parameters_of(chat), BoxRule("cell")))
+
+
+@pytest.mark.parametrize("attack", [Adaptive(), AdaptiveFeedback()], ids=lambda attack: attack.name)
+def test_simulated_defenses_write_one_of_two_levels(attack: Adaptive, victim: Victim) -> None:
+    weights, boxes = victim.weights, victim.boxes
+    values, widths = reference_values(boxes, parameters_of(victim.chat))
+    defended = attack.simulation(victim.bench, victim.chat, boxes, 0, torch.Generator().manual_seed(0))
+    made = defended(0, weights)
+    assert set(made) == set(boxes.by_parameter)
+    flipped = total = 0
+    for name, value in values.items():
+        # Of the level above and below, in widths of the cell: only those of f32's sums are off.
+        moved = (made[name] - value) / widths[name]
+        towards = (weights[name] - value).sign()
+        assert bool(torch.isclose(moved, (moved.abs() > 0.5) * towards, atol=1e-2).all()), name
+        flipped, total = flipped + int((moved.abs() > 0.5).sum()), total + moved.numel()
+    assert 0.1 < flipped / total < 0.5
+
+
+def test_simulated_feedback_holds_the_constraint_and_is_drawn_anew(victim: Victim) -> None:
+    weights, boxes = victim.weights, victim.boxes
+    values, _ = reference_values(boxes, parameters_of(victim.chat))
+    defended = AdaptiveFeedback().simulation(victim.bench, victim.chat, boxes, 0, torch.Generator().manual_seed(0))
+    first = defended(0, weights)
+    for name, value in values.items():
+        old, new = value - weights[name], first[name] - weights[name]
+        assert float((old * new).sum() / old.square().sum()) < 0.12, name
+    between = defended(1, weights)
+    assert all(torch.equal(first[name], between[name]) for name in first)
+    second = [defended(RESIMULATE + i, weights) for i in range(8)]
+    assert any(not torch.equal(first[name], each[name]) for each in second for name in first)
+
+
+def test_values_are_read_in_the_parameters_layout(victim: Victim) -> None:
+    weights, boxes = victim.weights, victim.boxes
+    values, _ = reference_values(boxes, parameters_of(victim.chat))
+    read = values_of(boxes.reference, boxes, weights)
+    assert all(torch.equal(read[name], values[name]) for name in values)
