@@ -85,7 +85,8 @@ class OrthoOptions(DefenseOptions):
     )
     width: float = option(
         0.5,
-        "width of the soft threshold, in units of a rounding step; 0 is the predictable greedy rule",
+        "width of the soft threshold, in units of a rounding step: 0 is the predictable greedy rule; only 1 withstands an "
+        "attacker who aims at this defense, for more error",
         minimum=0.0,
         maximum=1.0,
     )

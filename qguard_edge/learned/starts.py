@@ -20,7 +20,7 @@ from qguard_edge.learned.feedback import start_from
 from qguard_edge.learned.parts import Geometry, Part
 from qguard_edge.learned.settings import LearnTask
 
-SHIFT_WIDTH = 0.5  # of the random shift, as ortho's default width
+SHIFT_WIDTH = 0.5  # of the random shift; the attacker `adaptive-feedback` knows it and gets nowhere (docs/results.md)
 ROWS = 8  # texts run at once
 
 

@@ -34,7 +34,7 @@ def effect(flips: Flips, chosen: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.parametrize("group", ["row", "block", "tensor"])
 @pytest.mark.parametrize("target", [0.9, 0.5, 0.0, -0.3])
-@pytest.mark.parametrize("width", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("width", [0.0, 0.1, 0.5, 1.0])
 def test_target_is_met(group: str, target: float, width: float) -> None:
     flips = uniform_flips(64, 512, scales=True)
     alignment, _ = effect(flips, choose(flips, OrthoOptions(group=group, target=target, width=width)))
@@ -115,6 +115,24 @@ def test_width_costs_error_and_share_rises_with_the_error() -> None:
     assert all(a <= b + 0.01 for a, b in itertools.pairwise(shares))
     assert shares[0] < 0.15
     assert shares[-1] > 0.6
+
+
+@pytest.mark.parametrize(("width", "common"), [(0.5, 0.33), (0.75, 0.15), (1.0, 0.0)])
+def test_only_the_widest_threshold_has_no_common_part(width: float, common: float) -> None:
+    """The mean error over the seeds, as a share of the old error: what an attacker who knows the rule can aim at."""
+    flips = uniform_flips(64, 1024)
+    seeds = 200
+    share = sum(choose(flips, OrthoOptions(width=width), SliceKey(seed, KEY.tensor, 0)) for seed in range(seeds)) / seeds
+    # Weights of like errors together: the rest of one weight's own mean is noise of its 200 draws.
+    order = flips.ratio.view(-1).argsort()
+    mean = (flips.ratio - share).view(-1)[order].view(256, -1).mean(1)
+    assert float(mean.square().mean().sqrt()) / float(flips.ratio.square().mean().sqrt()) == pytest.approx(common, abs=0.02)
+
+
+def test_the_price_of_randomness() -> None:
+    flips = uniform_flips(256, 1024)
+    added = [effect(flips, choose(flips, OrthoOptions(width=width)))[1] for width in (0.0, 0.5, 1.0)]
+    assert added == pytest.approx([0.203, 0.56, 1.0], abs=0.02)
 
 
 def test_jitter_is_uniform_and_differs_by_slice() -> None:
