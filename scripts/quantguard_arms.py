@@ -6,6 +6,7 @@ from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptio
 
 LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q4_k_m": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
 
+OTHER_TEXTS = {"self-written text": "self", "code only": "code", "another language": "german"}
 Q, E = QuantGuardOptions, EfrapOptions
 
 
@@ -92,8 +93,8 @@ def smollm2_settings(to: str) -> list[Setting]:
         Setting("naive", NoneOptions()),
         Setting("ortho", OrthoOptions()),
         Setting("quantguard, start only", Q(steps=0)),
+        *(Setting(f"quantguard, start only, {name}", Q(steps=0), text=text) for name, text in OTHER_TEXTS.items()),
         Setting("quantguard", Q()),
-        Setting("quantguard, code only", Q(), text="code"),
         Setting("quantguard, no constraint", Q(alignment=1.0)),
         Setting("efrap", E()),
         Setting("efrap, no flip term", E(flip=0.0)),
