@@ -92,6 +92,7 @@ def smollm2_settings(to: str) -> list[Setting]:
     return [
         Setting("naive", NoneOptions()),
         Setting("ortho", OrthoOptions()),
+        *(Setting(f"ortho, width {width:g}", OrthoOptions(width=width)) for width in (0.75, 1.0)),
         Setting("quantguard, start only", Q(steps=0)),
         *(Setting(f"quantguard, start only, {name}", Q(steps=0), text=text) for name, text in OTHER_TEXTS.items()),
         Setting("quantguard", Q()),

@@ -27,8 +27,9 @@ With a soft threshold P rises from 0 to 1 over a ramp of length `width`: small e
 always, and mean(t') is a third of the size of `t` at width 0.5 (0.15 of it at 0.75). It is orthogonal to `t`, but an attacker who
 runs this rule while training finds it: attack success 1.00 at width 0.5. It is zero for every weight only if P(flip | u) = u:
 at width 1 and c = 0, which is stochastic rounding with each row's balance made exact, and leaves such an attacker full
-precision's 0.01 (docs/results.md). The price is squared error: 20% more than plain rounding at width 0, 56% at 0.5, 100% at 1.
-At Q4_0 and FP4 that is more than many models bear, so the default is 0.5, which stops every attack that does not aim at it.
+precision's 0.01 (docs/results.md). Weights beyond the last level of the grid keep their error at any width.
+The price is squared error: 20% more than plain rounding at width 0, 56% at 0.5, 100% at 1. At Q4_0 and FP4 that is more than
+many models bear, so the default is 0.5, which stops the attacks that do not aim at it.
 `quantguard` stops those that do, and makes a better file than plain rounding; it needs some text.
 
 How it runs
