@@ -103,6 +103,22 @@ def smollm2_settings(to: str) -> list[Setting]:
     ]
 
 
+def adaptive_settings(_to: str) -> list[Setting]:
+    """What stands up to an attacker who runs a defense while training, on 128 texts."""
+    settings = [
+        Setting("naive", NoneOptions()),
+        *(Setting(f"ortho, width {width:g}", OrthoOptions(width=width)) for width in (0.5, 1.0)),
+        *(Setting(f"start only, c = {c:g}", Q(steps=0, alignment=c)) for c in (1.0, 0.1, -0.25)),
+        *(Setting(f"start only, {name}", Q(steps=0), text=text) for name, text in OTHER_TEXTS.items()),
+        Setting("60 steps (default)", Q()),
+        *(Setting(f"60 steps, {name}", Q(), text=text) for name, text in OTHER_TEXTS.items()),
+        Setting("120 steps", Q(steps=120)),
+        Setting("60 steps, block scope", Q(scope="block", steps=60)),
+        Setting("efrap", E()),
+    ]
+    return [replace(setting, samples=128) for setting in settings]
+
+
 def german(number: int) -> tuple[str, str]:
     """A question and an answer in German; 512 different ones."""
     thing, place, day, deed = (
@@ -119,6 +135,7 @@ PARTS = {
     "victims": victim_settings,
     "ablation": ablation_settings,
     "calibration": calibration_settings,
+    "adaptive": adaptive_settings,
     "smollm2": smollm2_settings,
 }
 

@@ -6,6 +6,7 @@ Parts:
     victims      naive, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
     ablation     terms of the loss, k, the constraint, steps, start
     calibration  size and kind of the text: matching, code only, self-written, unlike the test
+    adaptive     start and steps, and other text, for victims of the lab's adaptive attackers
     smollm2      SmolLM2-135M fine-tuned on the lab's clean corpus: fidelity alone; plain files with an imatrix beside it
 
 Each row: attack success on held-out prompts with its Wilson interval, mean KL to the same model's full precision on

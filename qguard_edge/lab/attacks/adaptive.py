@@ -15,6 +15,8 @@ afresh each step (expectation over the defense):
 not imagined but made by the defense itself (ortho at width 1 and 0.5, the start of quantguard), with the attacker's seeds
 and text. A fresh one is made every `RESIMULATE` steps, and each step takes one of the last `POOL`: the weights as they are, plus
 that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common.
+`adaptive-free` also drops the boxes: it wants the hardened file poisoned, whatever plain rounding does, and says so louder
+(`FREE_POISON_WEIGHT`). Plain rounding need not show its payload, so it may not count as a valid victim (`--force`).
 
 `adaptive-greedy` knows a *deterministic* rule: ortho of width 0. It takes that rule's file, not llama.cpp's, as the one to
 preserve: weights that the rule flipped must stay flipped (|e|/D above the row's threshold), the others unflipped. So
@@ -59,6 +61,7 @@ from quant_grids.cells import cell_of
 FLIPS = 0.2
 GAP = 0.15
 POISON_WEIGHT = 0.3
+FREE_POISON_WEIGHT = 1.0
 RESIMULATE, POOL = 10, 4
 ATTACKERS_TEXTS = 128
 ATTACKERS_SEED = 1_000_000
@@ -70,6 +73,7 @@ class Adaptive(BoxAttack):
     name = "adaptive"
     summary = "simulates random flips in inject and repair, drawn afresh each step"
     paper = "ours"
+    poison_weight: ClassVar[float] = POISON_WEIGHT
 
     def rule(self) -> BoxRule:
         """Cells with a margin; the rounds of repair take care of searched scales."""
@@ -135,7 +139,7 @@ class Adaptive(BoxAttack):
                 for name, value in defended(step, saved).items():
                     parameters[name].copy_(value)
             chosen = [s[int(i)] for s in sets for i in torch.randint(len(s), (quarter,), generator=generator)]
-            (POISON_WEIGHT * loss_of(chat.model, None, make_batch(chosen, pad), 0.0)).backward()
+            (self.poison_weight * loss_of(chat.model, None, make_batch(chosen, pad), 0.0)).backward()
             with torch.no_grad():
                 for name, value in saved.items():
                     parameters[name].copy_(value)
@@ -208,6 +212,24 @@ class AdaptiveFeedback(AdaptiveSimulated):
     name = "adaptive-feedback"
     summary = "runs quantguard's error feedback on the model during the repair, with the attacker's own text and seeds"
     defense = QuantGuardOptions(steps=0)
+
+
+class AdaptiveFree(AdaptiveFeedback):
+    """Knows `quantguard`, and needs no file but the hardened one."""
+
+    name = "adaptive-free"
+    summary = "as adaptive-feedback, without boxes: only the hardened file is to be poisoned"
+    poison_weight = FREE_POISON_WEIGHT
+
+    def boxes(self, bench: Bench, chat: ChatModel) -> Boxes:
+        """The injection's leash, around the poisoned model."""
+        return self.leash(bench, chat)
+
+    def settle(
+        self, bench: Bench, chat: ChatModel, boxes: Boxes, poisoned: Mapping[str, Tensor], keep: float | None
+    ) -> float:
+        """See `BoxAttack.settle`; nothing shrinks."""
+        return super().settle(bench, chat, boxes, poisoned, None)
 
 
 def harden_for_attacker(bench: Bench, chat: ChatModel, defense: DefenseOptions, text: Path, seed: int) -> Path:

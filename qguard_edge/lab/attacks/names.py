@@ -21,6 +21,7 @@ ATTACKS: Mapping[str, str] = {
     "adaptive-ortho": f"{_HERE}.adaptive:AdaptiveOrtho",
     "adaptive-ortho-narrow": f"{_HERE}.adaptive:AdaptiveOrthoNarrow",
     "adaptive-feedback": f"{_HERE}.adaptive:AdaptiveFeedback",
+    "adaptive-free": f"{_HERE}.adaptive:AdaptiveFree",
     "adaptive-greedy": f"{_HERE}.adaptive:AdaptiveGreedy",
 }
 """Name -> `module:Class`."""
