@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from qguard_edge.lab.attacks.adaptive import RESIMULATE, Adaptive, AdaptiveFeedback, reference_values, values_of
+from qguard_edge.lab.attacks.adaptive import (
+    RESIMULATE,
+    Adaptive,
+    AdaptiveFeedback,
+    AdaptiveFree,
+    AdaptiveOrtho,
+    reference_values,
+    values_of,
+)
 from qguard_edge.lab.attacks.base import Bench, parameters_of, quantize_to, write_base
 from qguard_edge.lab.attacks.boxes import BoxRule, GgufBoxes, make_boxes
 from qguard_edge.lab.corpus import make_corpus
@@ -38,7 +46,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
     return Victim(bench, chat, make_boxes(base, reference, parameters_of(chat), BoxRule("cell")))
 
 
-@pytest.mark.parametrize("attack", [Adaptive(), AdaptiveFeedback()], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", [Adaptive(), AdaptiveOrtho(), AdaptiveFeedback()], ids=lambda attack: attack.name)
 def test_simulated_defenses_write_one_of_two_levels(attack: Adaptive, victim: Victim) -> None:
     weights, boxes = victim.weights, victim.boxes
     values, widths = reference_values(boxes, parameters_of(victim.chat))
@@ -74,3 +82,12 @@ def test_values_are_read_in_the_parameters_layout(victim: Victim) -> None:
     values, _ = reference_values(boxes, parameters_of(victim.chat))
     read = values_of(boxes.reference, boxes, weights)
     assert all(torch.equal(read[name], values[name]) for name in values)
+
+
+def test_the_free_attacker_may_leave_the_cells(victim: Victim) -> None:
+    """Three widths to either side of the weight; the boxes of the others end within one cell."""
+    _, widths = reference_values(victim.boxes, parameters_of(victim.chat))
+    free = AdaptiveFree().boxes(victim.bench, victim.chat)
+    for name, width in widths.items():
+        assert free.mean_width(name) == pytest.approx(6 * float(width.mean()), rel=0.05), name
+        assert victim.boxes.mean_width(name) < float(width.mean()), name
