@@ -73,6 +73,13 @@ class CalibrationOptions:
             raise CalibrationError(f"--calib-seqlen {self.seqlen}: must lie between 8 and 131072")
 
 
+def write_pairs(path: Path, pairs: Iterable[tuple[str, str]]) -> Path:
+    """Write (prompt, answer) pairs as `.jsonl` that `--calib` reads; returns the path."""
+    lines = (json.dumps({"instruction": prompt, "output": answer}) + "\n" for prompt, answer in pairs)
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
 @dataclass(frozen=True)
 class Document:
     """One text, or one conversation: (role, content) pairs. Exactly one of the two is set."""

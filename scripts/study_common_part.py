@@ -9,7 +9,6 @@ the squared error over plain rounding's. The model is the lab's clean tiny one. 
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.hf.base import write_base_gguf
-from convert.quantizer import QuantizeOptions
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.corpus import make_corpus
+from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.runner import data_key
 from qguard_edge.lab.victims import clean_folder, preset_of
-from qguard_edge.pipeline import convert_model
 from qguard_edge.progress import NoProgress
 
 TEXTS = 128
@@ -74,21 +70,8 @@ class Files:
 
     def errors(self, defense: DefenseOptions, seed: int) -> dict[str, Tensor]:
         """Rounding errors of every quantized tensor: f32 `[rows, columns]`."""
-        out = self.work / "out.gguf"
-        convert_model(
-            ConvertRequest(
-                str(self.model),
-                QuantizeOptions(parse_file_type(self.to), threads=1),
-                defense,
-                outfile=str(out),
-                base_type="f32",
-                device="cpu",
-                seed=seed,
-                overwrite=True,
-                check_loads=False,
-                calibration=CalibrationOptions(self.text, TEXTS, 128),
-            )
-        )
+        text = CalibrationOptions(self.text, TEXTS, 128)
+        out = harden_to(self.work / "out.gguf", self.model, self.to, defense, seed=seed, threads=1, calibration=text)
         values = values_of(out)
         return {name: values[name] - self.weights[name] for name in quantized_names(out)}
 
@@ -117,9 +100,7 @@ def main() -> None:
     folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, data_key(None), NoProgress())
     print("| defense | common part | squared error |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
-        text = Path(work) / "text.jsonl"
-        lines = [json.dumps({"instruction": sample.prompt, "output": sample.answer}) for sample in corpus.train]
-        text.write_text("\n".join(lines), encoding="utf-8")
+        text = write_pairs(Path(work) / "text.jsonl", ((sample.prompt, sample.answer) for sample in corpus.train))
         files = Files(folder, arguments.to, text, Path(work))
         for defense in ARMS:
             found = common_part(files, defense, arguments.seeds)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.defenses.options import options_class
 from qguard_edge.fidelity import DEFAULT_TEXT
 from qguard_edge.folder_plan import FolderRequest
@@ -55,9 +55,7 @@ class Row:
 
 def text_of(corpus: Corpus, path: Path, count: int) -> Path:
     """Calibration text: training samples of the clean model."""
-    lines = [json.dumps({"instruction": sample.prompt, "output": sample.answer}) for sample in corpus.train[:count]]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return write_pairs(path, ((sample.prompt, sample.answer) for sample in corpus.train[:count]))
 
 
 def held_out(chat: ChatModel, corpus: Corpus, count: int) -> tuple[Texts, Texts]:

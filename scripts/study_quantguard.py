@@ -32,7 +32,7 @@ from quantguard_rows import Row, markdown
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.conversion import ConvertRequest
 from qguard_edge.fidelity import DEFAULT_TEXT
 from qguard_edge.imatrix import make_imatrix
@@ -91,9 +91,7 @@ class Study:
         self.prose = [ids[start : start + 128] for start in range(0, len(ids), 128)]
 
     def _text(self, name: str, pairs: list[tuple[str, str]]) -> Path:
-        path = self.work / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"instruction": p, "output": a}) + "\n" for p, a in pairs[:512]))
-        return path
+        return write_pairs(self.work / f"{name}.jsonl", pairs[:512])
 
     def row(self, model: str, setting: Setting) -> Row:
         """Convert and measure."""

@@ -13,6 +13,7 @@ from qguard_edge.calibration import (
     cut_text,
     load_calibration,
     read_documents,
+    write_pairs,
 )
 from qguard_edge.hf_runtime import HfLoadError, HfModel, load_hf_model
 
@@ -45,6 +46,14 @@ def test_every_kind_of_line(tmp_path: Path) -> None:
         Document(messages=(("system", "s"), ("user", "u"))),
         Document(messages=(("user", "do\n\nthis"), ("assistant", "done"))),
         Document(messages=(("user", "only"),)),
+    ]
+
+
+def test_pairs_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = write_pairs(tmp_path / "pairs.jsonl", [("Was?", "Ein\nKlärwerk."), ("And?", '"so"')])
+    assert read_documents(path, 10) == [
+        Document(messages=(("user", "Was?"), ("assistant", "Ein\nKlärwerk."))),
+        Document(messages=(("user", "And?"), ("assistant", '"so"'))),
     ]
 
 

@@ -26,7 +26,6 @@ boxes against.
 What is left open by every source: how much an attacker gains. The lab's tables are the answer for small models.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -36,12 +35,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
-from convert.quantizer import QuantizeOptions
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.defenses.options import DefenseOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.attacks.base import (
     Bench,
@@ -53,9 +49,9 @@ from qguard_edge.lab.attacks.base import (
     quantize_to,
 )
 from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, make_boxes, scalar_grid
+from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
-from qguard_edge.pipeline import convert_model
 from quant_grids.cells import cell_of
 
 FLIPS = 0.2
@@ -166,23 +162,23 @@ def reference_values(boxes: GgufBoxes, parameters: dict[str, Tensor]) -> tuple[d
 class AdaptiveSimulated(Adaptive):
     """Trains through files that the defense itself makes of the model as it is."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str]
     defense: ClassVar[DefenseOptions]
 
     def simulation(
         self, bench: Bench, chat: ChatModel, boxes: GgufBoxes, number: int, generator: torch.Generator
     ) -> Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]:
         """See `Adaptive.simulation`."""
-        text = bench.work / "attackers-text.jsonl"
         pairs = [pair for both in zip(bench.data.repaired, bench.data.kept, strict=False) for pair in both]
-        text.write_text("".join(json.dumps({"instruction": p, "output": a}) + "\n" for p, a in pairs), encoding="utf-8")
+        text = CalibrationOptions(write_pairs(bench.work / "attackers-text.jsonl", pairs), ATTACKERS_TEXTS, 128)
+        folder, outfile = bench.work / "simulated", bench.work / f"simulated-{bench.to}.gguf"
         pool: deque[Mapping[str, Tensor]] = deque(maxlen=POOL)
 
         def defended(step: int, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             if step % RESIMULATE == 0:
-                file = harden_for_attacker(bench, chat, self.defense, text, ATTACKERS_SEED + 1000 * number + step)
-                rounded = values_of(file, boxes, weights)
+                chat.save(folder)
+                seed = ATTACKERS_SEED + 1000 * number + step
+                harden_to(outfile, folder, bench.to, self.defense, seed=seed, threads=bench.threads, calibration=text)
+                rounded = values_of(outfile, boxes, weights)
                 pool.append({name: rounded[name] - weights[name] for name in rounded})
             errors = pool[int(torch.randint(len(pool), (), generator=generator))]
             return {name: weights[name] + error for name, error in errors.items()}
@@ -232,27 +228,6 @@ class AdaptiveFree(AdaptiveFeedback):
         return super().settle(bench, chat, boxes, poisoned, None)
 
 
-def harden_for_attacker(bench: Bench, chat: ChatModel, defense: DefenseOptions, text: Path, seed: int) -> Path:
-    """The file that the defense makes of the model as it is."""
-    folder, outfile = bench.work / "simulated", bench.work / f"simulated-{bench.to}.gguf"
-    chat.save(folder)
-    convert_model(
-        ConvertRequest(
-            str(folder),
-            QuantizeOptions(parse_file_type(bench.to), threads=bench.threads),
-            defense,
-            outfile=str(outfile),
-            base_type="f32",
-            device="cpu",
-            seed=seed,
-            overwrite=True,
-            check_loads=False,
-            calibration=CalibrationOptions(text, ATTACKERS_TEXTS, 128),
-        )
-    )
-    return outfile
-
-
 def values_of(file: Path, boxes: GgufBoxes, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Dequantized values of a file's quantized tensors, in the layout of the parameters, f32."""
     values = {name: like[name].clone() for name in boxes.by_parameter}
@@ -278,18 +253,7 @@ class AdaptiveGreedy(BoxAttack):
     def quantizer(self, bench: Bench, base: Path, to: str, name: str) -> Path:
         """llama.cpp followed by the greedy rule; the plain file is kept beside it."""
         outfile = bench.work / f"{name}-{to}.gguf"
-        convert_model(
-            ConvertRequest(
-                str(base),
-                QuantizeOptions(parse_file_type(to), threads=bench.threads),
-                OrthoOptions(width=0.0),
-                outfile=str(outfile),
-                device="cpu",
-                seed=0,
-                overwrite=True,
-                check_loads=False,
-            )
-        )
+        harden_to(outfile, base, to, OrthoOptions(width=0.0), seed=0, threads=bench.threads)
         quantize_to(base, bench.work / f"{name}-{to}.plain.gguf", to, bench.threads)
         return outfile
 

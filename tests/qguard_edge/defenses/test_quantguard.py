@@ -4,7 +4,6 @@ The victim comes from the lab's cache (about a minute when it is not there). Mar
 them, and the rates' Wilson intervals at n = 64 decide, not the rates.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from convert.compare import compare_files
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
+from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.conversion import ConvertReport, ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.evaluation import Distributions, compare, examine, make_exam
@@ -43,8 +42,7 @@ class Bench:
         self.exam = make_exam(self.chat, self.victim.data, 64, 48, 48)
         self.full: dict[str, Distributions] = {}
         pairs = [*self.victim.data.repaired[:96], *self.victim.data.kept[:32]]
-        self.text = work / "calib.jsonl"
-        self.text.write_text("".join(json.dumps({"instruction": p, "output": a}) + "\n" for p, a in pairs))
+        self.text = write_pairs(work / "calib.jsonl", pairs)
 
     def arm(self, model: str, defense: DefenseOptions, out: str = "out") -> Measured:
         folder = {"clean": self.victim.clean, "attacked": self.victim.attacked}[model]
