@@ -31,8 +31,8 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
-	$(BIN)/python scripts/bench_grids.py
-	$(BIN)/python scripts/bench_convert.py
+	$(BIN)/python scripts/bench/bench_grids.py
+	$(BIN)/python scripts/bench/bench_convert.py
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

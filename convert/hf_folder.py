@@ -20,6 +20,7 @@ from convert.hf.jsonfile import MAX_TOKENIZER_BYTES
 
 SHARD_BYTES = 2 << 30
 CONFIG_NAME = "config.json"
+RECORD_NAME = "qguard.json"  # what was done to a hardened folder
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",

@@ -5,7 +5,6 @@ ones added at the end), the data section keeps its layout, and each hardened ten
 caller fills a temporary file, has it checked, and renames it.
 """
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -106,13 +105,3 @@ def _infos_length(infos: bytes, count: int) -> int:
         (n_dims,) = struct.unpack_from("<I", infos, position)
         position += 4 + 8 * n_dims + 4 + 8
     return position
-
-
-def sha256_of(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' bytes, one after the other, as hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(_COPY_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()

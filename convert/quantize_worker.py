@@ -15,7 +15,7 @@ from typing import Any
 import llama_cpp
 
 from convert.cores import available_cores
-from convert.imatrix import load_imatrix
+from convert.imatrix_file import load_imatrix
 from convert.quantizer import USAGE_MARK, ggml_type_number, parse_override
 from quant_grids.errors import QGuardError
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smollm2 import make_folder
+from qguard_edge.lab.smollm2 import make_folder
 
 OUT = Path("demo-output")
 INCONCLUSIVE = 3

@@ -67,6 +67,6 @@ def tiny_base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from smollm2 import make_folder
+    from qguard_edge.lab.smollm2 import make_folder
 
     return make_folder(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")

@@ -15,9 +15,9 @@ ALLOWED = {
 }
 HOMES = {
     # fragile dependency -> the modules that may import it
-    "llama_cpp": {"convert/quantize_worker.py", "qguard_edge/llama_runtime.py"},
+    "llama_cpp": {"convert/quantize_worker.py", "qguard_edge/runtimes/llama.py"},
     "bitsandbytes": {"convert/bnb_check.py"},
-    "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/hf_runtime.py"},
+    "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/runtimes/hf.py"},
 }
 
 

@@ -46,9 +46,9 @@ def compare(
     from convert.atomic import check_writable
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions
-    from qguard_edge.compare import compare_defenses
-    from qguard_edge.conversion import ConvertRequest
-    from qguard_edge.fidelity import DEFAULT_TEXT, read_texts
+    from qguard_edge.compare.defenses import compare_defenses
+    from qguard_edge.conversion.request import ConvertRequest
+    from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 
     if plot:
         check_writable(plot, "--plot")
@@ -57,7 +57,7 @@ def compare(
     with ConsoleProgress(json_output) as progress:
         rows = compare_defenses(request, chosen, read_texts(text or DEFAULT_TEXT), max_tokens=max_tokens, progress=progress)
     if plot:
-        from qguard_edge.plots import plot_compare
+        from qguard_edge.compare.plot import plot_compare
 
         plot_compare(rows, f"{Path(model).name}, {options.file_type.name}", plot)
     if json_output:

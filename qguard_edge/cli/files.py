@@ -34,7 +34,7 @@ def inspect(
     json_output: JsonFlag = False,
 ) -> None:
     """Replaced by INSPECT_HELP when the command is registered."""
-    from convert.compare import qguard_metadata
+    from convert.diff import qguard_metadata
     from convert.gguf_file import GgufModel
     from quant_grids import GRIDS
 
@@ -100,7 +100,7 @@ def diff(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code.")] = False,
 ) -> None:
     """Replaced by DIFF_HELP when the command is registered."""
-    from convert.compare import compare_files
+    from convert.diff import compare_files
 
     with ConsoleProgress(quiet) as progress:
         progress.stage("Comparing", 0, "tensors")

@@ -28,8 +28,8 @@ def imatrix(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
 ) -> None:
     """Replaced by HELP when the command is registered."""
-    from qguard_edge.imatrix import make_imatrix
-    from qguard_edge.rounding import resolve_device
+    from qguard_edge.runtimes.devices import resolve_device
+    from qguard_edge.runtimes.imatrix import make_imatrix
 
     with ConsoleProgress(json_output) as progress:
         report = make_imatrix(

@@ -71,9 +71,9 @@ def baseline(
 ) -> None:
     """Replaced by BASELINE_HELP when the command is registered."""
     from convert.atomic import atomic_path, check_writable
-    from qguard_edge.fidelity import read_texts
     from qguard_edge.packs.pack import pack_to_json
     from qguard_edge.packs.record import BaselineRequest, record
+    from qguard_edge.runtimes.fidelity import read_texts
     from qguard_edge.verify.suites.files import read_suite
     from qguard_edge.verify.verifier import select_suites
 

@@ -8,7 +8,7 @@ import typer
 
 from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
-from qguard_edge.cli.convert_folder import show_learned
+from qguard_edge.cli.convert.folder_report import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 
 PLAN_HELP = """Choose the rounding of REFERENCE and write it down as a plan, without llama.cpp.
@@ -63,9 +63,10 @@ def plan(
     """Replaced by PLAN_HELP when the command is registered."""
     chosen = options_from(defense, flags)
 
-    from qguard_edge.calibration import CalibrationOptions
+    from qguard_edge.conversion.outputs.plan import make_plan
+    from qguard_edge.conversion.request import PlanRequest
+    from qguard_edge.learned.calibration import CalibrationOptions
     from qguard_edge.learned.memory import parse_size
-    from qguard_edge.planning import PlanRequest, make_plan
 
     request = PlanRequest(
         model=model,
@@ -119,7 +120,7 @@ def apply(
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by APPLY_HELP when the command is registered."""
-    from qguard_edge.planning import apply_to
+    from qguard_edge.conversion.outputs.plan import apply_to
 
     with ConsoleProgress(quiet) as progress:
         report = apply_to(plan_file, reference, outfile, overwrite=overwrite, progress=progress)

@@ -7,8 +7,8 @@ import typer
 from rich.markup import escape
 
 from qguard_edge.cli.console import ConsoleProgress, count_text, err, out, percent, print_json, table
+from qguard_edge.cli.convert.scan_first import COLOURS
 from qguard_edge.cli.report_flags import Html, Sarif, check_reports
-from qguard_edge.cli.scan_first import COLOURS
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:

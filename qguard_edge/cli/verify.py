@@ -105,7 +105,7 @@ def verify(
 ) -> None:
     """Replaced by HELP when the command is registered."""
     from convert.atomic import atomic_path
-    from qguard_edge.fidelity import read_texts
+    from qguard_edge.runtimes.fidelity import read_texts
     from qguard_edge.verify.checks import Margins
     from qguard_edge.verify.files import text_facts
     from qguard_edge.verify.results import to_json

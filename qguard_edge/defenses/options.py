@@ -142,11 +142,11 @@ class QVecOptions(DefenseOptions):
 
 @dataclass(frozen=True)
 class QuantGuardOptions(DefenseOptions):
-    """QuantGuard: learned rounding, see `qguard_edge.defenses.quantguard`. Needs torch's model and some text."""
+    """QuantGuard: learned rounding, see `qguard_edge.learned.quantguard`. Needs torch's model and some text."""
 
     name = "quantguard"
     summary = "learned rounding: next-token distributions kept, alignment constrained (calibrated; arXiv 2606.29239)"
-    implementation = "qguard_edge.defenses.quantguard:QuantGuard"
+    implementation = "qguard_edge.learned.quantguard:QuantGuard"
     calibrated = True
 
     scope: str = option(
@@ -182,11 +182,11 @@ class QuantGuardOptions(DefenseOptions):
 
 @dataclass(frozen=True)
 class EfrapOptions(DefenseOptions):
-    """EFRAP, see `qguard_edge.defenses.efrap`. Needs torch's model and some text, but no end-to-end backward pass."""
+    """EFRAP, see `qguard_edge.learned.efrap`. Needs torch's model and some text, but no end-to-end backward pass."""
 
     name = "efrap"
     summary = "learned rounding layer by layer: outputs kept, rounding errors turned (calibrated; arXiv 2405.12725)"
-    implementation = "qguard_edge.defenses.efrap:Efrap"
+    implementation = "qguard_edge.learned.efrap:Efrap"
     calibrated = True
 
     alignment: float = option(

@@ -12,7 +12,7 @@ rounds the other way exactly when `|e0| / D > 1 / (2 * (1 + lambda))`.
 What the paper leaves open, and what we chose
 ---------------------------------------------
 lambda comes from a short search on unlabelled data in the paper, whose score it does not give; ours is the mean KL to full
-precision on a text (`--qvec-text`, `qguard_edge.qvec_search`), and without a text lambda is a fixed default.
+precision on a text (`--qvec-text`, `qguard_edge.compare.qvec_search`), and without a text lambda is a fixed default.
 `--qvec-mode requantize` is true to the paper: scales are fitted anew to the moved weights. `fixed-grid` keeps the
 reference's scales and applies the threshold rule, so that only code bits change.
 

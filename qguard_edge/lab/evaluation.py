@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.fidelity import compare_distributions
-from qguard_edge.fidelity import log_softmax as log_softmax
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.results import Fidelity, Rate
 from qguard_edge.lab.scenarios import Judge, ScenarioData
-from qguard_edge.verify.batching import Sampling
+from qguard_edge.runtimes.batching import Sampling
+from qguard_edge.runtimes.fidelity import compare_distributions
+from qguard_edge.runtimes.fidelity import log_softmax as log_softmax
 from qguard_edge.verify.runner import LlamaFactory
 from qguard_edge.verify.statistics import rate
 

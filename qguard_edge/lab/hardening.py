@@ -4,10 +4,10 @@ from pathlib import Path
 
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.outputs.gguf import convert_model
+from qguard_edge.conversion.request import ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions
-from qguard_edge.pipeline import convert_model
+from qguard_edge.learned.calibration import CalibrationOptions
 
 
 def harden_to(

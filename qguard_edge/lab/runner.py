@@ -22,11 +22,11 @@ from typing import Any
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.outputs.folder import convert_to_folder
+from qguard_edge.conversion.outputs.gguf import convert_model
+from qguard_edge.conversion.report import MatrixRounding
+from qguard_edge.conversion.request import ConvertRequest, FolderRequest
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class, parse_defense
-from qguard_edge.folder_plan import FolderRequest
-from qguard_edge.hf_runtime import load_exactly, torch_threads
-from qguard_edge.hf_target import MatrixRounding, convert_to_folder
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
@@ -36,9 +36,10 @@ from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
 from qguard_edge.lab.victims import VictimPreset, clean_folder, corpus_of, preset_of
-from qguard_edge.pipeline import convert_model
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.rounding import TensorRounding
+from qguard_edge.rounding.gguf import TensorRounding
+from qguard_edge.runtimes.bnb import load_exactly
+from qguard_edge.runtimes.devices import torch_threads
 
 
 @dataclass(frozen=True)

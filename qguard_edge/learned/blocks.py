@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qguard_edge.calibration import CalibrationError
-from qguard_edge.hf_runtime import HfModel, autocast, decoder_blocks
+from qguard_edge.learned.calibration import CalibrationError
 from qguard_edge.learned.parts import Part
+from qguard_edge.runtimes.devices import autocast
+from qguard_edge.runtimes.hf import HfModel, decoder_blocks
 
 
 class _FirstBlockReached(Exception):  # noqa: N818 - not an error: it ends a forward pass early

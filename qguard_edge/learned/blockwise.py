@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
-from qguard_edge.hf_runtime import HfModel
 from qguard_edge.learned.blocks import (
     BlockInputs,
     block_grams,
@@ -32,6 +31,7 @@ from qguard_edge.learned.settings import LearnTask
 from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import SignSteps, Variables
+from qguard_edge.runtimes.hf import HfModel
 
 EFRAP_BATCH = 8
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qguard_edge.hf_runtime import decoder_blocks
+from qguard_edge.runtimes.hf import decoder_blocks
 from quant_grids.errors import UnsupportedError
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import HfModel, autocast
 from qguard_edge.learned.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, stop_requests
 from qguard_edge.learned.devices import learning_devices, place
 from qguard_edge.learned.losses import (
@@ -32,6 +31,8 @@ from qguard_edge.learned.settings import LearnTask
 from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import Relaxed, SignSteps, Variables
+from qguard_edge.runtimes.devices import autocast
+from qguard_edge.runtimes.hf import HfModel
 
 SIGN_RATE, RELAXED_RATE = 0.004, 0.02
 BINARIZE = 0.01

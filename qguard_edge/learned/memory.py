@@ -22,11 +22,10 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from convert.gguf_file import GgufModel
-from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions, QuantGuardOptions
-from qguard_edge.hf_runtime import autocast
+from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.endtoend import TOKENS_PER_STEP
-from qguard_edge.rounding import resolve_device
+from qguard_edge.runtimes.devices import autocast, resolve_device
 from quant_grids.errors import QGuardError
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured

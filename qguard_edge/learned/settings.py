@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.learned.targets import Target
+from qguard_edge.learned.calibration import CalibrationOptions
+from qguard_edge.learned.matrices import Target
 from qguard_edge.progress import NoProgress, Progress
 
 

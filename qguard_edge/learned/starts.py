@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from qguard_edge.defenses.base import SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import HfLoadError, HfModel, autocast, decoder_blocks
 from qguard_edge.learned.blocks import block_grams, capture, rows_of
 from qguard_edge.learned.feedback import start_from
 from qguard_edge.learned.parts import Geometry, Part
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.runtimes.devices import autocast
+from qguard_edge.runtimes.hf import HfLoadError, HfModel, decoder_blocks
 
 SHIFT_WIDTH = 0.5  # of the random shift; the attacker `adaptive-feedback` knows it and gets nowhere (docs/results.md)
 ROWS = 8  # texts run at once

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.gguf_file import GgufModel
-from qguard_edge.llama_runtime import LlamaModel, system_info
 from qguard_edge.packs.pack import Pack, PackError, PackText
 from qguard_edge.packs.record import make_manner, text_logprobs, tokenizer_hash, versions
 from qguard_edge.packs.server import Dialect, connect
 from qguard_edge.packs.topk import compare_listed, compare_rows
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.runtimes.llama import LlamaModel, system_info
 from qguard_edge.verify.asking import Asked, Exam, answers_of, replies_of
 from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
 from qguard_edge.verify.drift import CHUNK, DocumentDrift, band_of, judge_drift, limit_of, summarise

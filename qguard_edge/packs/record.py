@@ -19,14 +19,14 @@ import numpy.typing as npt
 from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel
 from qguard_edge import __version__
-from qguard_edge.fidelity import log_softmax
-from qguard_edge.llama_runtime import LlamaModel, safe_extra_buffers, system_info
 from qguard_edge.packs.matchers import matchers_as_values
 from qguard_edge.packs.pack import Pack, PackPrompt, PackSuite, PackText, Probe
 from qguard_edge.packs.topk import FloatArray, IntArray, compare_rows
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.runtimes.batching import Answer, Sampling
+from qguard_edge.runtimes.fidelity import log_softmax
+from qguard_edge.runtimes.llama import LlamaModel, safe_extra_buffers, system_info
 from qguard_edge.verify.asking import Asked, Exam, Manner, answers_of, prepare, replies_of
-from qguard_edge.verify.batching import Answer, Sampling
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS
 from qguard_edge.verify.files import TOKENIZER_KEYS, model_facts
 from qguard_edge.verify.gguf_subject import GgufSubject

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qguard_edge.scan.findings import Finding, Severity
+from qguard_edge.scan.limits import BoxLimits, Reference
 from qguard_edge.scan.positions import BINS
-from qguard_edge.scan.reference import BoxLimits, Reference
 
 FEWEST = 5000  # weights that count, for a histogram to be judged
 ON_LEVEL = 2  # places that mean "on the level"

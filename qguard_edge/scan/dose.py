@@ -36,15 +36,15 @@ from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.calibration import SEED_PROMPTS
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts
-from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.learned.calibration import SEED_PROMPTS
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.rounding import coverage_of, harden
+from qguard_edge.rounding.gguf import coverage_of, harden
+from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts
+from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.reference import Reference
+from qguard_edge.scan.limits import Reference
 from qguard_edge.scan.results import DoseCurve, Point
 from qguard_edge.verify.chat import TemplateError, render, template_of
 from qguard_edge.verify.suites.base import SuitePrompt

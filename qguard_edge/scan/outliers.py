@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convert.gguf_file import TensorInfo
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.reference import Reference
+from qguard_edge.scan.limits import Reference
 from qguard_edge.scan.tensors import kind_of
 
 CHUNK = 32

@@ -16,7 +16,7 @@ from qguard_edge.report.sarif import document, in_artifact, location_of
 from qguard_edge.report.text import one_line, printable
 from qguard_edge.scan.boxes import Fingerprint, shape_of
 from qguard_edge.scan.findings import RULES, Finding, Severity
-from qguard_edge.scan.reference import load_reference
+from qguard_edge.scan.limits import load_reference
 from qguard_edge.scan.results import DoseCurve, Scan
 
 LEVELS = {Severity.DANGEROUS: "error", Severity.SUSPICIOUS: "warning", Severity.INFO: "note"}

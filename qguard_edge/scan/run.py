@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 from convert.ftypes import FileType, parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.quantizer import QuantizeOptions, quantize
+from convert.source import resolve_source
 from qguard_edge.progress import Progress
 from qguard_edge.scan import dose
+from qguard_edge.scan.limits import load_reference
 from qguard_edge.scan.positions import CLOSED_FORM
-from qguard_edge.scan.reference import load_reference
 from qguard_edge.scan.results import Scan
 from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import open_model
-from qguard_edge.source import resolve_source
 from quant_grids.errors import UnsupportedError
 
 BITSANDBYTES = ("int8", "nf4", "fp4")

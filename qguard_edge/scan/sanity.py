@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convert.gguf_file import TensorInfo
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.reference import Reference
+from qguard_edge.scan.limits import Reference
 from quant_grids.ggml_type import GgmlType
 
 TIE_SAMPLE = 1 << 13  # weights per slice

@@ -22,9 +22,9 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan import boxes, outliers, sanity
 from qguard_edge.scan.boxes import Fingerprint
 from qguard_edge.scan.findings import Finding, Severity, in_order
+from qguard_edge.scan.limits import Reference, load_reference
 from qguard_edge.scan.outliers import OutlierStats
 from qguard_edge.scan.positions import SIGNIFICANT_BITS, closed_form, from_reference, histogram
-from qguard_edge.scan.reference import Reference, load_reference
 from qguard_edge.scan.results import Scan
 from qguard_edge.scan.sanity import SanityStats
 from qguard_edge.scan.tensors import ScanModel, is_matrix

@@ -21,9 +21,9 @@ from convert.gguf_file import GgufModel, TensorInfo
 from convert.hf.base import write_base_gguf
 from convert.hf.checkpoint import Checkpoint
 from convert.hf.jsonfile import read_json
+from convert.source import Source, open_base
 from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import Progress
-from qguard_edge.source import Source, open_base
 from quant_grids.errors import FormatError
 
 _TYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}

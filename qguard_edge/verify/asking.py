@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qguard_edge.progress import Progress
-from qguard_edge.verify.batching import SCHEDULE, Answer, Sampling
+from qguard_edge.runtimes.batching import SCHEDULE, Answer, Sampling
 from qguard_edge.verify.chat import ChatTemplate, render
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
 from qguard_edge.verify.keep import Pieces, key_of

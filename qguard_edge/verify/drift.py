@@ -1,7 +1,7 @@
 """How far the next-token distributions moved, in numbers that do not depend on what the answers say.
 
 For every position of every text, with `p` of the reference and `q` of the file: KL(p || q), whether both put the same token on
-top, and log p(next) - log q(next) on the text's own next token (see `qguard_edge.fidelity`). All models decode the same
+top, and log p(next) - log q(next) on the text's own next token (see `qguard_edge.runtimes.fidelity`). All models decode the same
 token ids in step, a chunk of positions at a time, so memory is bounded by the chunk, whatever the text's length.
 
 Three yardsticks stand beside the numbers:
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.fidelity import FloatArray, compare_distributions
+from qguard_edge.runtimes.fidelity import FloatArray, compare_distributions
 from qguard_edge.verify.results import Band, DriftNumbers, Histogram, Verdict
 from qguard_edge.verify.runner import Runner, RunnerFactory
 from qguard_edge.verify.statistics import bootstrap_means

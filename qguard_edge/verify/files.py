@@ -1,12 +1,11 @@
 """What the files say about themselves, and whether they can be compared at all."""
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from convert.ftypes import FILE_TYPES
 from convert.gguf_file import GgufFile, GgufModel
+from convert.hashes import sha256_of
 from qguard_edge.verify.results import FileFacts, TensorChange
 from quant_grids.errors import FormatError, QGuardError
 
@@ -18,16 +17,6 @@ _PREFIX = "qguard."
 
 class PairError(QGuardError):
     """The files do not belong together."""
-
-
-def sha256_of(paths: Iterable[Path]) -> str:
-    """SHA-256 of the bytes of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def model_facts(role: Role, model: GgufModel, name: str | None = None) -> FileFacts:
@@ -86,7 +75,7 @@ def _same(a: GgufFile, b: GgufFile, key: str) -> bool:
 
 def tensor_changes(naive: GgufModel, candidate: GgufModel, reference: GgufModel, threads: int) -> tuple[TensorChange, ...]:
     """Codes chosen anew and alignment per tensor; empty when the two files have not the same layout."""
-    from convert.compare import compare_files  # imports torch
+    from convert.diff import compare_files  # imports torch
 
     if len(naive.shards) > 1 or len(candidate.shards) > 1:
         return ()

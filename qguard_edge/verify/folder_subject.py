@@ -15,11 +15,14 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from qguard_edge.hf_runner import HfRunner
-from qguard_edge.hf_runtime import HfTokenizer, end_tokens, load_exactly, load_tokenizer, torch_threads
-from qguard_edge.model_card import RECORD_NAME
+from convert.hashes import sha256_of
+from convert.hf_folder import RECORD_NAME
+from qguard_edge.runtimes.bnb import load_exactly
+from qguard_edge.runtimes.devices import torch_threads
+from qguard_edge.runtimes.hf import HfTokenizer, end_tokens, load_tokenizer
+from qguard_edge.runtimes.hf_runner import HfRunner
 from qguard_edge.verify.chat import LONGEST_TEMPLATE, ChatTemplate, TemplateError
-from qguard_edge.verify.files import PairError, Role, sha256_of
+from qguard_edge.verify.files import PairError, Role
 from qguard_edge.verify.results import FileFacts, TensorChange
 from qguard_edge.verify.subjects import Subject
 from quant_grids.errors import FormatError

@@ -53,10 +53,3 @@ def make_gate(
         return verify(request, progress)
 
     return gate
-
-
-def rejected_path(outfile: Path) -> Path:
-    """The name of a file that failed: `NAME.rejected.gguf`; of a folder `NAME.rejected`."""
-    if outfile.suffix != ".gguf":
-        return outfile.with_name(f"{outfile.name}.rejected")
-    return outfile.with_name(f"{outfile.stem}.rejected{outfile.suffix}")

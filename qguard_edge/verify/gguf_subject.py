@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.gguf_file import GgufModel
-from qguard_edge.llama_runtime import LlamaModel, system_info
+from qguard_edge.runtimes.llama import LlamaModel, system_info
 from qguard_edge.verify.chat import ChatTemplate, template_of
 from qguard_edge.verify.files import Role, check_pair, model_facts, tensor_changes
 from qguard_edge.verify.results import FileFacts, TensorChange

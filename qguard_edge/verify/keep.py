@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.atomic import atomic_path
-from qguard_edge.verify.batching import Answer
+from qguard_edge.runtimes.batching import Answer
 from qguard_edge.verify.drift import DocumentDrift
 from quant_grids.errors import QGuardError
 

@@ -1,7 +1,7 @@
 """Who answers: the protocol between the verifier and whatever runs a model.
 
 The verifier hands out token ids and wants token ids back, and for texts the next-token distributions. llama.cpp on a GGUF is
-one runner; a folder in transformers (`qguard_edge.hf_runner`) is the other. Whichever it is, both sides of a comparison get the
+one runner; a folder in transformers (`qguard_edge.runtimes.hf_runner`) is the other. Whichever it is, both sides of a comparison get the
 same ids.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.verify.batching import Answer, Sampling, generate
+from qguard_edge.runtimes.batching import Answer, Sampling, generate
+from qguard_edge.runtimes.llama import LlamaModel
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -32,7 +32,7 @@ class Runner(Protocol):
         first_index: int = 0,
         on_answer: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answer prompts given as token ids; see `qguard_edge.verify.batching.generate`."""
+        """Answer prompts given as token ids; see `qguard_edge.runtimes.batching.generate`."""
 
     def logits_chunks(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
         """Next-token logits f32 `[<= chunk, n_vocab]` after every position of one text, chunk by chunk.
@@ -79,7 +79,7 @@ class LlamaFactory:
     Attributes:
         threads: 0 for all cores.
         n_gpu_layers: layers on the GPU; -1 for all.
-        extra_buffers: repacked weights, see `qguard_edge.llama_runtime.safe_extra_buffers`.
+        extra_buffers: repacked weights, see `qguard_edge.runtimes.llama.safe_extra_buffers`.
     """
 
     threads: int = 0

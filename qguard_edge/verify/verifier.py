@@ -27,8 +27,8 @@ from convert.cores import available_cores
 from convert.folder_targets import KINDS
 from qguard_edge import __version__
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.runtimes.batching import Sampling
 from qguard_edge.verify.asking import Exam, Manner, answers_of, drift_of, prepare, replies_of
-from qguard_edge.verify.batching import Sampling
 from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
 from qguard_edge.verify.drift import DocumentDrift, band_of, judge_drift, limit_of, summarise
 from qguard_edge.verify.engines import engine_of, versions_of

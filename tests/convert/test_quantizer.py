@@ -9,7 +9,7 @@ import pytest
 
 from convert.ftypes import FILE_TYPES, parse_file_type
 from convert.gguf_file import GgufFile
-from convert.imatrix import load_imatrix, write_imatrix
+from convert.imatrix_file import load_imatrix, write_imatrix
 from convert.quantizer import (
     QuantizeError,
     QuantizeOptions,

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from convert.gguf_file import GgufFile
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
-from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.defenses.options import DefenseOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.attacks.base import (
     Bench,
@@ -52,6 +51,7 @@ from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, make_b
 from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
+from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from quant_grids.cells import cell_of
 
 FLIPS = 0.2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.runtimes.llama import LlamaModel
 
 
 def exact_llama(path: Path, n_ctx: int = 512) -> LlamaModel:

@@ -9,7 +9,7 @@ import gguf
 
 from convert.hf.jsonfile import Section
 from convert.hf.tokenizer import Tokenizer, read_tokenizer
-from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.runtimes.llama import LlamaModel
 
 
 def vocab_gguf(folder: Path, outfile: Path, rows: int, *, pre: str | None = None) -> Tokenizer:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from convert.compare import compare_files
+from convert.diff import compare_files
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion import ConvertReport, ConvertRequest
+from qguard_edge.conversion.outputs.gguf import convert_model
+from qguard_edge.conversion.report import ConvertReport
+from qguard_edge.conversion.request import ConvertRequest
 from qguard_edge.defenses.base import SliceKey, make_defense
 from qguard_edge.defenses.options import (
     DATA_FREE,
@@ -23,7 +25,6 @@ from qguard_edge.defenses.options import (
     OrthoOptions,
     QVecOptions,
 )
-from qguard_edge.pipeline import convert_model
 from quant_grids import Grid, ScalarFlips, grid_for
 
 KEY = SliceKey(seed=1, tensor="blk.0.ffn_up.weight", index=0)

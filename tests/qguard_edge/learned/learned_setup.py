@@ -10,12 +10,12 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.hf_runtime import HfModel, load_hf_model
+from qguard_edge.learned.calibration import CalibrationOptions
+from qguard_edge.learned.matrices import GgufTarget
 from qguard_edge.learned.parts import Parts
 from qguard_edge.learned.settings import LearnTask
-from qguard_edge.learned.targets import GgufTarget
-from qguard_edge.rounding import coverage_of
+from qguard_edge.rounding.gguf import coverage_of
+from qguard_edge.runtimes.hf import HfModel, load_hf_model
 
 
 @dataclass(frozen=True)

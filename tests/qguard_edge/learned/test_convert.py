@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.compare import qguard_metadata
+from convert.diff import qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.conversion import ConvertReport, ConvertRequest
+from qguard_edge.conversion.outputs.gguf import convert_model
+from qguard_edge.conversion.report import ConvertReport
+from qguard_edge.conversion.request import ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, QuantGuardOptions
+from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.checkpoint import checkpoint_path
-from qguard_edge.pipeline import convert_model
 from quant_grids.errors import UnsupportedError
 
 

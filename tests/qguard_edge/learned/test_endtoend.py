@@ -9,11 +9,11 @@ import torch
 from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import load_hf_model
 from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
 from qguard_edge.learned.devices import device_map, learning_devices
 from qguard_edge.learned.endtoend import EndToEnd, batch_of, batch_size, rate_at
 from qguard_edge.learned.plan import plan_of
+from qguard_edge.runtimes.hf import load_hf_model
 
 Samples = list[tuple[int, ...]]
 

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufModel
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.cli import app
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.outputs.gguf import convert_model
+from qguard_edge.conversion.request import ConvertRequest
 from qguard_edge.defenses.options import EfrapOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.memory import (
     MemoryLimitError,
     ModelSize,
@@ -29,7 +30,6 @@ from qguard_edge.learned.memory import (
     size_of,
     size_of_gguf,
 )
-from qguard_edge.pipeline import convert_model
 
 # A Llama of 8 billion parameters with untied embeddings.
 LARGE = ModelSize(8_030_000_000, 218_000_000, 32, 128_256, 4096)

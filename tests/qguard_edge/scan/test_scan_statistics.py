@@ -10,8 +10,8 @@ from qguard_edge.scan import boxes, outliers, sanity
 from qguard_edge.scan.boxes import fingerprint, holm, shape_of
 from qguard_edge.scan.dose import curve_of, judge
 from qguard_edge.scan.findings import Severity
+from qguard_edge.scan.limits import load_reference
 from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, from_reference, histogram
-from qguard_edge.scan.reference import load_reference
 from qguard_edge.scan.results import Point
 from quant_grids import GRIDS
 from quant_grids.bnb import bnb_grid

@@ -6,10 +6,10 @@ from pathlib import Path
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.outputs.gguf import convert_model
+from qguard_edge.conversion.request import ConvertRequest
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions
 from qguard_edge.lab.runner import LabSettings, make_victim
-from qguard_edge.pipeline import convert_model
 from qguard_edge.verify.suites.base import Suite, SuitePrompt
 from qguard_edge.verify.verifier import built_in_texts
 

@@ -10,12 +10,13 @@ import torch
 from lab_files import TEXTS
 
 from qguard_edge.cli import run
+from qguard_edge.conversion.outputs.folder import convert_to_folder
+from qguard_edge.conversion.request import FolderRequest
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.folder_plan import FolderRequest
-from qguard_edge.hf_runtime import end_tokens, load_exactly, load_tokenizer
-from qguard_edge.hf_target import convert_to_folder
 from qguard_edge.lab.runner import LabSettings, make_victim
-from qguard_edge.verify.batching import Answer, PromptError, Sampling
+from qguard_edge.runtimes.batching import Answer, PromptError, Sampling
+from qguard_edge.runtimes.bnb import load_exactly
+from qguard_edge.runtimes.hf import end_tokens, load_tokenizer
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.folder_subject import FolderFactory
 from qguard_edge.verify.results import Verdict, from_json

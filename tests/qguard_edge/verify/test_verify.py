@@ -20,9 +20,9 @@ from lab_files import TEXTS, LabFiles, make_files
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
-from qguard_edge.cli.convert import with_default_suites
-from qguard_edge.llama_runtime import FloatArray, LlamaModel
-from qguard_edge.verify.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
+from qguard_edge.cli.convert.command import with_default_suites
+from qguard_edge.runtimes.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
+from qguard_edge.runtimes.llama import FloatArray, LlamaModel
 from qguard_edge.verify.checks import Margins
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json

@@ -1,0 +1,1 @@
+"""Running a model: llama.cpp, transformers, bitsandbytes, and the devices they compute on."""
