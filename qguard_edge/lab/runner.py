@@ -1,9 +1,9 @@
 """One lab run: victim, attack, five arms, measurements.
 
-The arms are those of METHODS section 5: clean quantized, attacked full precision, attacked quantized (naive), attacked
-hardened, clean hardened; plus clean full precision, which the others are compared with. Quantized arms are files made by
-`convert_model`, the same code that users run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in
-transformers: its naive arms are quantized while they are loaded, its hardened ones are folders made by `convert_to_folder`.
+The arms: clean quantized, attacked full precision, attacked quantized (plain), attacked hardened, clean hardened; plus clean
+full precision, which the others are compared with. Quantized arms are files made by `convert_model`, the same code that users
+run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in transformers: its plain arms are quantized
+while they are loaded, its hardened ones are folders made by `convert_to_folder`.
 
 A defense is scored on a victim only when the victim is a real one (`results.judge_victim`): a payload that plain
 quantization noise wipes out would make every defense look perfect.
@@ -40,6 +40,7 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding.gguf import TensorRounding
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.devices import torch_threads
+from quant_grids import Outcome
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,11 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None)
     if settings.attack == "elq":
         arms = _bitsandbytes_arms(settings, victim, progress)
         # One checkpoint against three formats counts when the weakest of them shows the payload.
-        naive = min((arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense), key=_value)
+        plain = min((arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense), key=_value)
     else:
         arms = _gguf_arms(settings, victim, work, progress)
-        naive = arms.rate(f"attacked {_exploited(settings)}")
-    validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), naive)
+        plain = arms.rate(f"attacked {_exploited(settings)}")
+    validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), plain)
     if validity.valid or settings.force:
         hardened = _hardened_folders if settings.attack == "elq" else _hardened_arms
         hardened(settings, victim, work, progress, arms)
@@ -262,11 +263,9 @@ def _gguf_arm(
 
 def _flips(roundings: Sequence[TensorRounding | MatrixRounding]) -> tuple[float, float]:
     """Share of codes changed and remaining alignment, over all protected tensors."""
-    changed = sum(r.outcome.n_changed for r in roundings)
+    total = Outcome.sum(r.outcome for r in roundings)
     weights = sum(r.n_weights for r in roundings)
-    energy = sum(r.outcome.energy for r in roundings)
-    projection = sum(r.outcome.projection for r in roundings)
-    return changed / weights if weights else 0.0, projection / energy if energy else 1.0
+    return total.n_changed / weights if weights else 0.0, total.alignment
 
 
 def _measure(

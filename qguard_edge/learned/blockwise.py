@@ -39,7 +39,7 @@ EFRAP_BATCH = 8
 def efrap_positions(
     loaded: HfModel, parts: Sequence[Part], samples: Sequence[Sequence[int]], options: EfrapOptions, task: LearnTask
 ) -> tuple[list[Tensor], list[tuple[float, float]]]:
-    """Learned h of every part, and (soft, rounded) output error over the reference's, per layer."""
+    """Learned h of every part, and (soft, rounded) output error over plain rounding's, per layer."""
     rows = rows_of(samples, task.calibration.seqlen, EFRAP_BATCH)
     inputs = capture(loaded, rows)
     task.progress.stage("Learning the rounding layer by layer", len(parts), "layers")

@@ -1,6 +1,6 @@
 """The state of an unfinished run on disk: safetensors with one JSON header, replaced in one step.
 
-A checkpoint belongs to one conversion: its fingerprint covers the reference file, the text, the options and the seed. Any
+A checkpoint belongs to one conversion: its fingerprint covers the plain file, the text, the options and the seed. Any
 other is left alone and the run starts anew.
 """
 

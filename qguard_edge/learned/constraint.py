@@ -53,7 +53,7 @@ def complete(position: Tensor, geometry: Geometry, target: float) -> Tensor:
 
 
 def alignment_of(chosen: Tensor, geometry: Geometry) -> float:
-    """`<t', t> / <t, t>` of a plan: 1 for the reference itself."""
+    """`<t', t> / <t, t>` of a plan: 1 for plain rounding itself."""
     if geometry.energy <= 0:
         return 1.0
     return 1.0 - float((geometry.gain() * chosen).double().sum()) / geometry.energy

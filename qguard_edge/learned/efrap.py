@@ -2,7 +2,7 @@
 
 The idea
 --------
-Per layer, learn a rounding variable `h` per weight (0 keeps the reference, 1 takes the flip) that keeps what the layer
+Per layer, learn a rounding variable `h` per weight (0 keeps the plain code, 1 takes the flip) that keeps what the layer
 computes on calibration text while turning the rounding errors to their other side, the largest first:
 
     |Q(W)x - Wx|^2  +  sum |e0| * BCE(h, other side)  +  0.01 * (1 - |2h - 1|^2)

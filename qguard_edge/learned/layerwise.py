@@ -6,7 +6,7 @@ For a layer `y = W x`, with the error matrix `E = v(h) - W` and `H = mean of x x
 
 so each step is one matrix product, whatever the number of calibration tokens. The terms, per layer:
 
-    tr(E H E^T) / tr(E0 H E0^T)                        what the layer computes is kept; 1 for the reference
+    tr(E H E^T) / tr(E0 H E0^T)                        what the layer computes is kept; 1 for plain rounding
     + flip * sum r * -log h / sum r                    rounding errors are turned, the largest first (r = |e0| / D)
     + binarize * mean of 1 - |2h - 1|^2                h is driven to an end
 

@@ -7,7 +7,7 @@
 * `L_rev` (error-guided reversal): over the top `k` share of weights by normalised error `r = |e0| / D`, the mean of
   `r * -log h`: the binary cross-entropy towards the side opposite to nearest, weighted by the error.
 * `L_dist`: squared distance of the soft weight from full precision, `(h - r)^2 D^2`, summed per tensor, over the tensor's
-  own squared error: 1 for the reference. The paper gives no units; this way lambda2 means the same for every model.
+  own squared error: 1 for plain rounding. The paper gives no units; this way lambda2 means the same for every model.
 
 Both local terms are averages over the whole model, so that their derivatives per weight are comparable with L_KL's, which
 each weight shares with all others.
@@ -47,7 +47,7 @@ def reversal_slope(h: Tensor, ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 def distance(h: Tensor, geometry: Geometry) -> Tensor:
-    """Squared distance from full precision of the weights that have a flip, over the reference's squared error."""
+    """Squared distance from full precision of the weights that have a flip, over plain rounding's squared error."""
     soft = (h - geometry.ratio) * geometry.delta
     return soft.square().sum() / max(geometry.energy, 1e-30)
 

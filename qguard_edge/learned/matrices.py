@@ -32,7 +32,7 @@ class Target(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Identifies what is rounded, reference and format."""
+        """Identifies what is rounded, plain file and format."""
 
     @abstractmethod
     def model_key(self) -> str:
@@ -45,26 +45,26 @@ class GgufTarget(Target):
 
     Attributes:
         base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference, to be hardened.
+        plain: what llama.cpp wrote.
+        tensors: of the plain file, to be hardened.
     """
 
     base: GgufModel
-    reference: GgufFile
+    plain: GgufFile
     tensors: tuple[TensorInfo, ...]
 
     def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
         """See `Target.parts`."""
         require_scalar(self.tensors, defense)
-        return make_parts(self.base, self.reference, self.tensors, parameters)
+        return make_parts(self.base, self.plain, self.tensors, parameters)
 
     def geometry(self, matrix: Matrix) -> Geometry:
         """See `Target.geometry`."""
-        return tensor_geometry(self.base, self.reference, self.reference.tensors[matrix.name])
+        return tensor_geometry(self.base, self.plain, self.plain.tensors[matrix.name])
 
     def fingerprint(self) -> str:
         """See `Target.fingerprint`."""
-        return sha256_of([self.reference.path])
+        return sha256_of([self.plain.path])
 
     def model_key(self) -> str:
         """See `Target.model_key`."""

@@ -1,7 +1,7 @@
 """Parts: the rows of a parameter that a quantized GGUF tensor holds, with the two values each of their weights may take.
 
-A flip moves a weight from its reference value `v0` by `delta` to the level on the other side of the full-precision weight
-`w = v0 + ratio * delta`. With a rounding variable `h` in [0, 1] (0 keeps the reference, 1 takes the flip) everything that
+A flip moves a weight from its plain value `v0` by `delta` to the level on the other side of the full-precision weight
+`w = v0 + ratio * delta`. With a rounding variable `h` in [0, 1] (0 keeps the plain code, 1 takes the flip) everything that
 learned rounding needs follows from these three arrays:
 
     soft value          v(h) = v0 + h * delta
@@ -36,10 +36,10 @@ class Geometry:
     """What the flips of some rows do, in units of a weight.
 
     Attributes:
-        value: f32 `[rows, columns]`, the reference's value of each weight, as the file stores it.
+        value: f32 `[rows, columns]`, the plain value of each weight, as the file stores it.
         delta: f32 of the same shape, how far the flip moves it; 0 where there is no flip.
         ratio: f32 of the same shape, where the full-precision weight lies between the two: 0 at `value`; 0 without a flip.
-        energy: squared error of the reference over these rows, weights without a flip included.
+        energy: squared error of plain rounding over these rows, weights without a flip included.
     """
 
     value: Tensor
@@ -178,20 +178,20 @@ def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
             )
 
 
-def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo) -> tuple[Geometry, Tensor]:
+def read_geometry(reader: TensorReader, base: TensorInfo, plain: TensorInfo) -> tuple[Geometry, Tensor]:
     """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are.
 
     Returns:
         The geometry, and the squared error of each row, f64 `[rows]`.
     """
-    grid = GRIDS[reference.ggml_type]
+    grid = GRIDS[plain.ggml_type]
     assert isinstance(grid, ScalarGrid)
-    shape = (reference.rows, reference.columns)
+    shape = (plain.rows, plain.columns)
     value, delta, ratio = torch.empty(shape), torch.empty(shape), torch.empty(shape)
-    energy = torch.empty(reference.rows, dtype=torch.float64)
-    for piece in row_slices(reference):
+    energy = torch.empty(plain.rows, dtype=torch.float64)
+    for piece in row_slices(plain):
         rows = slice(piece.start, piece.stop)
-        found, energy[rows] = geometry_of(grid, reader.blocks(reference, piece), reader.weights(base, piece))
+        found, energy[rows] = geometry_of(grid, reader.blocks(plain, piece), reader.weights(base, piece))
         value[rows], delta[rows], ratio[rows] = found.value, found.delta, found.ratio
     return Geometry(value, delta, ratio, float(energy.sum())), energy
 
@@ -201,7 +201,7 @@ def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geom
 
     Args:
         grid: of the format.
-        blocks: uint8 `[n_blocks, type_size]`, the reference.
+        blocks: uint8 `[n_blocks, type_size]`, the plain blocks.
         weights: f32 `[rows, columns]`, full precision.
 
     Returns:
@@ -216,15 +216,13 @@ def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geom
     return Geometry(value, delta, flips.ratio * possible, float(energy.sum())), energy
 
 
-def make_parts(
-    base: GgufModel, reference: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]
-) -> Parts:
+def make_parts(base: GgufModel, plain: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]) -> Parts:
     """Find each protected tensor's rows in a torch model.
 
     Args:
         base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference; scalar grids.
+        plain: what llama.cpp wrote.
+        tensors: of the plain file; scalar grids.
         parameters: of the torch model, by name, each once.
     """
     rows = map_rows(base.path, parameters)
@@ -239,13 +237,13 @@ def make_parts(
         for source in sources:
             index = torch.from_numpy(source.tensor_rows)
             wanted = None if len(sources) == 1 else index
-            parts.append(Part(tensor, index, source, functools.partial(tensor_geometry, base, reference, tensor, wanted)))
+            parts.append(Part(tensor, index, source, functools.partial(tensor_geometry, base, plain, tensor, wanted)))
     return Parts(tuple(parts), tuple(unmapped))
 
 
-def tensor_geometry(base: GgufModel, reference: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> Geometry:
+def tensor_geometry(base: GgufModel, plain: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> Geometry:
     """The geometry of a tensor, or of some of its rows, in units of the file."""
-    with open_reader(reference.path, *(shard.path for shard in base.shards)) as reader:
+    with open_reader(plain.path, *(shard.path for shard in base.shards)) as reader:
         geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)
     return geometry if index is None else geometry.rows(index, float(energy[index].sum()))
 

@@ -23,7 +23,7 @@ class LearnedPlan:
     Attributes:
         bits: per tensor, uint8 `[rows, ceil(columns / 8)]`, one bit per weight.
         columns: per tensor.
-        energy: squared error of the reference, over all tensors.
+        energy: squared error of plain rounding, over all tensors.
         learned: `<t', t>` with the flips that were learned alone, over all tensors.
         completed: `<t', t>` with those that the constraint added.
     """

@@ -2,7 +2,7 @@
 
 The idea
 --------
-A rounding variable `h` per weight says how far it stands from its reference level towards the other one. It is learned
+A rounding variable `h` per weight says how far it stands from its plain level towards the other one. It is learned
 on a small text so that the quantized model predicts what the full-precision model predicts (`L_KL`), optionally turning the
 weights with the largest errors to the other side (`L_rev`) and staying near the weights (`L_dist`):
 
@@ -72,7 +72,7 @@ class QuantGuard(LearnedDefense[QuantGuardOptions]):
                 "seed": task.seed,
                 "text": calibration.sha256,
                 "seqlen": task.calibration.seqlen,
-                "reference": task.target.fingerprint(),
+                "plain": task.target.fingerprint(),
                 "device": task.device.type,
             }
         )

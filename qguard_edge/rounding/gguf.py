@@ -1,6 +1,6 @@
-"""The plan: walk over the quantized tensors of a reference and let a defense choose each weight's rounding.
+"""The plan: walk over the quantized tensors of a plain file and let a defense choose each weight's rounding.
 
-Per tensor: cut it into slices of whole rows; for each slice read the reference's blocks and the full-precision rows, ask the
+Per tensor: cut it into slices of whole rows; for each slice read the plain blocks and the full-precision rows, ask the
 grid for the flips and the defense for its choice, and hand the changed blocks to a sink (the patch writer). Slices run on a
 pool of threads with one torch thread each; which thread runs a slice changes nothing in the result. Memory is a few
 slices per thread, whatever the size of the model.
@@ -44,7 +44,7 @@ class TensorRounding:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which tensors of a reference a defense can reach.
+    """Which tensors of a plain file a defense can reach.
 
     Attributes:
         protected: quantized from full precision, and their type has a grid.
@@ -63,20 +63,18 @@ class Coverage:
         return done / (done + sum(tensor.n_weights for tensor in self.unprotected)) if done else 0.0
 
 
-def coverage_of(base: GgufModel, reference: GgufFile) -> Coverage:
-    """Sort the reference's tensors by what a defense can do for them.
+def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
+    """Sort the plain file's tensors by what a defense can do for them.
 
     Raises:
         FormatError: a tensor is missing from the base or has another shape there.
     """
     protected, unprotected, untouched = [], [], []
-    for tensor in reference.tensors.values():
+    for tensor in plain.tensors.values():
         source = base.tensors.get(tensor.name)
         if source is None or source.shape != tensor.shape:
             found = "is not in" if source is None else f"has the shape {list(source.shape)} in"
-            raise FormatError(
-                f"{tensor.name!r} of {reference.path.name} {found} {base.path.name}: these do not belong together"
-            )
+            raise FormatError(f"{tensor.name!r} of {plain.path.name} {found} {base.path.name}: these do not belong together")
         if tensor.ggml_type in FLOAT_TYPES or tensor.ggml_type == source.ggml_type:
             untouched.append(tensor)
         elif tensor.ggml_type in GRIDS:
@@ -102,7 +100,7 @@ def require_coverage(coverage: Coverage, allow_unprotected: bool) -> None:
 
 def harden(
     base: GgufModel,
-    reference: GgufFile,
+    plain: GgufFile,
     tensors: tuple[TensorInfo, ...],
     defense: Defense[Any],
     *,
@@ -117,8 +115,8 @@ def harden(
 
     Args:
         base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference, each with a grid.
+        plain: what llama.cpp wrote.
+        tensors: of the plain file, each with a grid.
         defense: the rule.
         seed: of all random numbers.
         sink: receives the new rows of each slice.
@@ -134,7 +132,7 @@ def harden(
     workers = 1 if device.type == "cuda" else threads or available_cores()
     paths = [shard.path for shard in base.shards]
     results = []
-    with open_reader(reference.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
+    with open_reader(plain.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
         for tensor in tensors:
             work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, seed, device, _columns(imatrix, tensor))
             results.append(_harden_tensor(work, pool, sink))
@@ -160,7 +158,7 @@ class _TensorWork:
 
     reader: TensorReader
     base: TensorInfo
-    reference: TensorInfo
+    plain: TensorInfo
     defense: Defense[Any]
     seed: int
     device: torch.device
@@ -169,24 +167,24 @@ class _TensorWork:
     def slices(self) -> list[RowSlice]:
         """Slices of whole rows; the same on every device of a kind."""
         if self.device.type == "cuda":
-            return row_slices(self.reference, CUDA_SLICE_WEIGHTS)
-        return row_slices(self.reference)
+            return row_slices(self.plain, CUDA_SLICE_WEIGHTS)
+        return row_slices(self.plain)
 
     def key(self, part: RowSlice) -> SliceKey:
-        return SliceKey(self.seed, self.reference.name, part.index, part.start)
+        return SliceKey(self.seed, self.plain.name, part.index, part.start)
 
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
-        """The reference's blocks and the flips they offer."""
-        blocks = self.reader.blocks(self.reference, part).to(self.device)
+        """The plain blocks and the flips they offer."""
+        blocks = self.reader.blocks(self.plain, part).to(self.device)
         weights = self.reader.weights(self.base, part).to(self.device)
-        flips = GRIDS[self.reference.ggml_type].flips(blocks, weights, self._importance(part))
+        flips = GRIDS[self.plain.ggml_type].flips(blocks, weights, self._importance(part))
         return blocks, flips
 
     def _importance(self, part: RowSlice) -> Tensor | None:
         """f32 `[rows, columns]`: each row gets its expert's weights."""
         if not self.importance:
             return None
-        per_expert = self.reference.shape[1]
+        per_expert = self.plain.shape[1]
         experts = torch.arange(part.start, part.stop) // per_expert
         return torch.stack([self.importance[i] for i in range(len(self.importance))])[experts].to(self.device)
 
@@ -194,13 +192,13 @@ class _TensorWork:
 def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> TensorRounding:
     started = time.perf_counter()
     total = choose_rounding(
-        GRIDS[work.reference.ggml_type],
+        GRIDS[work.plain.ggml_type],
         work.defense,
         work.slices(),
         flips_of=work.flips,
         key_of=work.key,
-        sink=lambda part, changed: sink(work.reference, part.start, changed),
+        sink=lambda part, changed: sink(work.plain, part.start, changed),
         pool=pool,
     )
     seconds = time.perf_counter() - started
-    return TensorRounding(work.reference.name, work.reference.ggml_type, work.reference.n_weights, total, seconds)
+    return TensorRounding(work.plain.name, work.plain.ggml_type, work.plain.n_weights, total, seconds)
