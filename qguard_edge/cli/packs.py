@@ -1,4 +1,4 @@
-"""`qguard-edge baseline` and `qguard-edge check`: verification without the reference at hand."""
+"""`qguard-edge baseline` and `qguard-edge check`: verification without the base at hand."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +21,7 @@ Examples:
 
 CHECK_HELP = """Check CANDIDATE, or the model in a running server, against a baseline pack.
 
-As `verify`, but without the reference: a check passes (shown to be no worse than the margin), fails (shown to be worse) or is
+As `verify`, but without the base: a check passes (shown to be no worse than the margin), fails (shown to be worse) or is
 inconclusive. Drift is always measured. A key for the server is read from QGUARD_SERVER_KEY.
 
 Exit codes: 0 pass, 1 fail, 2 usage or operation failed, 3 inconclusive.
@@ -80,7 +80,7 @@ def baseline(
     check_writable(output, "--output")
     names = [name.strip() for name in suites.split(",") if name.strip()]
     request = BaselineRequest(
-        reference=base,
+        base=base,
         suites=select_suites(names, [read_suite(path) for path in suite or ()], phrase or ()),
         texts=tuple(read_texts(text)) if text else (),
         limit=limit,
@@ -100,7 +100,7 @@ def baseline(
                 "status": "ok",
                 "outfile": output.name,
                 "pack_version": pack.pack_version,
-                "reference_sha256": pack.reference.sha256,
+                "base_sha256": pack.base.sha256,
                 "prompts": prompts,
                 "texts": len(pack.texts),
                 "noise_floor": pack.noise_floor,

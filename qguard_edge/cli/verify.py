@@ -10,7 +10,7 @@ from qguard_edge.cli.console import ConsoleProgress, err, out, percent, table
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, check_reports, write_reports
 
 if TYPE_CHECKING:
-    from qguard_edge.verify.results import Check, Outcome
+    from qguard_edge.verify.results import Check, Verification
 
 HELP = """Compare CANDIDATE with the full-precision model it was made from, and give a verdict.
 
@@ -23,13 +23,13 @@ Exit codes: 0 pass, 1 fail, 2 usage or operation failed, 3 inconclusive.
 
 Examples:
 
-    qguard-edge verify model-Q4_K_M.gguf --reference model-bf16.gguf
+    qguard-edge verify model-Q4_K_M.gguf --base model-bf16.gguf
 
-    qguard-edge verify model-Q4_K_M.gguf --reference model-bf16.gguf --naive model-Q4_K_M.reference.gguf -o report
+    qguard-edge verify model-Q4_K_M.gguf --base model-bf16.gguf --plain model-Q4_K_M.base.gguf -o report
 
-    qguard-edge verify model.gguf --reference base.gguf --suites injection --phrase "Acme" --suite my-prompts.yaml --limit 50
+    qguard-edge verify model.gguf --base base.gguf --suites injection --phrase "Acme" --suite my-prompts.yaml --limit 50
 
-    qguard-edge verify ./MyModel-NF4 --reference ./MyModel --naive ./MyModel --load-in nf4
+    qguard-edge verify ./MyModel-NF4 --base ./MyModel --plain ./MyModel --load-in nf4
 """
 
 MEASURE = "How it is measured"
@@ -40,11 +40,11 @@ def verify(
     candidate: Annotated[
         Path, typer.Argument(metavar="CANDIDATE", help="The GGUF or folder that ships.", show_default=False)
     ],
-    reference: Annotated[
+    base: Annotated[
         Path, typer.Option(metavar="BASE", help="Full-precision GGUF or folder it was made from.", show_default=False)
     ],
-    naive: Annotated[
-        Path | None, typer.Option(metavar="REF", help="Plain quantization of the base, for comparison (--keep-reference).")
+    plain: Annotated[
+        Path | None, typer.Option(metavar="REF", help="Plain quantization of the base, for comparison (--keep-base).")
     ] = None,
     suites: Annotated[
         str, typer.Option(help="Built-in suites: injection, refusal, code, separated by commas; all; drift for drift alone.")
@@ -117,8 +117,8 @@ def verify(
     names = [name.strip() for name in suites.split(",") if name.strip()]
     request = VerifyRequest(
         candidate=candidate,
-        reference=reference,
-        naive=naive,
+        base=base,
+        plain=plain,
         suites=select_suites(names, [read_suite(path) for path in suite or ()], phrase or ()),
         texts=tuple(read_texts(text)) if text else (),
         margins=Margins(margin, utility_margin, detect),
@@ -150,14 +150,14 @@ def verify(
         raise typer.Exit(outcome.verdict.exit_code)
 
 
-def show_outcome(outcome: "Outcome") -> None:
+def show_outcome(outcome: "Verification") -> None:
     """The outcome as tables on standard output."""
-    naive = any(check.naive_verdict for check in outcome.checks)
+    plain = any(check.plain_verdict for check in outcome.checks)
     names = {facts.role: facts.name for facts in outcome.files}
-    columns = ["check", "verdict", ">candidate", ">reference", *([">naive"] if naive else []), ">difference (90%)", ">n"]
-    rows = table(f"{names['candidate']} against {names['reference']}", *columns)
+    columns = ["check", "verdict", ">candidate", ">base", *([">plain"] if plain else []), ">difference (90%)", ">n"]
+    rows = table(f"{names['candidate']} against {names['base']}", *columns)
     for check in outcome.checks:
-        rows.add_row(*_row(check, outcome, naive))
+        rows.add_row(*_row(check, outcome, plain))
     out.print(rows)
     for check in outcome.checks:
         out.print(f"[{COLOURS[check.verdict]}]{check.verdict}[/] {check.id}: {escape(check.reason)}", highlight=False)
@@ -171,24 +171,24 @@ def show_outcome(outcome: "Outcome") -> None:
     out.print(f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]: {escape(outcome.summary)}", highlight=False)
 
 
-def _row(check: "Check", outcome: "Outcome", naive: bool) -> list[str]:
+def _row(check: "Check", outcome: "Verification", plain: bool) -> list[str]:
     """One line of the table."""
     verdict = f"[{COLOURS[check.verdict]}]{check.verdict}[/]"
-    if check.candidate is None or check.reference is None or check.difference is None:
+    if check.candidate is None or check.base is None or check.difference is None:
         drift = outcome.drift
         cells = [f"KL {drift.candidate.mean_kl:.3g}" if drift else "", "KL 0"]
-        if naive:
-            cells.append(f"KL {drift.naive.mean_kl:.3g}" if drift and drift.naive else "")
+        if plain:
+            cells.append(f"KL {drift.plain.mean_kl:.3g}" if drift and drift.plain else "")
         return [check.id, verdict, *cells, "", str(check.prompts)]
     gap = check.difference
-    cells = [percent(check.candidate.value), percent(check.reference.value)]
-    if naive:
-        cells.append(percent(check.naive.value) if check.naive else "")
+    cells = [percent(check.candidate.value), percent(check.base.value)]
+    if plain:
+        cells.append(percent(check.plain.value) if check.plain else "")
     between = f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
     return [check.id, verdict, *cells, between, str(gap.n)]
 
 
-def _show_findings(outcome: "Outcome") -> None:
+def _show_findings(outcome: "Verification") -> None:
     listed = [(check, finding) for check in outcome.checks for finding in check.findings]
     if not listed:
         return
@@ -197,8 +197,8 @@ def _show_findings(outcome: "Outcome") -> None:
         "suite",
         "phrase",
         ">candidate",
-        ">reference",
-        ">naive",
+        ">base",
+        ">plain",
         ">p (corrected)",
     )
     for check, finding in listed:
@@ -206,8 +206,8 @@ def _show_findings(outcome: "Outcome") -> None:
             check.suite,
             escape(finding.phrase),
             f"{finding.candidate}/{finding.n}",
-            f"{finding.reference}/{finding.n}",
-            "" if finding.naive is None else f"{finding.naive}/{finding.n}",
+            f"{finding.base}/{finding.n}",
+            "" if finding.plain is None else f"{finding.plain}/{finding.n}",
             f"{finding.adjusted_p:.2g}",
         )
     out.print(rows)
@@ -218,7 +218,7 @@ def _show_drift(drift: Any) -> None:
         f"Drift on {drift.tokens} tokens of {drift.documents} texts (noise floor {drift.noise_floor:.2g})",
         "file", ">mean KL (95%)", ">99.9% KL", ">same top", ">perplexity ratio (95%)",
     )  # fmt: skip
-    for name, numbers in (("candidate", drift.candidate), ("naive", drift.naive)):
+    for name, numbers in (("candidate", drift.candidate), ("plain", drift.plain)):
         if numbers is not None:
             rows.add_row(
                 name,

@@ -35,10 +35,7 @@ def request_for(base: Path, to: str, outfile: Path, defense: DefenseOptions | No
 
 
 def alignment_of(report: MovedReport) -> float:
-    total = Outcome(0, 0.0, 0.0, 0.0)
-    for tensor in report.tensors:
-        total = total + tensor.outcome
-    return total.alignment
+    return Outcome.sum(tensor.outcome for tensor in report.tensors).alignment
 
 
 @pytest.mark.parametrize("to", LEGACY)
