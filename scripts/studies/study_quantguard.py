@@ -3,7 +3,7 @@
 Run: python scripts/studies/study_quantguard.py --part victims --victims uniform:q4_0,mind-the-gap:q4_k --out docs/quantguard
 
 Parts:
-    victims      naive, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
+    victims      plain, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
     ablation     terms of the loss, k, the constraint, steps, start
     calibration  size and kind of the text: matching, code only, self-written, unlike the test
     adaptive     start and steps, and other text, for victims of the lab's adaptive attackers
@@ -32,8 +32,8 @@ from quantguard_rows import Row, markdown
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_exam
 from qguard_edge.lab.hf_models import load_folder
@@ -96,12 +96,12 @@ class Study:
     def row(self, model: str, setting: Setting) -> Row:
         """Convert and measure."""
         to, out = setting.to or self.to, self.work / "out.gguf"
-        request = ConvertRequest(
-            str(self.folders[model]),
-            QuantizeOptions(
+        request = GgufRequest(
+            model=str(self.folders[model]),
+            options=QuantizeOptions(
                 parse_file_type(to), threads=self.threads, imatrix=self._imatrix(model) if setting.imatrix else None
             ),
-            setting.defense,
+            defense=setting.defense,
             outfile=str(out),
             base_type="f32",
             device="cpu",

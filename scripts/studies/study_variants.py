@@ -106,7 +106,7 @@ class Model:
     """Files of one model, and its full-precision distributions."""
 
     base: Path
-    reference: Path
+    plain: Path
     full: Distributions
 
 
@@ -123,11 +123,11 @@ class Study:
 
     def _model(self, folder: Path) -> Model:
         name = "clean" if folder == self.victim.clean else "attacked"
-        base, reference = self.work / f"{name}.gguf", self.work / f"{name}-plain.gguf"
+        base, plain = self.work / f"{name}.gguf", self.work / f"{name}-plain.gguf"
         write_base_gguf(folder, base, base_type="f32")
-        quantize(base, reference, QuantizeOptions(parse_file_type(self.settings.to), threads=self.settings.threads))
+        quantize(base, plain, QuantizeOptions(parse_file_type(self.settings.to), threads=self.settings.threads))
         _, full = examine(base, self.chat, self.exam, self.victim.data.judge, self.settings.threads)
-        return Model(base, reference, full)
+        return Model(base, plain, full)
 
     def point(self, variant: Variant) -> Point:
         """Harden both models and measure them."""
@@ -153,15 +153,15 @@ class Study:
 
     def _harden(self, model: Model, variant: Variant) -> tuple[Path, float, float]:
         """A file with the variant's rounding; share of codes changed and alignment over all quantized tensors."""
-        base, reference = GgufModel(model.base), GgufFile(model.reference)
-        every = coverage_of(base, reference).protected
+        base, plain = GgufModel(model.base), GgufFile(model.plain)
+        every = coverage_of(base, plain).protected
         wanted: tuple[TensorInfo, ...] = tuple(tensor for tensor in every if variant.wanted(tensor.name))
         made = self.work / "made.gguf"
         made.unlink(missing_ok=True)
-        patch = GgufPatch(reference, made, {})
+        patch = GgufPatch(plain, made, {})
         try:
             roundings = harden(
-                base, reference, wanted, variant.make(), seed=1, sink=patch.write_rows, threads=self.settings.threads
+                base, plain, wanted, variant.make(), seed=1, sink=patch.write_rows, threads=self.settings.threads
             )
             patch.copy_rest(tensor.name for tensor in wanted)
         finally:

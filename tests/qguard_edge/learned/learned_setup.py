@@ -1,4 +1,4 @@
-"""A tiny model with its reference, as learning meets them."""
+"""A tiny model with its plain file, as learning gets them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from qguard_edge.runtimes.hf import HfModel, load_hf_model
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, its reference, its parts, and the task of learning it."""
+    """A model, its plain file, its parts, and the task of learning it."""
 
     loaded: HfModel
     parts: Parts
@@ -32,10 +32,10 @@ class Setup:
 
 
 def make_setup(folder: Path, work: Path, to: str) -> Setup:
-    base, reference = work / "base.gguf", work / f"{to}.gguf"
+    base, plain = work / "base.gguf", work / f"{to}.gguf"
     write_base_gguf(folder, base)
-    quantize(base, reference, QuantizeOptions(parse_file_type(to), threads=2))
-    model, made = GgufModel(base), GgufFile(reference)
+    quantize(base, plain, QuantizeOptions(parse_file_type(to), threads=2))
+    model, made = GgufModel(base), GgufFile(plain)
     tensors = coverage_of(model, made).protected
     loaded = load_hf_model(folder)
     target = GgufTarget(model, made, tensors)

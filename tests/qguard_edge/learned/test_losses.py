@@ -39,7 +39,7 @@ def test_reversal_by_hand() -> None:
 
 def test_distance_by_hand() -> None:
     geometry = Geometry(torch.zeros(1, 2), torch.tensor([[2.0, -1.0]]), torch.tensor([[0.25, 0.5]]), 0.5**2 + 0.5**2)
-    assert float(distance(torch.zeros(1, 2), geometry)) == pytest.approx(1.0)  # the reference
+    assert float(distance(torch.zeros(1, 2), geometry)) == pytest.approx(1.0)  # plain rounding
     assert float(distance(geometry.ratio, geometry)) == 0.0  # full precision
     assert float(distance(torch.tensor([[1.0, 0.0]]), geometry)) == pytest.approx((1.5**2 + 0.5**2) / 0.5)
 
