@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class ArmFidelity:
     """Distance to the full-precision model on held-out answers, teacher-forced.
 
     Attributes:
@@ -56,7 +56,7 @@ class Arm:
     defense: str | None
     asr: Rate
     unparsed: float
-    fidelity: Fidelity | None = None
+    fidelity: ArmFidelity | None = None
     flipped: float | None = None
     alignment: float | None = None
     seconds: float | None = None
@@ -191,7 +191,7 @@ def read_result(path: Path) -> LabResult:
                 **{
                     **arm,
                     "asr": Rate(**arm["asr"]),
-                    "fidelity": Fidelity(**arm["fidelity"]) if arm["fidelity"] else None,
+                    "fidelity": ArmFidelity(**arm["fidelity"]) if arm["fidelity"] else None,
                 }
             )
             for arm in raw["arms"]

@@ -30,7 +30,7 @@ from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
 from qguard_edge.lab.cache import building, cache_root, key_of
-from qguard_edge.lab.evaluation import Behaviour, Distributions, Exam, compare, examine, judge_answers, make_exam
+from qguard_edge.lab.evaluation import Behaviour, Distributions, HeldOut, compare, examine, judge_answers, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
@@ -272,15 +272,15 @@ def _measure(
 ) -> tuple[Behaviour, Distributions]:
     progress.stage(f"Asking {label}", 0, "")
     chat = _tokenizer_of(victim)
-    return examine(path, chat, _exam(settings, victim, chat), victim.data.judge, settings.threads)
+    return examine(path, chat, _held_out(settings, victim, chat), victim.data.judge, settings.threads)
 
 
 def _tokenizer_of(victim: Victim) -> ChatModel:
     return load_folder(victim.clean)
 
 
-def _exam(settings: LabSettings, victim: Victim, chat: ChatModel) -> Exam:
-    return make_exam(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
+def _held_out(settings: LabSettings, victim: Victim, chat: ChatModel) -> HeldOut:
+    return make_held_out(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
 
 
 def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress) -> _Arms:
@@ -290,11 +290,11 @@ def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress
     with torch_threads(settings.threads):
         for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
             chat = load_folder(folder)
-            exam = _exam(settings, victim, chat)
+            held_out = _held_out(settings, victim, chat)
             for label in ("fp", *kinds):
                 progress.stage(f"Asking {model} {label}", 0, "")
                 loaded = chat.model if label == "fp" else bnb.load_quantized(folder, label)
-                arms.made.append(_torch_arm(loaded, chat, exam, victim.data, f"{model} {label}", arms.full))
+                arms.made.append(_torch_arm(loaded, chat, held_out, victim.data, f"{model} {label}", arms.full))
     return arms
 
 
@@ -305,7 +305,7 @@ def _kinds(settings: LabSettings) -> tuple[str, ...]:
 def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: _Arms) -> None:
     """The hardened arms of the ELQ attack: every defense, for every format under attack."""
     chat = _tokenizer_of(victim)
-    exam = _exam(settings, victim, chat)
+    held_out = _held_out(settings, victim, chat)
     for options in settings.defenses or defenses_of("all"):
         if options.name == "none":
             continue
@@ -328,19 +328,19 @@ def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progres
                 with torch_threads(settings.threads):
                     name = f"{model} {kind} {options.label}"
                     loaded = load_exactly(made.outfile)
-                    arm = _torch_arm(loaded, chat, exam, victim.data, name, arms.full)
+                    arm = _torch_arm(loaded, chat, held_out, victim.data, name, arms.full)
                 flipped, alignment = _flips(made.roundings)
                 seconds = made.seconds["plan and write"] + made.seconds.get("learn", 0.0)
                 arms.made.append(replace(arm, flipped=flipped, alignment=alignment, seconds=seconds))
 
 
 def _torch_arm(
-    model: Any, chat: ChatModel, exam: Exam, data: ScenarioData, name: str, full: dict[str, Distributions]
+    model: Any, chat: ChatModel, held_out: HeldOut, data: ScenarioData, name: str, full: dict[str, Distributions]
 ) -> Arm:
     kind, _, label = name.partition(" ")
-    answers = bnb.greedy(model, exam.prompts, exam.new_tokens, chat.end, int(chat.tokenizer.pad_token_id or 0))
+    answers = bnb.greedy(model, held_out.prompts, held_out.new_tokens, chat.end, int(chat.tokenizer.pad_token_id or 0))
     behaviour = judge_answers([chat.text(answer) for answer in answers], data.judge)
-    distributions = bnb.distributions(model, exam.texts)
+    distributions = bnb.distributions(model, held_out.texts)
     if label == "fp":
         full[kind] = distributions
         return Arm(name, kind, None, behaviour.asr, behaviour.unparsed)

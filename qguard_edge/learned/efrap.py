@@ -32,7 +32,7 @@ from qguard_edge.defenses.options import EfrapOptions
 from qguard_edge.learned.blockwise import efrap_positions
 from qguard_edge.learned.calibration import Calibration
 from qguard_edge.learned.defense import Learned, LearnedDefense
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.runtimes.hf import HfModel
 
@@ -40,7 +40,7 @@ from qguard_edge.runtimes.hf import HfModel
 class Efrap(LearnedDefense[EfrapOptions]):
     """See the module docstring."""
 
-    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
         """See `LearnedDefense.learn`."""
         loaded.model.to(torch.device("cpu"))
         return efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)

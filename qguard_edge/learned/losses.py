@@ -16,7 +16,7 @@ each weight shares with all others.
 import torch
 from torch import Tensor
 
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 SMALLEST_H = 0.02  # the cross-entropy's slope is cut off here: 1/h would drown everything else
 
@@ -46,12 +46,12 @@ def reversal_slope(h: Tensor, ratio: Tensor, mask: Tensor) -> Tensor:
     return ratio / h.clamp(min=SMALLEST_H) * -mask.to(h.dtype)
 
 
-def distance(h: Tensor, geometry: Geometry) -> Tensor:
+def distance(h: Tensor, geometry: FlipGeometry) -> Tensor:
     """Squared distance from full precision of the weights that have a flip, over plain rounding's squared error."""
     soft = (h - geometry.ratio) * geometry.delta
     return soft.square().sum() / max(geometry.energy, 1e-30)
 
 
-def distance_slope(h: Tensor, geometry: Geometry) -> Tensor:
+def distance_slope(h: Tensor, geometry: FlipGeometry) -> Tensor:
     """Derivative of `distance` by `h`."""
     return (h - geometry.ratio) * geometry.delta.square() * (2.0 / max(geometry.energy, 1e-30))

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.hashes import sha256_of
-from qguard_edge.learned.parts import Geometry, Matrix, Parts, make_parts, require_scalar, tensor_geometry
+from qguard_edge.learned.parts import FlipGeometry, Matrix, MatrixParts, make_parts, require_scalar, tensor_geometry
 
 
 class Target(ABC):
     """Quantized matrices whose rounding can be chosen."""
 
     @abstractmethod
-    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
+    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> MatrixParts:
         """Each matrix's rows in a torch model.
 
         Args:
@@ -27,7 +27,7 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def geometry(self, matrix: Matrix) -> Geometry:
+    def geometry(self, matrix: Matrix) -> FlipGeometry:
         """The geometry of one whole matrix, of those that `parts` found in no parameter."""
 
     @abstractmethod
@@ -53,12 +53,12 @@ class GgufTarget(Target):
     plain: GgufFile
     tensors: tuple[TensorInfo, ...]
 
-    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
+    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> MatrixParts:
         """See `Target.parts`."""
         require_scalar(self.tensors, defense)
         return make_parts(self.base, self.plain, self.tensors, parameters)
 
-    def geometry(self, matrix: Matrix) -> Geometry:
+    def geometry(self, matrix: Matrix) -> FlipGeometry:
         """See `Target.geometry`."""
         return tensor_geometry(self.base, self.plain, self.plain.tensors[matrix.name])
 

@@ -1,4 +1,4 @@
-"""Parts: the rows of a parameter that a quantized GGUF tensor holds, with the two values each of their weights may take.
+"""The rows of a parameter that a quantized GGUF tensor holds, with the two values each of their weights may take.
 
 A flip moves a weight from its plain value `v0` by `delta` to the level on the other side of the full-precision weight
 `w = v0 + ratio * delta`. With a rounding variable `h` in [0, 1] (0 keeps the plain code, 1 takes the flip) everything that
@@ -32,7 +32,7 @@ from quant_grids.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
-class Geometry:
+class FlipGeometry:
     """What the flips of some rows do, in units of a weight.
 
     Attributes:
@@ -47,9 +47,9 @@ class Geometry:
     ratio: Tensor
     energy: float
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Geometry":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "FlipGeometry":
         """The same on another device or in another type."""
-        return Geometry(
+        return FlipGeometry(
             self.value.to(device, dtype), self.delta.to(device, dtype), self.ratio.to(device, dtype), self.energy
         )
 
@@ -57,9 +57,9 @@ class Geometry:
         """f32, what each flip takes off the projection `<t', t>`."""
         return self.delta.float().square().mul_(self.ratio)
 
-    def rows(self, index: Tensor, energy: float) -> "Geometry":
+    def rows(self, index: Tensor, energy: float) -> "FlipGeometry":
         """Some of the rows, with their squared error."""
-        return Geometry(self.value[index], self.delta[index], self.ratio[index], energy)
+        return FlipGeometry(self.value[index], self.delta[index], self.ratio[index], energy)
 
 
 class Matrix(Protocol):
@@ -79,7 +79,7 @@ class Matrix(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixPart:
     """Rows of one quantized matrix that come from one parameter.
 
     Attributes:
@@ -93,9 +93,9 @@ class Part:
     tensor: Matrix
     rows: Tensor
     source: RowSource
-    read: Callable[[], Geometry]
+    read: Callable[[], FlipGeometry]
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> FlipGeometry:
         """Read anew at each call."""
         return self.read()
 
@@ -140,7 +140,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class MatrixParts:
     """All that can be learned, and what cannot.
 
     Attributes:
@@ -148,7 +148,7 @@ class Parts:
         unmapped: protected matrices with rows that no parameter holds, or that another tensor already claimed.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MatrixPart, ...]
     unmapped: tuple[Matrix, ...]
 
     def by_parameter(self) -> dict[str, list[int]]:
@@ -178,7 +178,7 @@ def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
             )
 
 
-def read_geometry(reader: TensorReader, base: TensorInfo, plain: TensorInfo) -> tuple[Geometry, Tensor]:
+def read_geometry(reader: TensorReader, base: TensorInfo, plain: TensorInfo) -> tuple[FlipGeometry, Tensor]:
     """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are.
 
     Returns:
@@ -193,10 +193,10 @@ def read_geometry(reader: TensorReader, base: TensorInfo, plain: TensorInfo) -> 
         rows = slice(piece.start, piece.stop)
         found, energy[rows] = geometry_of(grid, reader.blocks(plain, piece), reader.weights(base, piece))
         value[rows], delta[rows], ratio[rows] = found.value, found.delta, found.ratio
-    return Geometry(value, delta, ratio, float(energy.sum())), energy
+    return FlipGeometry(value, delta, ratio, float(energy.sum())), energy
 
 
-def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geometry, Tensor]:
+def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[FlipGeometry, Tensor]:
     """The geometry of some rows from their blocks.
 
     Args:
@@ -213,10 +213,12 @@ def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geom
     value = grid.dequantize(blocks).view(weights.shape)
     delta = grid.dequantize(flipped).view(weights.shape) - value
     energy = flips.energy.double().sum(-1)
-    return Geometry(value, delta, flips.ratio * possible, float(energy.sum())), energy
+    return FlipGeometry(value, delta, flips.ratio * possible, float(energy.sum())), energy
 
 
-def make_parts(base: GgufModel, plain: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]) -> Parts:
+def make_parts(
+    base: GgufModel, plain: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]
+) -> MatrixParts:
     """Find each protected tensor's rows in a torch model.
 
     Args:
@@ -227,7 +229,7 @@ def make_parts(base: GgufModel, plain: GgufFile, tensors: Sequence[TensorInfo], 
     """
     rows = map_rows(base.path, parameters)
     claimed: dict[str, set[int]] = {}
-    parts: list[Part] = []
+    parts: list[MatrixPart] = []
     unmapped: list[TensorInfo] = []
     for tensor in tensors:
         sources = _sources(rows, tensor, claimed)
@@ -237,11 +239,11 @@ def make_parts(base: GgufModel, plain: GgufFile, tensors: Sequence[TensorInfo], 
         for source in sources:
             index = torch.from_numpy(source.tensor_rows)
             wanted = None if len(sources) == 1 else index
-            parts.append(Part(tensor, index, source, functools.partial(tensor_geometry, base, plain, tensor, wanted)))
-    return Parts(tuple(parts), tuple(unmapped))
+            parts.append(MatrixPart(tensor, index, source, functools.partial(tensor_geometry, base, plain, tensor, wanted)))
+    return MatrixParts(tuple(parts), tuple(unmapped))
 
 
-def tensor_geometry(base: GgufModel, plain: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> Geometry:
+def tensor_geometry(base: GgufModel, plain: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> FlipGeometry:
     """The geometry of a tensor, or of some of its rows, in units of the file."""
     with open_reader(plain.path, *(shard.path for shard in base.shards)) as reader:
         geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)

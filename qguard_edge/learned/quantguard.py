@@ -46,7 +46,7 @@ from qguard_edge.learned.calibration import Calibration
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.defense import Learned, LearnedDefense
 from qguard_edge.learned.endtoend import EndToEnd
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.runtimes.hf import HfModel
 
@@ -54,7 +54,7 @@ from qguard_edge.runtimes.hf import HfModel
 class QuantGuard(LearnedDefense[QuantGuardOptions]):
     """See the module docstring."""
 
-    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
         """See `LearnedDefense.learn`."""
         options = self.options
         if options.scope == "block":

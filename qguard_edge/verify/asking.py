@@ -16,7 +16,7 @@ from qguard_edge.verify.chat import ChatTemplate, render
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
 from qguard_edge.verify.keep import WorkFolder, key_of
 from qguard_edge.verify.runner import Runner, RunnerFactory
-from qguard_edge.verify.subjects import Subject, Vocabulary
+from qguard_edge.verify.subjects import Subject, TextTokenizer
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
 PIECE = 96
@@ -77,7 +77,7 @@ def prepare(base: Subject, suites: Sequence[Suite], texts: Sequence[str]) -> Que
     return Questions(asked, documents, template)
 
 
-def _ask(suite: Suite, vocabulary: Vocabulary, template: ChatTemplate | None, limit: int) -> SuiteQuestions:
+def _ask(suite: Suite, vocabulary: TextTokenizer, template: ChatTemplate | None, limit: int) -> SuiteQuestions:
     chats = [prompt for prompt in suite.prompts if not prompt.completion]
     rendered = dict(zip((p.id for p in chats), render(template, chats), strict=True)) if template and chats else {}
 
@@ -186,7 +186,7 @@ class _Lazy:
         return self._model
 
 
-def replies_of(answers: Mapping[str, tuple[Answer, ...]], vocabulary: Vocabulary) -> dict[str, tuple[Reply, ...]]:
+def replies_of(answers: Mapping[str, tuple[Answer, ...]], vocabulary: TextTokenizer) -> dict[str, tuple[Reply, ...]]:
     """Answers as text."""
     return {
         suite: tuple(Reply(vocabulary.detokenize(answer.tokens), answer.ended) for answer in given)

@@ -17,7 +17,7 @@ from qguard_edge.verify.results import FileFacts, TensorChange
 from qguard_edge.verify.runner import RunnerFactory
 
 
-class Vocabulary(Protocol):
+class TextTokenizer(Protocol):
     """A tokenizer."""
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
@@ -50,7 +50,7 @@ class Subject(Protocol):
     def template(self) -> ChatTemplate | None:
         """Its chat template, or None."""
 
-    def vocabulary(self) -> AbstractContextManager[Vocabulary]:
+    def vocabulary(self) -> AbstractContextManager[TextTokenizer]:
         """Its tokenizer, without its weights."""
 
 

@@ -22,7 +22,7 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import options_class
 from qguard_edge.lab import bnb
 from qguard_edge.lab.corpus import Corpus, make_corpus
-from qguard_edge.lab.evaluation import Distributions, compare, make_exam
+from qguard_edge.lab.evaluation import Distributions, compare, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.runner import data_key
 from qguard_edge.lab.scenarios import make_scenario
@@ -62,10 +62,10 @@ def text_of(corpus: Corpus, path: Path, count: int) -> Path:
 
 def held_out(chat: ChatModel, corpus: Corpus, count: int) -> tuple[Texts, Texts]:
     """Held-out answers, and prose: token ids and the length of what is not measured."""
-    exam = make_exam(chat, make_scenario("injection", corpus), 1, count, 8)
+    held_out = make_held_out(chat, make_scenario("injection", corpus), 1, count, 8)
     ids = chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
     prose = [(ids[start : start + 128], 1) for start in range(0, len(ids), 128)]
-    return [(list(row), n) for row, n in exam.texts], prose
+    return [(list(row), n) for row, n in held_out.texts], prose
 
 
 def measure(model: Any, texts: tuple[Texts, Texts]) -> tuple[Distributions, Distributions]:

@@ -30,7 +30,7 @@ from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.defenses.base import Defense, SliceKey, make_defense
 from qguard_edge.defenses.greedy import bins_of, take_from_top
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
-from qguard_edge.lab.evaluation import Distributions, Exam, compare, examine, make_exam
+from qguard_edge.lab.evaluation import Distributions, HeldOut, compare, examine, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
 from qguard_edge.rounding.gguf import coverage_of, harden
@@ -118,7 +118,7 @@ class Study:
         self.victim: Victim = make_victim(settings)
         self.chat: ChatModel = load_folder(self.victim.clean)
         data = self.victim.data
-        self.exam: Exam = make_exam(self.chat, data, settings.n_prompts, settings.n_texts, settings.new_tokens)
+        self.held_out: HeldOut = make_held_out(self.chat, data, settings.n_prompts, settings.n_texts, settings.new_tokens)
         self.models = {"attacked": self._model(self.victim.attacked), "clean": self._model(self.victim.clean)}
 
     def _model(self, folder: Path) -> Model:
@@ -126,7 +126,7 @@ class Study:
         base, plain = self.work / f"{name}.gguf", self.work / f"{name}-plain.gguf"
         write_base_gguf(folder, base, base_type="f32")
         quantize(base, plain, QuantizeOptions(parse_file_type(self.settings.to), threads=self.settings.threads))
-        _, full = examine(base, self.chat, self.exam, self.victim.data.judge, self.settings.threads)
+        _, full = examine(base, self.chat, self.held_out, self.victim.data.judge, self.settings.threads)
         return Model(base, plain, full)
 
     def point(self, variant: Variant) -> Point:
@@ -134,9 +134,9 @@ class Study:
         name = f"{self.settings.attack}:{self.settings.to}"
         judge, threads = self.victim.data.judge, self.settings.threads
         attacked, flipped, alignment = self._harden(self.models["attacked"], variant)
-        behaviour, found = examine(attacked, self.chat, self.exam, judge, threads)
+        behaviour, found = examine(attacked, self.chat, self.held_out, judge, threads)
         clean, _, _ = self._harden(self.models["clean"], variant)
-        _, clean_found = examine(clean, self.chat, self.exam, judge, threads)
+        _, clean_found = examine(clean, self.chat, self.held_out, judge, threads)
         asr = behaviour.asr
         return Point(
             name,

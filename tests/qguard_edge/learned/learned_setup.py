@@ -12,7 +12,7 @@ from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.matrices import GgufTarget
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.rounding.gguf import coverage_of
 from qguard_edge.runtimes.hf import HfModel, load_hf_model
@@ -23,7 +23,7 @@ class Setup:
     """A model, its plain file, its parts, and the task of learning it."""
 
     loaded: HfModel
-    parts: Parts
+    parts: MatrixParts
     task: LearnTask
     target: GgufTarget
 

@@ -17,9 +17,9 @@ from qguard_edge.conversion.report import GgufReport
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
-from qguard_edge.lab.evaluation import Distributions, compare, examine, make_exam
+from qguard_edge.lab.evaluation import Distributions, compare, examine, make_held_out
 from qguard_edge.lab.hf_models import load_folder
-from qguard_edge.lab.results import Fidelity, Rate
+from qguard_edge.lab.results import ArmFidelity, Rate
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 
@@ -29,7 +29,7 @@ STEPS = 30
 @dataclass(frozen=True)
 class Measured:
     asr: Rate
-    fidelity: Fidelity
+    fidelity: ArmFidelity
     report: GgufReport
 
 
@@ -40,7 +40,7 @@ class Bench:
         self.work = work
         self.victim: Victim = make_victim(LabSettings(threads=1))
         self.chat = load_folder(self.victim.clean)
-        self.exam = make_exam(self.chat, self.victim.data, 64, 48, 48)
+        self.held_out = make_held_out(self.chat, self.victim.data, 64, 48, 48)
         self.full: dict[str, Distributions] = {}
         pairs = [*self.victim.data.repaired[:96], *self.victim.data.kept[:32]]
         self.text = write_pairs(work / "calib.jsonl", pairs)
@@ -70,7 +70,7 @@ class Bench:
         return Measured(asr, compare(self.full[model], distributions), report)
 
     def _examine(self, path: Path) -> tuple[Rate, Distributions]:
-        behaviour, distributions = examine(path, self.chat, self.exam, self.victim.data.judge, 2)
+        behaviour, distributions = examine(path, self.chat, self.held_out, self.victim.data.judge, 2)
         return behaviour.asr, distributions
 
 

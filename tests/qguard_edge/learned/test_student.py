@@ -10,7 +10,7 @@ from gguf.quants import dequantize
 from learned_setup import Setup, make_setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.learned.endtoend import Batch, logits_of, make_variables
+from qguard_edge.learned.endtoend import TextBatch, logits_of, make_variables
 from qguard_edge.learned.losses import kl_divergence
 from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.student import Student
@@ -109,7 +109,7 @@ def test_gradients_are_handed_over_and_freed(setup: Setup, samples: list[tuple[i
     seen: dict[int, torch.Tensor] = {}
     handles = student.on_gradients(lambda index, slope: seen.update({index: slope}))
     ids = torch.tensor([samples[0]])
-    batch = Batch(ids, torch.ones_like(ids))
+    batch = TextBatch(ids, torch.ones_like(ids))
     logits = logits_of(student.model, batch, CPU)
     kl_divergence(torch.zeros_like(logits), logits).backward()
     assert sorted(seen) == list(range(len(setup.parts.parts)))
