@@ -27,6 +27,7 @@ from quant_grids.errors import FormatError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
 
 CUDA_SLICE_WEIGHTS = 1 << 24
+CPU = torch.device("cpu")
 Sink = Callable[[TensorInfo, int, Tensor], None]
 """Called with (tensor, first row, new blocks uint8 `[n, type_size]`), from several threads."""
 
@@ -111,17 +112,31 @@ def require_coverage(coverage: Coverage, allow_unprotected: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class WalkOptions:
+    """How the tensors of a file are gone through.
+
+    Attributes:
+        seed: of all random numbers.
+        threads: slices in work at a time, 0 for one per core.
+        device: where the arithmetic runs.
+        imatrix: weights of the squared error that flips may add.
+    """
+
+    seed: int
+    threads: int = 0
+    device: torch.device = CPU
+    imatrix: Imatrix | None = None
+
+
 def harden(
     base: GgufModel,
     plain: GgufFile,
     tensors: tuple[TensorInfo, ...],
     defense: Defense[Any],
+    options: WalkOptions,
     *,
-    seed: int,
     sink: Sink,
-    threads: int = 0,
-    device: torch.device | None = None,
-    imatrix: Imatrix | None = None,
     progress: Progress | None = None,
 ) -> tuple[TensorRounding, ...]:
     """Choose the rounding of every given tensor and hand the new blocks to `sink`.
@@ -131,23 +146,20 @@ def harden(
         plain: what llama.cpp wrote.
         tensors: of the plain file, each with a grid.
         defense: the rule.
-        seed: of all random numbers.
+        options: seed, threads, device, importance matrix.
         sink: receives the new rows of each slice.
-        threads: slices in work at a time, 0 for one per core.
-        device: where the arithmetic runs; default CPU.
-        imatrix: weights of the squared error that flips may add.
         progress: told the number of weights done.
 
     Returns:
         One record per tensor, in the order given.
     """
-    device = device or torch.device("cpu")
-    workers = 1 if device.type == "cuda" else threads or available_cores()
+    workers = 1 if options.device.type == "cuda" else options.threads or available_cores()
     paths = [shard.path for shard in base.shards]
     results = []
     with open_reader(plain.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
         for tensor in tensors:
-            work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, seed, device, _columns(imatrix, tensor))
+            importance = _columns(options.imatrix, tensor)
+            work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, options, importance)
             results.append(_harden_tensor(work, pool, sink))
             if progress:
                 progress.advance(tensor.n_weights, tensor.name)
@@ -173,23 +185,22 @@ class _TensorWork:
     base: TensorInfo
     plain: TensorInfo
     defense: Defense[Any]
-    seed: int
-    device: torch.device
+    options: WalkOptions
     importance: Mapping[int, Tensor]
 
     def slices(self) -> list[RowSlice]:
         """Slices of whole rows; the same on every device of a kind."""
-        if self.device.type == "cuda":
+        if self.options.device.type == "cuda":
             return row_slices(self.plain, CUDA_SLICE_WEIGHTS)
         return row_slices(self.plain)
 
     def key(self, part: RowSlice) -> SliceKey:
-        return SliceKey(self.seed, self.plain.name, part.index, part.start)
+        return SliceKey(self.options.seed, self.plain.name, part.index, part.start)
 
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
         """The plain blocks and the flips they offer."""
-        blocks = self.reader.blocks(self.plain, part).to(self.device)
-        weights = self.reader.weights(self.base, part).to(self.device)
+        blocks = self.reader.blocks(self.plain, part).to(self.options.device)
+        weights = self.reader.weights(self.base, part).to(self.options.device)
         flips = GRIDS[self.plain.ggml_type].flips(blocks, weights, self._importance(part))
         return blocks, flips
 
@@ -199,7 +210,7 @@ class _TensorWork:
             return None
         per_expert = self.plain.shape[1]
         experts = torch.arange(part.start, part.stop) // per_expert
-        return torch.stack([self.importance[i] for i in range(len(self.importance))])[experts].to(self.device)
+        return torch.stack([self.importance[i] for i in range(len(self.importance))])[experts].to(self.options.device)
 
 
 def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> TensorRounding:

@@ -40,7 +40,7 @@ from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.learned.calibration import SEED_PROMPTS
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.rounding.gguf import coverage_of, harden
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts
 from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.scan.findings import Finding, Severity
@@ -168,7 +168,7 @@ def _dosed(base: GgufModel, plain: GgufFile, target: float, path: Path, threads:
     tensors = coverage_of(base, plain).protected
     patch = GgufPatch(plain, path, {})
     try:
-        harden(base, plain, tensors, defense, seed=0, sink=patch.write_rows, threads=threads)
+        harden(base, plain, tensors, defense, WalkOptions(seed=0, threads=threads), sink=patch.write_rows)
         patch.copy_rest(tensor.name for tensor in tensors)
     finally:
         patch.close()

@@ -37,7 +37,7 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, NoiseOptions, OrthoOptions, QVecOptions, options_class
 from qguard_edge.lab.smollm2 import make_folder
-from qguard_edge.rounding.gguf import coverage_of, harden
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def time_plan(
     try:
         sink = patch.write_rows if patch else (lambda *_: None)
         rule = make_defense(defense or OrthoOptions())
-        harden(base, plain, coverage.protected, rule, seed=1, sink=sink, threads=threads)
+        harden(base, plain, coverage.protected, rule, WalkOptions(1, threads), sink=sink)
         if patch:
             patch.copy_rest(tensor.name for tensor in coverage.protected)
     finally:

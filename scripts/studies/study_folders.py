@@ -29,6 +29,7 @@ from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
+from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.devices import torch_threads
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT
@@ -77,7 +78,7 @@ def row_of(victim: str, report: FolderReport, full: tuple[Distributions, ...], f
     """Join a conversion with what was measured on its folder."""
     near, prose = (compare(a, b) for a, b in zip(full, found, strict=True))
     weights = sum(rounding.n_weights for rounding in report.roundings)
-    energy = sum(rounding.outcome.energy for rounding in report.roundings)
+    total = total_outcome(report.roundings)
     assert report.defense is not None
     return Row(
         victim,
@@ -87,8 +88,8 @@ def row_of(victim: str, report: FolderReport, full: tuple[Distributions, ...], f
         prose.mean_kl,
         near.same_top,
         near.perplexity_ratio,
-        sum(rounding.outcome.n_changed for rounding in report.roundings) / weights,
-        sum(rounding.outcome.projection for rounding in report.roundings) / energy,
+        total.n_changed / weights,
+        total.alignment,
         sum(report.seconds.values()),
         report.out_bytes / 1e6,
         report.loaded is not None,

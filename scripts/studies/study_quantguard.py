@@ -43,6 +43,7 @@ from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
+from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT
 from qguard_edge.runtimes.imatrix import make_imatrix
 from qguard_edge.runtimes.llama import LlamaModel
@@ -118,7 +119,7 @@ class Study:
         fidelity = compare(full.answers, measured.answers)
         unlike = compare(full.prose, measured.prose).mean_kl if setting.text != "prose" else None
         weights = sum(r.n_weights for r in report.roundings)
-        energy = sum(r.outcome.energy for r in report.roundings)
+        total = total_outcome(report.roundings)
         return Row(
             victim=self.victim,
             model=model,
@@ -131,8 +132,8 @@ class Study:
             kl=fidelity.mean_kl,
             kl_999=fidelity.kl_999,
             perplexity_ratio=fidelity.perplexity_ratio,
-            flipped=sum(r.outcome.n_changed for r in report.roundings) / max(weights, 1),
-            alignment=sum(r.outcome.projection for r in report.roundings) / energy if energy else 1.0,
+            flipped=total.n_changed / max(weights, 1),
+            alignment=total.alignment,
             alignment_learned=report.learned.alignment_learned if report.learned else None,
             seconds=seconds,
             same_top=fidelity.same_top,

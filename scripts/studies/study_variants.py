@@ -33,7 +33,7 @@ from qguard_edge.defenses.options import NoneOptions, OrthoOptions
 from qguard_edge.lab.evaluation import Distributions, HeldOut, compare, examine, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
-from qguard_edge.rounding.gguf import coverage_of, harden
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden, total_outcome
 from quant_grids import Flips
 from quant_grids.base import ScalarFlips
 
@@ -161,16 +161,14 @@ class Study:
         patch = GgufPatch(plain, made, {})
         try:
             roundings = harden(
-                base, plain, wanted, variant.make(), seed=1, sink=patch.write_rows, threads=self.settings.threads
+                base, plain, wanted, variant.make(), WalkOptions(1, self.settings.threads), sink=patch.write_rows
             )
             patch.copy_rest(tensor.name for tensor in wanted)
         finally:
             patch.close()
         weights = sum(tensor.n_weights for tensor in every)
-        energy = sum(rounding.outcome.energy for rounding in roundings)
-        projection = sum(rounding.outcome.projection for rounding in roundings)
-        changed = sum(rounding.outcome.n_changed for rounding in roundings)
-        return made, changed / weights, projection / energy
+        total = total_outcome(roundings)
+        return made, total.n_changed / weights, total.alignment
 
 
 def markdown(points: list[Point]) -> str:
