@@ -18,7 +18,7 @@ def option(default: Any, help_text: str, **limits: Any) -> Any:
     Args:
         default: of the field.
         help_text: one line.
-        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that says nothing.
+        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that means nothing to a reader.
     """
     return field(default=default, metadata={"help": help_text, **limits})
 

@@ -24,7 +24,7 @@ TensorTypes = tuple[tuple[str, str], ...]
 
 
 class RefusedError(QGuardError):
-    """The scan found something dangerous and nobody accepted it.
+    """The scan found something dangerous, and the user did not accept it.
 
     Attributes:
         findings: everything that was found.

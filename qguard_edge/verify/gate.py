@@ -20,7 +20,7 @@ def make_gate(
     device: str = "auto",
     load_in: str | None = None,
 ) -> Gate:
-    """A gate that asks built-in suites.
+    """A gate that verifies with built-in suites.
 
     Args:
         suites: their names; `all` for every one.
