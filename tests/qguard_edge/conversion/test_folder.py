@@ -20,7 +20,6 @@ from qguard_edge.conversion.dry_run import dry_folder
 from qguard_edge.conversion.opened_folder import plan_folder
 from qguard_edge.conversion.outputs.folder import convert_to_folder
 from qguard_edge.conversion.report import FolderReport
-from qguard_edge.conversion.request import FolderRequest
 from qguard_edge.defenses.options import (
     DefenseOptions,
     FlipGuardOptions,
@@ -30,10 +29,12 @@ from qguard_edge.defenses.options import (
     QuantGuardOptions,
     QVecOptions,
 )
-from qguard_edge.runtimes.bnb import exact_on_cpu
 from qguard_edge.runtimes.hf import HfLoadError
 from quant_grids.bnb import bnb_grid
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.bnb_folders import folder_request as request
+from tests.helpers.bnb_folders import load
+from tests.helpers.command import CommandLine
 
 DEFENSES: list[DefenseOptions] = [NoneOptions(), OrthoOptions(), FlipGuardOptions(), QVecOptions(), NoiseOptions()]
 PROMPT = torch.tensor([[5, 77, 130, 9, 201, 33, 64, 12]])
@@ -51,15 +52,6 @@ def wide_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
     return folder
-
-
-def request(folder: Path, out: Path, to: str, defense: DefenseOptions = OrthoOptions(), **more: Any) -> FolderRequest:  # noqa: B008
-    base = FolderRequest(str(folder), to, defense, outfile=str(out), device="cpu", seed=3, check_loads=False)
-    return replace(base, **more)
-
-
-def load(folder: Path, **more: Any) -> Any:
-    return exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, **more).eval())
 
 
 def weights_of(model: Any) -> dict[str, torch.Tensor]:
@@ -354,9 +346,7 @@ def test_dry_run_writes_nothing_and_knows_the_size(tiny_folder: Path, tmp_path: 
     assert report.base_bytes == plan.base_bytes
 
 
-def test_command_line(tiny_folder: Path, tmp_path: Path) -> None:
-    from test_cli import cli
-
+def test_command_line(tiny_folder: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_folder, "--to", "NF4", "--json", "--seed", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

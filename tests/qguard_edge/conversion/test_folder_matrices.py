@@ -7,7 +7,6 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from test_hf_target import load, request
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from qguard_edge import hf_target
@@ -17,6 +16,8 @@ from qguard_edge.conversion.outputs.folder import convert_to_folder
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
+from tests.helpers.bnb_folders import folder_request as request
+from tests.helpers.bnb_folders import load
 
 TEXT = "the river runs past old mills and quiet fields where people walk at dusk talking about rain bread and trains"
 WORDS = TEXT.split()

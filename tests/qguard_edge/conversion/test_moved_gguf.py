@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ggml_oracle import quantize as quantize_in_libggml
 from gguf import GGMLQuantizationType
 
 from convert.diff import compare_files
@@ -25,6 +24,7 @@ from quant_grids import GRIDS, Outcome
 from quant_grids.base import ScalarGrid
 from quant_grids.cells import cell_of, sub_block_setters
 from quant_grids.errors import UnsupportedError
+from tests.helpers.ggml_oracle import quantize as quantize_in_libggml
 
 LEGACY = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lab_files import TEXTS
 
 from qguard_edge.cli import run
 from qguard_edge.conversion.outputs.folder import convert_to_folder
@@ -23,6 +22,7 @@ from qguard_edge.verify.results import Verdict, from_json
 from qguard_edge.verify.suites.base import Suite, SuitePrompt
 from qguard_edge.verify.verifier import VerifyRequest, verify
 from quant_grids.errors import FormatError
+from tests.helpers.lab_files import TEXTS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lab_files import TEXTS, LabFiles, make_files
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
@@ -28,6 +27,7 @@ from qguard_edge.verify.files import PairError
 from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.verifier import VerifyRequest, verify
+from tests.helpers.lab_files import TEXTS, LabFiles, make_files
 
 
 def request(files: LabFiles, candidate: Path, **options: object) -> VerifyRequest:
