@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,21 @@ class FileDifference:
     def codes_changed(self) -> int:
         """Codes that differ, in all tensors."""
         return sum(tensor.codes_changed for tensor in self.tensors)
+
+    def fault(self, planned: Mapping[str, int]) -> str:
+        """What differs beside the codes that were to change, in words; empty for nothing.
+
+        Args:
+            planned: tensor name -> codes that were to change; 0 for those that are not named.
+        """
+        for tensor in self.tensors:
+            wanted = planned.get(tensor.name, 0)
+            if tensor.foreign_bytes or tensor.codes_changed != wanted:
+                return (
+                    f"{tensor.name!r} was not written as planned ({tensor.codes_changed} codes changed, {wanted} planned, "
+                    f"{tensor.foreign_bytes} other bytes)"
+                )
+        return f"the metadata key {self.metadata[0]!r} changed" if self.metadata else ""
 
 
 def compare_files(

@@ -2,7 +2,7 @@
 
 One shard is in memory at a time. Shards get their final names at the end, when their number is known. A folder without
 config.json is no model to anyone, so a write that stops half-way leaves nothing that looks complete, even under the hidden
-name that `convert.atomic.atomic_folder` gives it.
+name that `convert.atomic.commit_folder` gives it.
 """
 
 import json

@@ -47,13 +47,13 @@ def compare(
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions
     from qguard_edge.compare.defenses import compare_defenses
-    from qguard_edge.conversion.request import ConvertRequest
+    from qguard_edge.conversion.request import GgufRequest
     from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 
     if plot:
         check_writable(plot, "--plot")
     options = QuantizeOptions(parse_file_type(to), threads=threads, imatrix=imatrix)
-    request = ConvertRequest(model, options, chosen[0], revision=revision, seed=seed)
+    request = GgufRequest(model=model, options=options, defense=chosen[0], revision=revision, seed=seed)
     with ConsoleProgress(json_output) as progress:
         rows = compare_defenses(request, chosen, read_texts(text or DEFAULT_TEXT), max_tokens=max_tokens, progress=progress)
     if plot:

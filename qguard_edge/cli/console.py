@@ -15,7 +15,7 @@ from rich.table import Table
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def json_text(document: Mapping[str, Any]) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from convert.base_gguf import write_base
 from convert.source import resolve_source
-from qguard_edge.conversion.metadata import total_outcome
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.fidelity import Fidelity, measure_fidelity
 
 
@@ -41,7 +41,7 @@ class DefenseRow:
 
 
 def compare_defenses(
-    request: ConvertRequest,
+    request: GgufRequest,
     defenses: Sequence[DefenseOptions],
     texts: Sequence[str],
     *,
@@ -67,7 +67,14 @@ def compare_defenses(
         base = source.path
         if not source.is_gguf:
             base = work / "base.gguf"
-            write_base(source, base, request, request.base_type, progress)
+            write_base(
+                source,
+                base,
+                base_type=request.base_type,
+                pre=request.pre,
+                converter=request.converter,
+                progress=progress,
+            )
         rows = []
         for defense in defenses:
             out = work / "candidate.gguf"
@@ -77,7 +84,7 @@ def compare_defenses(
                 outfile=str(out),
                 defense=defense,
                 overwrite=True,
-                keep_reference=False,
+                keep_plain=False,
                 check_loads=False,
             )
             report = convert_model(asked, progress)
@@ -86,7 +93,7 @@ def compare_defenses(
             fidelity = measure_fidelity(base, out, texts, max_tokens=max_tokens, threads=threads, progress=progress)
             total = total_outcome(report.roundings)
             weights = sum(rounding.n_weights for rounding in report.roundings)
-            spent = sum(report.seconds.get(stage, 0.0) for stage in ("plan and patch", "requantize"))
+            spent = sum(report.seconds.get(stage, 0.0) for stage in ("learn", "choose and write", "requantize"))
             rows.append(
                 DefenseRow(defense, total.alignment, total.n_changed / max(weights, 1), total.added_error, fidelity, spent)
             )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qguard_edge.compare.defenses import DefenseRow, compare_defenses
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.defenses.options import QVecOptions
 from qguard_edge.progress import Progress
 
@@ -36,7 +36,7 @@ class QVecSearch:
 
 
 def search_strength(
-    request: ConvertRequest,
+    request: GgufRequest,
     texts: Sequence[str],
     *,
     strengths: Sequence[float] = STRENGTHS,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convert.hashes import sha256_of
 from convert.hf.rowmap import RowSource
-from qguard_edge.conversion.opened_folder import FolderPlan
+from qguard_edge.conversion.opened_folder import OpenedFolder
 from qguard_edge.learned.matrices import Target
 from qguard_edge.learned.parts import Geometry, Matrix, Part, Parts, geometry_of
 from qguard_edge.rounding.bnb import quantized
@@ -39,13 +39,13 @@ class FolderTarget(Target):
     """Matrices of a folder.
 
     Attributes:
-        plan: the opened folder.
+        opened: the folder.
         kind: nf4, fp4 or int8.
         double_quant: whether scales are compressed.
         read: a matrix by name as it will be quantized, in the checkpoint's orientation.
     """
 
-    plan: FolderPlan
+    opened: OpenedFolder
     kind: str
     double_quant: bool
     read: Callable[[str], Tensor]
@@ -54,10 +54,10 @@ class FolderTarget(Target):
     def matrices(self) -> tuple[FolderMatrix, ...]:
         """What bitsandbytes quantizes, in the order of the checkpoint."""
         found = []
-        for tensor in self.plan.checkpoint.tensors.values():
-            module = self.plan.module_of(tensor)
+        for tensor in self.opened.checkpoint.tensors.values():
+            module = self.opened.module_of(tensor)
             if module is not None:
-                transposed = self.plan.modules.transposed[module]
+                transposed = self.opened.modules.transposed[module]
                 rows, columns = tensor.shape[::-1] if transposed else tensor.shape
                 found.append(FolderMatrix(tensor.name, rows, columns, transposed))
         return tuple(found)
@@ -91,7 +91,7 @@ class FolderTarget(Target):
 
     @cached_property
     def _weights_hash(self) -> str:
-        return sha256_of(sorted({tensor.file for tensor in self.plan.checkpoint.tensors.values()}))
+        return sha256_of(sorted({tensor.file for tensor in self.opened.checkpoint.tensors.values()}))
 
     def fingerprint(self) -> str:
         """See `Target.fingerprint`."""

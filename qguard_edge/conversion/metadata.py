@@ -6,16 +6,7 @@ from dataclasses import asdict
 
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.settings import LearnReport
-from qguard_edge.rounding.gguf import TensorRounding
-from quant_grids import Outcome
-
-
-def total_outcome(roundings: Sequence[TensorRounding]) -> Outcome:
-    """Sums over all tensors."""
-    total = Outcome(0, 0.0, 0.0, 0.0)
-    for rounding in roundings:
-        total = total + rounding.outcome
-    return total
+from qguard_edge.rounding.gguf import TensorRounding, total_outcome
 
 
 def qguard_entries(
@@ -32,7 +23,7 @@ def qguard_entries(
         version: of qguard-edge.
         defense: the rounding rule and its options.
         seed: of its random numbers, as text because readers of GGUF differ in how they take 64-bit numbers.
-        hashes: SHA-256 of `base` and `reference`.
+        hashes: SHA-256 of `base` and `plain`.
         roundings: per protected tensor.
         learned: what a learned defense reported; adds the hash of its text.
     """
@@ -47,7 +38,7 @@ def qguard_entries(
         "params": json.dumps(asdict(defense), sort_keys=True),
         "seed": str(seed),
         "base.sha256": hashes["base"],
-        "reference.sha256": hashes["reference"],
+        "plain.sha256": hashes["plain"],
         "share_flipped": float(total.n_changed / weights) if weights else 0.0,
         "alignment": float(total.alignment),
         **calibrated,

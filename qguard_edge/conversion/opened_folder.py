@@ -1,4 +1,4 @@
-"""From "convert this to a folder" to a checked plan: what is read, what is quantized, where it goes. Writes nothing.
+"""A model folder that is to be rounded for bitsandbytes, opened and understood. Writes nothing.
 
 Which modules bitsandbytes quantizes is asked of transformers (every Linear but the output head and tied weights), so a
 folder made here has exactly the modules that `load_in_4bit` would have made.
@@ -6,15 +6,13 @@ folder made here has exactly the modules that `load_in_4bit` would have made.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from convert.atomic import OutputError, check_folder_writable
 from convert.hf.checkpoint import PLAIN_DTYPES, Checkpoint, SourceTensor
 from convert.hf.jsonfile import Section, read_json
 from convert.hf.quantized import open_weights
 from convert.hf_folder import CONFIG_NAME
-from convert.source import Source, resolve_source
+from convert.source import Source
 from qguard_edge.learned.memory import ModelSize, size_of
 from qguard_edge.runtimes.bnb import LinearModules, linear_modules
 from quant_grids.errors import UnsupportedError
@@ -23,13 +21,11 @@ _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 
 
 @dataclass(frozen=True)
-class FolderPlan:
-    """A folder that was opened and understood; nothing is written yet.
+class OpenedFolder:
+    """A folder's contents.
 
     Attributes:
         source: the model.
-        outfile: the final name.
-        kinds: formats.
         config: config.json.
         checkpoint: the weights.
         modules: what gets quantized.
@@ -37,8 +33,6 @@ class FolderPlan:
     """
 
     source: Source
-    outfile: Path
-    kinds: tuple[str, ...]
     config: Mapping[str, Any]
     checkpoint: Checkpoint
     modules: LinearModules
@@ -48,34 +42,35 @@ class FolderPlan:
         """Of the model, for the estimates of learning."""
         return size_of((tensor.name, tensor.shape) for tensor in self.checkpoint.tensors.values())
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensor data as it is read."""
+        return sum(bytes_as(tensor, tensor.dtype) for tensor in self.checkpoint.tensors.values())
+
     def module_of(self, tensor: SourceTensor) -> str | None:
         """Name of the module whose weight this is, if it is to be quantized."""
         name = tensor.name.removesuffix(".weight")
         return name if name != tensor.name and name in self.modules.transposed else None
 
 
-def plan_folder(request: FolderRequest) -> FolderPlan:
-    """Open a model and rule out every way to fail, short of a disk error, without writing anything.
+def open_folder(source: Source, to: str, skip: tuple[str, ...]) -> OpenedFolder:
+    """Open a model folder.
+
+    Args:
+        source: the model.
+        to: `--to`, for messages.
+        skip: modules to leave alone beside those that transformers leaves out.
 
     Raises:
         QGuardError: one of its kinds, with a sentence for the user.
     """
-    kinds = request.check()
-    source = resolve_source(request.model, request.revision)
     if source.is_gguf:
-        raise UnsupportedError(
-            f"--to {request.to} writes a Hugging Face folder and needs one as input, not {source.path.name}"
-        )
-    template = request.outfile or f"{source.name}-{{FTYPE}}"
-    outfile = Path(template.replace("{ftype}", request.to).replace("{FTYPE}", request.to.upper())).expanduser()
-    if outfile.resolve().is_relative_to(source.path.resolve()) or source.path.resolve().is_relative_to(outfile.resolve()):
-        raise OutputError(f"the output {outfile.name} and the input lie in one another; choose another name with --outfile")
-    check_folder_writable(outfile, overwrite=request.overwrite, marker=CONFIG_NAME)
+        raise UnsupportedError(f"--to {to} writes a Hugging Face folder and needs one as input, not {source.path.name}")
     config = read_json(source.path / CONFIG_NAME)
     checkpoint, warnings = open_weights(source.path, Section(config, CONFIG_NAME))
-    modules = linear_modules(source.path, request.skip)
+    modules = linear_modules(source.path, skip)
     _check_weights(checkpoint, modules)
-    return FolderPlan(source, outfile, kinds, config, checkpoint, modules, warnings)
+    return OpenedFolder(source, config, checkpoint, modules, warnings)
 
 
 def _check_weights(checkpoint: Checkpoint, modules: LinearModules) -> None:
@@ -96,6 +91,6 @@ def _check_weights(checkpoint: Checkpoint, modules: LinearModules) -> None:
             )
 
 
-def source_bytes(tensor: SourceTensor) -> int:
-    """Size of a tensor's data as it is read."""
-    return tensor.elements * _SIZES.get(tensor.dtype, 1)
+def bytes_as(tensor: SourceTensor, dtype: str) -> int:
+    """Size of a tensor's data when it is stored in a type."""
+    return tensor.elements * _SIZES.get(dtype, 1)

@@ -1,4 +1,4 @@
-"""The rounding plan as a file: made where the model can run, applied where only the reference GGUF is.
+"""The rounding plan as a file: made where the model can run, applied where only the plain GGUF is.
 
 A plan says for every weight of every protected tensor whether its code stays or moves, and which way. It is a safetensors
 file with two tensors per GGUF tensor, and one JSON header:
@@ -6,7 +6,7 @@ file with two tensors per GGUF tensor, and one JSON header:
     NAME.moved   uint8 [rows, ceil(columns / 8)]   one bit per weight, most significant first: the code moves
     NAME.up      uint8 [ceil(moved / 8)]           one bit per moved code, in storage order: 1 up, 0 down, by one level
 
-So a plan needs neither the base nor torch's model to be applied, only the reference it was made for, which the header names
+So a plan needs neither the base nor torch's model to be applied, only the plain file it was made for, which the header names
 by its SHA-256. Formats whose codes are shared by several weights have no such plan.
 """
 
@@ -33,28 +33,29 @@ from quant_grids import GRIDS
 from quant_grids.base import ScalarGrid
 from quant_grids.errors import QGuardError
 
-FORMAT = "qguard-plan-1"
+FORMAT = "qguard-plan-2"
+OLD_FORMAT = "qguard-plan-1"  # names the plain file `reference`; still read
 Bytes = npt.NDArray[np.uint8]
 
 
 class PlanError(QGuardError):
-    """The plan cannot be read, or does not belong to this reference."""
+    """The plan cannot be read, or does not belong to this plain file."""
 
 
 class PlanRecorder:
     """A sink for `qguard_edge.rounding.gguf.harden`: keeps the change of each code instead of writing the new blocks.
 
     Args:
-        reference: what the plan is for.
+        plain: what the plan is for.
     """
 
-    def __init__(self, reference: GgufFile) -> None:
-        self._reader_context = open_reader(reference.path)
+    def __init__(self, plain: GgufFile) -> None:
+        self._reader_context = open_reader(plain.path)
         self._reader = self._reader_context.__enter__()
         self._changes: dict[str, Tensor] = {}
 
     def close(self) -> None:
-        """Close the reference."""
+        """Close the plain file."""
         self._reader_context.__exit__(None, None, None)
 
     def __call__(self, tensor: TensorInfo, row: int, blocks: Tensor) -> None:
@@ -138,45 +139,47 @@ def read_plan(path: Path) -> Plan:
             names = list(file.keys())
     except (OSError, SafetensorError) as error:
         raise PlanError(f"{path.name} cannot be read as a rounding plan: {error}") from error
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, OLD_FORMAT):
         raise PlanError(f"{path.name} is no rounding plan of the kind {FORMAT}; make one with `qguard-edge plan`")
     try:
         plan = json.loads(header.get("plan", ""))
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path.name}: the header is not JSON") from error
-    if not isinstance(plan, dict) or not isinstance(plan.get("reference_sha256"), str):
-        raise PlanError(f"{path.name}: the header names no reference")
+    if isinstance(plan, dict) and header["format"] == OLD_FORMAT:
+        plan["plain_sha256"] = plan.pop("reference_sha256", None)
+    if not isinstance(plan, dict) or not isinstance(plan.get("plain_sha256"), str):
+        raise PlanError(f"{path.name}: the header names no plain file")
     plan["tensors"] = [name.removesuffix(".moved") for name in names if name.endswith(".moved")]
     return Plan(plan, path)
 
 
-def apply_plan(plan: Plan, reference: GgufFile, out: Path, progress: Progress | None = None) -> dict[str, int]:
-    """Write a copy of the reference with the plan's codes to `out`, a new file.
+def apply_plan(plan: Plan, plain: GgufFile, out: Path, progress: Progress | None = None) -> dict[str, int]:
+    """Write a copy of the plain file with the plan's codes to `out`, a new file.
 
     Returns:
         Codes changed, per tensor.
 
     Raises:
-        PlanError: the plan was made for another reference, or does not fit it.
+        PlanError: the plan was made for another plain file, or does not fit it.
     """
     progress = progress or NoProgress()
-    if sha256_of([reference.path]) != plan.header["reference_sha256"]:
+    if sha256_of([plain.path]) != plan.header["plain_sha256"]:
         raise PlanError(
-            f"{plan.path.name} was not made for {reference.path.name} (another SHA-256); give the reference that "
+            f"{plan.path.name} was not made for {plain.path.name} (another SHA-256); give the plain file that "
             "`qguard-edge plan` was given"
         )
-    unknown = [name for name in plan.header["tensors"] if name not in reference.tensors]
+    unknown = [name for name in plan.header["tensors"] if name not in plain.tensors]
     if unknown:
-        raise PlanError(f"{plan.path.name} has a plan for {unknown[0]!r}, which {reference.path.name} does not have")
+        raise PlanError(f"{plan.path.name} has a plan for {unknown[0]!r}, which {plain.path.name} does not have")
     metadata = plan.header.get("metadata")
     if not isinstance(metadata, dict) or not all(isinstance(v, bool | int | float | str) for v in metadata.values()):
         raise PlanError(f"{plan.path.name}: the header has no metadata for the file")
-    tensors = [reference.tensors[name] for name in plan.header["tensors"]]
+    tensors = [plain.tensors[name] for name in plan.header["tensors"]]
     progress.stage("Applying the plan", len(tensors), "tensors")
     counts = {}
-    patch = GgufPatch(reference, out, metadata)
+    patch = GgufPatch(plain, out, metadata)
     try:
-        with open_reader(reference.path) as reader:
+        with open_reader(plain.path) as reader:
             for tensor in tensors:
                 grid, change = _scalar(tensor), plan.change(tensor)
                 for part in row_slices(tensor):

@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 
 from qguard_edge.defenses.options import DefenseOptions
 from quant_grids import Flips, Grid
-
-if TYPE_CHECKING:
-    from qguard_edge.learned.settings import LearnReport, LearnTask
 
 Options = TypeVar("Options", bound=DefenseOptions)
 
@@ -67,7 +64,6 @@ class Defense(ABC, Generic[Options]):
 
     surveys = False  # whether `survey` must see every slice before `choose` is called
     requantizes = False  # whether the defense moves weights instead of choosing flips
-    learns = False  # whether `prepare` must see the whole model before `choose` is called
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -75,10 +71,6 @@ class Defense(ABC, Generic[Options]):
     def on(self, grid: Grid) -> "Defense[Any]":
         """The rule with the settings that fit a format; the default has the same for all."""
         return self
-
-    def prepare(self, task: "LearnTask") -> "LearnReport":
-        """Learn from the whole model what `choose` will answer; only called when `learns` is true."""
-        raise NotImplementedError
 
     def survey(self, flips: Flips, key: SliceKey) -> Any:
         """What the decision needs to know about one slice; only called when `surveys` is true."""

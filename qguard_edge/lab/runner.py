@@ -3,7 +3,7 @@
 The arms are those of METHODS section 5: clean quantized, attacked full precision, attacked quantized (naive), attacked
 hardened, clean hardened; plus clean full precision, which the others are compared with. Quantized arms are files made by
 `convert_model`, the same code that users run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in
-transformers: its naive arms are quantized while they are loaded, its hardened ones are folders made by `convert_to_folder`.
+transformers: its naive arms are quantized while they are loaded, its hardened ones are folders made by `convert_model`.
 
 A defense is scored on a victim only when the victim is a real one (`results.judge_victim`): a payload that plain
 quantization noise wipes out would make every defense look perfect.
@@ -22,10 +22,9 @@ from typing import Any
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.folder import convert_to_folder
-from qguard_edge.conversion.outputs.gguf import convert_model
 from qguard_edge.conversion.report import MatrixRounding
-from qguard_edge.conversion.request import ConvertRequest, FolderRequest
+from qguard_edge.conversion.request import FolderRequest, GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class, parse_defense
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
@@ -234,10 +233,10 @@ def _gguf_arm(
     """Convert with one defense and measure the file."""
     outfile = work / f"{model}-{settings.to}-{label}.gguf"
     report = convert_model(
-        ConvertRequest(
-            str(work / f"{model}-f32.gguf"),
-            QuantizeOptions(parse_file_type(settings.to), threads=settings.threads),
-            options,
+        GgufRequest(
+            model=str(work / f"{model}-f32.gguf"),
+            options=QuantizeOptions(parse_file_type(settings.to), threads=settings.threads),
+            defense=options,
             outfile=str(outfile),
             device="cpu",
             seed=settings.seed,
@@ -314,11 +313,11 @@ def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progres
         for kind in _kinds(settings):
             for model, folder in (("attacked", victim.attacked), ("clean", victim.clean)):
                 progress.stage(f"Asking {model} {kind} {options.label}", 0, "")
-                made = convert_to_folder(
+                made = convert_model(
                     FolderRequest(
-                        str(folder),
-                        kind,
-                        options,
+                        model=str(folder),
+                        to=kind,
+                        defense=options,
                         outfile=str(work / f"{model}-{kind}-{options.label}"),
                         device="cpu",
                         seed=settings.seed,

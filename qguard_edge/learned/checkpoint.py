@@ -6,7 +6,6 @@ other is left alone and the run starts anew.
 
 import hashlib
 import json
-import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -75,17 +74,6 @@ def checkpoint_seed(path: Path | None) -> int | None:
     """The seed that a checkpoint was made with, so that an unseeded run can go on with it."""
     header = read_header(path) if path and path.is_file() else None
     return int(header["seed"]) if header else None
-
-
-def checkpoint_path(outfile: Path) -> Path:
-    """Where an unfinished learned conversion keeps its state."""
-    return outfile.with_name(f".{outfile.name}.checkpoint")
-
-
-def choose_seed(wanted: int | None, checkpoint: Path | None) -> int:
-    """The user's seed, else that of an unfinished run to go on with, else a fresh one."""
-    found = checkpoint_seed(checkpoint) if wanted is None else wanted
-    return secrets.randbits(63) if found is None else found
 
 
 def load_checkpoint(path: Path | None, fingerprint: str) -> Checkpoint | None:

@@ -26,8 +26,6 @@ Learned = tuple[list[Tensor], list[tuple[float, float]]]
 class LearnedDefense(Defense[Options], Generic[Options]):
     """Learns in `prepare`, answers `choose` from the plan."""
 
-    learns = True
-
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.plan = LearnedPlan()
@@ -37,7 +35,7 @@ class LearnedDefense(Defense[Options], Generic[Options]):
         """Learn on the text; `loaded` is the full-precision model."""
 
     def prepare(self, task: LearnTask) -> LearnReport:
-        """See `Defense.prepare`."""
+        """Learn from the whole model what `choose` will answer."""
         started, target = time.perf_counter(), self.options.alignment
         with torch_threads(task.threads):
             loaded, calibration = load_model_and_text(task)

@@ -7,10 +7,10 @@ slices per thread, whatever the size of the model.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,22 @@ class TensorRounding:
     n_weights: int
     outcome: Outcome
     seconds: float
+
+
+class HasOutcome(Protocol):
+    """Anything whose rounding was measured."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the chosen codes change."""
+
+
+def total_outcome(roundings: "Sequence[HasOutcome]") -> Outcome:
+    """Sums over all tensors."""
+    total = Outcome(0, 0.0, 0.0, 0.0)
+    for rounding in roundings:
+        total = total + rounding.outcome
+    return total
 
 
 @dataclass(frozen=True)

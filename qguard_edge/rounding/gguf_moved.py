@@ -75,7 +75,7 @@ class _Counts:
     moved: int
 
 
-class _Move:
+class WeightMove:
     """The files at hand, and the walk over their tensors."""
 
     def __init__(self, base: GgufModel, reference: GgufFile, chosen: GgufFile, threads: int) -> None:

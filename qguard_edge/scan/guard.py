@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from gguf import GGMLQuantizationType
 
 from convert.gguf_file import GgufFile, GgufModel
+from convert.source import Source
 from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.scanner import scan_model
-from qguard_edge.scan.tensors import from_base, is_matrix
+from qguard_edge.scan.tensors import from_base, is_matrix, open_model
 from quant_grids.errors import QGuardError
 from quant_grids.ggml_type import GgmlType
 
@@ -76,6 +77,17 @@ class ScanGuard:
             RefusedError: something dangerous.
         """
         return self._decide(base, (reference,))
+
+    def folder(self, source: Source, kinds: tuple[str, ...]) -> None:
+        """Look at a Hugging Face folder that is to be rounded to formats of bitsandbytes.
+
+        Raises:
+            RefusedError: something dangerous.
+        """
+        with open_model(source, need_base=False, progress=self.progress) as model:
+            self.findings = scan_model(model, kinds, threads=self.threads, progress=self.progress).findings
+        if not self.accept and any(finding.severity is Severity.DANGEROUS for finding in self.findings):
+            raise RefusedError(self.findings)
 
     def _decide(self, base: GgufModel, references: tuple[GgufFile, ...]) -> TensorTypes:
         model = from_base(base, base.path.stem, base.path)

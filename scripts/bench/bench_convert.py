@@ -32,8 +32,8 @@ from convert.gguf_file import GgufFile, GgufModel
 from convert.hf.base import write_base_gguf
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, NoiseOptions, OrthoOptions, QVecOptions, options_class
 from qguard_edge.lab.smollm2 import make_folder
@@ -195,7 +195,9 @@ def defense_options(names: str) -> list[DefenseOptions]:
 
 def time_requantize(base_path: Path, options: QuantizeOptions, defense: DefenseOptions, out: Path) -> float:
     """Seconds that a defense which quantizes again adds to a conversion."""
-    request = ConvertRequest(str(base_path), options, defense, outfile=str(out), seed=1, overwrite=True, check_loads=False)
+    request = GgufRequest(
+        model=str(base_path), options=options, defense=defense, outfile=str(out), seed=1, overwrite=True, check_loads=False
+    )
     return convert_model(request).seconds["requantize"]
 
 

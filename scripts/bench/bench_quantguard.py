@@ -21,8 +21,8 @@ import torch
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
 from convert.source import open_base
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import load_smollm2
@@ -99,15 +99,24 @@ def main() -> None:
         text = text_file(work / "text.jsonl", arguments.samples, arguments.seqlen)
         calibration = CalibrationOptions(text, arguments.samples, arguments.seqlen)
         quantize = QuantizeOptions(parse_file_type(arguments.to), threads=arguments.threads)
-        plain = ConvertRequest(
-            str(folder), QuantizeOptions(parse_file_type("bf16")), options, outfile=str(work / "base.gguf")
+        plain = GgufRequest(
+            model=str(folder),
+            options=QuantizeOptions(parse_file_type("bf16")),
+            defense=options,
+            outfile=str(work / "base.gguf"),
         )
         convert_model(plain)
         size = size_of_gguf(open_base(work / "base.gguf", False))
         promised = bytes_needed(size, options, calibration), seconds_needed(size, options, calibration, device)
         out = str(work / "out.gguf")
-        request = ConvertRequest(
-            str(folder), quantize, options, outfile=out, device=arguments.device, seed=0, calibration=calibration
+        request = GgufRequest(
+            model=str(folder),
+            options=quantize,
+            defense=options,
+            outfile=out,
+            device=arguments.device,
+            seed=0,
+            calibration=calibration,
         )
         started = time.monotonic()
         report = convert_model(request, watch)

@@ -21,8 +21,8 @@ from pathlib import Path
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, options_class
 from qguard_edge.lab.runner import LabSettings
 from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
@@ -60,8 +60,14 @@ def files_of(base: Path, kind: str, defense: str, seeds: list[int], work: Path) 
         if not made[label].is_file():
             quantize = QuantizeOptions(parse_file_type(kind))
             convert_model(
-                ConvertRequest(
-                    str(base), quantize, options, outfile=str(made[label]), seed=seed, device="cpu", check_loads=False
+                GgufRequest(
+                    model=str(base),
+                    options=quantize,
+                    defense=options,
+                    outfile=str(made[label]),
+                    seed=seed,
+                    device="cpu",
+                    check_loads=False,
                 )
             )
     return made

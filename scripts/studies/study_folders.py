@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qguard_edge.conversion.outputs.folder import convert_to_folder
 from qguard_edge.conversion.report import FolderReport
 from qguard_edge.conversion.request import FolderRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import options_class
 from qguard_edge.lab import bnb
 from qguard_edge.lab.corpus import Corpus, make_corpus
@@ -78,6 +78,7 @@ def row_of(victim: str, report: FolderReport, full: tuple[Distributions, ...], f
     near, prose = (compare(a, b) for a, b in zip(full, found, strict=True))
     weights = sum(rounding.n_weights for rounding in report.roundings)
     energy = sum(rounding.outcome.energy for rounding in report.roundings)
+    assert report.defense is not None
     return Row(
         victim,
         report.kinds[0],
@@ -135,9 +136,9 @@ def main() -> None:
                     continue
                 options = options_class(defense)(**({"steps": arguments.steps} if defense == "quantguard" else {}))
                 request = FolderRequest(
-                    str(folder),
-                    kind,
-                    options,
+                    model=str(folder),
+                    to=kind,
+                    defense=options,
                     outfile=str(work / "made"),
                     device="cpu",
                     seed=0,
@@ -145,7 +146,7 @@ def main() -> None:
                     overwrite=True,
                     calibration=calibration,
                 )
-                report = convert_to_folder(request)
+                report = convert_model(request)
                 found = measure(load_exactly(report.outfile), texts)
                 rows.append(row_of(arguments.victim, report, full, found))
                 if arguments.out:

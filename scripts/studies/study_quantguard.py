@@ -32,8 +32,8 @@ from quantguard_rows import Row, markdown
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_exam
 from qguard_edge.lab.hf_models import load_folder
@@ -96,12 +96,12 @@ class Study:
     def row(self, model: str, setting: Setting) -> Row:
         """Convert and measure."""
         to, out = setting.to or self.to, self.work / "out.gguf"
-        request = ConvertRequest(
-            str(self.folders[model]),
-            QuantizeOptions(
+        request = GgufRequest(
+            model=str(self.folders[model]),
+            options=QuantizeOptions(
                 parse_file_type(to), threads=self.threads, imatrix=self._imatrix(model) if setting.imatrix else None
             ),
-            setting.defense,
+            defense=setting.defense,
             outfile=str(out),
             base_type="f32",
             device="cpu",

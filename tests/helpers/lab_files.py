@@ -6,8 +6,8 @@ from pathlib import Path
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions
 from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.verify.suites.base import Suite, SuitePrompt
@@ -35,7 +35,11 @@ def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to:
     def quantized(base: Path, name: str, defense: DefenseOptions) -> Path:
         options = QuantizeOptions(parse_file_type(to), threads=2)
         out = folder / name
-        convert_model(ConvertRequest(str(base), options, defense, outfile=str(out), device="cpu", seed=0, check_loads=False))
+        convert_model(
+            GgufRequest(
+                model=str(base), options=options, defense=defense, outfile=str(out), device="cpu", seed=0, check_loads=False
+            )
+        )
         return out
 
     clean, attacked = folder / "clean-f32.gguf", folder / "attacked-f32.gguf"

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.markup import escape
 
-from qguard_edge.cli.console import ConsoleProgress, err, print_json
-from quant_grids.errors import UnsupportedError
+from qguard_edge.cli.console import err, print_json
 
 if TYPE_CHECKING:
-    from qguard_edge.conversion.request import FolderRequest
+    from qguard_edge.cli.convert.flags import ConvertFlags
     from qguard_edge.progress import Progress
     from qguard_edge.scan.findings import Finding
     from qguard_edge.scan.guard import RefusedError, ScanGuard
@@ -19,30 +18,11 @@ if TYPE_CHECKING:
 COLOURS = {"dangerous": "bold red", "suspicious": "yellow", "info": "dim"}
 
 
-def check_scan_flags(no_scan: bool, accept: bool, keep: bool, verify: str | None) -> None:
-    """Refuse combinations that contradict each other.
-
-    Raises:
-        UnsupportedError: naming them.
-    """
-    if no_scan and (accept or keep):
-        flag = "--accept-findings" if accept else "--keep-flagged-f16"
-        raise UnsupportedError(f"{flag} answers the scan, and --no-scan leaves it out: give one of them")
-    if accept and keep:
-        raise UnsupportedError(
-            "--accept-findings quantizes flagged tensors and --keep-flagged-f16 does not: give one of them"
-        )
-    if keep and verify is None:
-        raise UnsupportedError(
-            "--keep-flagged-f16 converts a model that looks tampered with, so the result must be verified: add --verify all"
-        )
-
-
-def make_guard(accept: bool, keep: bool, threads: int, progress: "Progress") -> "ScanGuard":
-    """What `convert_model` asks."""
+def make_guard(flags: "ConvertFlags", progress: "Progress") -> "ScanGuard":
+    """What scans the model before `convert` rounds it."""
     from qguard_edge.scan.guard import ScanGuard
 
-    return ScanGuard(accept=accept, keep=keep, threads=threads, progress=progress)
+    return ScanGuard(accept=flags.accept_findings, keep=flags.keep_flagged_f16, threads=flags.threads, progress=progress)
 
 
 @contextmanager
@@ -95,25 +75,3 @@ def guard_document(guard: "ScanGuard | None") -> dict[str, Any]:
     from qguard_edge.scan.report import finding_document
 
     return {"scan": {"findings": [finding_document(found) for found in guard.findings], "kept": list(guard.kept)}}
-
-
-def scan_folder(request: "FolderRequest", accept: bool, *, json_output: bool, quiet: bool) -> None:
-    """Scan a Hugging Face folder before it becomes a bitsandbytes one; exits with 1 on a refusal."""
-    from convert.source import resolve_source
-    from qguard_edge.scan.findings import Severity
-    from qguard_edge.scan.guard import RefusedError
-    from qguard_edge.scan.scanner import scan_model
-    from qguard_edge.scan.tensors import open_model
-
-    kinds = request.check()
-    source = resolve_source(request.model, request.revision)
-    if source.is_gguf:
-        return  # the conversion says what it needs
-    with ConsoleProgress(quiet) as progress, open_model(source, need_base=False, progress=progress) as model:
-        found = scan_model(model, kinds, threads=request.threads, progress=progress)
-    if found.worst is Severity.DANGEROUS and not accept:
-        _show_refusal(RefusedError(found.findings), json_output)
-        raise typer.Exit(1)
-    for finding in found.findings:
-        if finding.severity is not Severity.INFO and not quiet:
-            print_finding(finding)

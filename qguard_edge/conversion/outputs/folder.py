@@ -1,27 +1,17 @@
-"""The other job: model folder in, hardened Hugging Face folder out, for servers that run bitsandbytes.
+"""A pre-quantized folder for servers that run bitsandbytes (`--to nf4|fp4|int8`), its codes chosen by a defense.
 
-    folder -> which modules (transformers) -> per tensor: plan, store -> config, card -> load check -> final name
-
-Two kinds of output, one walk over the checkpoint:
-
-* `nf4`, `fp4`, `int8`: a pre-quantized checkpoint with the chosen codes (`qguard_edge.rounding.bnb`);
-* `hf`: full precision, moved so that the unmodified quantizer chooses these codes (`qguard_edge.rounding.bnb_moved`), which is
-  checked by really quantizing each matrix.
-
-One tensor is worked on and one shard is held at a time. Everything is written into a hidden folder beside the output, which
-gets its name at the end. What bitsandbytes would leave alone (output head, embeddings, norms) keeps its bytes.
+One walk over the checkpoint: one tensor is worked on and one shard is held at a time. What bitsandbytes would leave alone
+(output head, embeddings, norms) keeps its bytes. `moved_folder` is the full-precision counterpart.
 """
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convert.atomic import atomic_folder
+from convert.atomic import OutputError, check_folder_writable, commit_folder
 from convert.bnb_check import require_bitsandbytes
 from convert.bnb_layout import DTYPE_NAMES, quantization_config, stored_tensors
 from convert.cores import available_cores
@@ -30,162 +20,109 @@ from convert.hf_folder import CONFIG_NAME, ShardWriter, copy_side_files, write_j
 from convert.tensor_io import single_threaded_torch
 from qguard_edge.conversion.folder_matrices import FolderTarget
 from qguard_edge.conversion.model_card import CardFacts, write_card
-from qguard_edge.conversion.naming import rejected_path
-from qguard_edge.conversion.opened_folder import FolderPlan, plan_folder, source_bytes
+from qguard_edge.conversion.naming import from_template
+from qguard_edge.conversion.opened_folder import OpenedFolder, open_folder
+from qguard_edge.conversion.outputs.base import Guard, Job, Output
+from qguard_edge.conversion.report import ConversionReport, FolderReport, MatrixRounding
 from qguard_edge.conversion.request import DTYPES, FolderRequest
-from qguard_edge.defenses.base import Defense, SliceKey, make_defense
-from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
-from qguard_edge.learned.memory import fitted_defense
-from qguard_edge.learned.settings import LearnReport, LearnTask
-from qguard_edge.progress import Clock, NoProgress, Progress
+from qguard_edge.defenses.base import SliceKey
+from qguard_edge.learned.matrices import Target
+from qguard_edge.learned.memory import ModelSize
+from qguard_edge.progress import Progress
 from qguard_edge.rounding.bnb import harden_matrix
-from qguard_edge.rounding.bnb_moved import move_weights
 from qguard_edge.runtimes.bnb import continue_text
-from qguard_edge.runtimes.devices import resolve_device
 from qguard_edge.runtimes.load_check import PROMPT, TOKENS, LoadCheck
-from qguard_edge.verify.gate import Gate
-from qguard_edge.verify.results import Verdict
 from quant_grids import Outcome
 from quant_grids.errors import FormatError
 
-ENOUGH = 0.999  # share of codes that the unmodified quantizer must reproduce without a warning
 
+class FolderOutput(Output[FolderRequest, FolderReport]):
+    """See the module docstring."""
 
-class _RejectedError(Exception):
-    """Ends the making of a folder that failed its verification; carries the report."""
+    noun, runtime = "folder", "transformers"
+    opened: OpenedFolder
 
-    def __init__(self, report: FolderReport) -> None:
-        super().__init__()
-        self.report = report
-
-
-def convert_to_folder(request: FolderRequest, progress: Progress | None = None, gate: Gate | None = None) -> FolderReport:
-    """Convert a model folder; on any error nothing is left under the final name.
-
-    Args:
-        request: what the user asked for.
-        progress: told about each stage.
-        gate: asked about the finished folder before it gets its name.
-
-    Raises:
-        QGuardError: one of its kinds, with a sentence for the user.
-    """
-    plan = plan_folder(request)
-    if request.check_loads:
-        require_bitsandbytes()
-    warnings = list(plan.warnings)
-    request = replace(request, defense=fitted_defense(request, plan.size(), warnings))
-    plan = replace(plan, warnings=tuple(warnings))
-    try:
-        with atomic_folder(plan.outfile, overwrite=request.overwrite, marker=CONFIG_NAME) as work:
-            report = _FolderConversion(request, plan, work, progress or NoProgress(), gate).run()
-            if report.outfile != plan.outfile:
-                with atomic_folder(report.outfile, overwrite=True, marker=CONFIG_NAME) as rejected:
-                    for made in work.iterdir():
-                        made.rename(rejected / made.name)
-                raise _RejectedError(report)
-            return report
-    except _RejectedError as rejection:
-        return rejection.report
-
-
-class _FolderConversion:
-    """One conversion, stage by stage."""
-
-    def __init__(self, request: FolderRequest, plan: FolderPlan, work: Path, progress: Progress, gate: Gate | None) -> None:
-        self.request, self.plan, self.work, self.progress, self.gate = request, plan, work, progress, gate
-        self.checkpoint = checkpoint_path(plan.outfile)
-        self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
-        self.defense: Defense[Any] = make_defense(request.defense)
-        self.device = resolve_device(request.device)
-        self.clock = Clock()
+    def __init__(self, request: FolderRequest) -> None:
+        super().__init__(request)
         self.roundings: list[MatrixRounding] = []
-        self.kept_tensors = self.kept_weights = self.moved = 0
+        self.files: tuple[Path, ...] = ()
+        self.kept_tensors = self.kept_weights = self.written_bytes = 0
         self.compute = torch.float32
 
-    def run(self) -> FolderReport:
-        """All stages; see the module docstring."""
-        request, plan = self.request, self.plan
-        sources = sorted({tensor.file for tensor in plan.checkpoint.tensors.values()})
-        with ThreadPoolExecutor(1) as hashing:
-            base_hash = hashing.submit(sha256_of, sources)
-            learned = self._learn()
-            with self.clock.stage("plan and write"):
-                out_bytes, files = self._weights()
-            hashes = {"base": base_hash.result(), **{file.name: sha256_of([file]) for file in files}}
-        copy_side_files(plan.source.path, self.work)
-        write_card(self.work, self._facts(hashes, learned))
-        write_json(self.work / CONFIG_NAME, self._config())
-        loaded = self._load_check()
-        verification, outfile = None, plan.outfile
-        if self.gate:
-            with self.clock.stage("verify"):
-                verification = self.gate(self.work, plan.source.path, plan.source.path, plan.outfile)
-            if verification.verdict is Verdict.FAIL:
-                outfile = rejected_path(plan.outfile)
-        self.checkpoint.unlink(missing_ok=True)
-        hf = request.to == "hf"
-        return FolderReport(
-            outfile=outfile,
-            to=request.to,
-            kinds=plan.kinds,
-            defense=request.defense,
-            seed=self.seed,
-            roundings=tuple(self.roundings),
-            kept_tensors=self.kept_tensors,
-            kept_weights=self.kept_weights,
-            moved_weights=self.moved if hf else None,
-            skipped=plan.modules.skipped,
-            base_bytes=sum(source_bytes(tensor) for tensor in plan.checkpoint.tensors.values()),
-            out_bytes=out_bytes,
-            hashes=hashes,
-            seconds=self.clock.seconds,
-            warnings=(*plan.warnings, *self._warnings(), *(learned.warnings if learned else ())),
-            loaded=loaded,
-            learned=learned,
-            verification=verification,
-        )
+    def open(self) -> None:
+        """See `Output.open`."""
+        super().open()
+        self.opened = open_folder(self.source, self.request.to, self.request.skip)
+        self.warnings += self.opened.warnings
 
-    def _learn(self) -> LearnReport | None:
-        """Let a learned defense see the whole model; nothing for the others."""
-        if not self.defense.learns:
-            return None
-        request, checkpoint = self.request, self.plan.checkpoint
-        target = FolderTarget(
-            self.plan, request.to, request.double_quant, lambda name: self._cast(checkpoint.read(name), name)
-        )
-        task = LearnTask(
-            model=self.plan.source.path,
-            target=target,
-            seed=self.seed,
-            device=self.device,
-            calibration=request.calibration,
-            checkpoint=self.checkpoint,
-            threads=request.threads,
-            progress=self.progress,
-        )
-        with self.clock.stage("learn"):
-            return self.defense.prepare(task)
+    def choose_name(self) -> Path:
+        """See `Output.choose_name`."""
+        request, source = self.request, self.source.path.resolve()
+        outfile = from_template(request.outfile or f"{self.source.name}-{{FTYPE}}", request.to)
+        if not self.source.is_gguf and (
+            outfile.resolve().is_relative_to(source) or source.is_relative_to(outfile.resolve())
+        ):
+            raise OutputError(
+                f"the output {outfile.name} and the input lie in one another; choose another name with --outfile"
+            )
+        check_folder_writable(outfile, overwrite=request.overwrite, marker=CONFIG_NAME)
+        return outfile
 
-    def _weights(self) -> tuple[int, tuple[Path, ...]]:
+    def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
+        """See `Output.make_base`: the folder itself."""
+        if self.request.check_loads:
+            require_bitsandbytes()
+        return ()
+
+    def base_files(self) -> list[Path]:
+        """See `Output.base_files`."""
+        return sorted({tensor.file for tensor in self.opened.checkpoint.tensors.values()})
+
+    def scan(self, guard: Guard) -> None:
+        """See `Output.scan`."""
+        guard.folder(self.source, self.request.kinds)
+
+    def size(self) -> ModelSize:
+        """See `Output.size`."""
+        return self.opened.size()
+
+    def target(self) -> Target | None:
+        """See `Output.target`."""
+        return FolderTarget(self.opened, self.request.to, self.request.double_quant, self._read)
+
+    def _read(self, name: str) -> Tensor:
+        return self._cast(self.opened.checkpoint.read(name), name)
+
+    def write(self, job: Job) -> Path:
+        """See `Output.write`."""
+        made = job.work / "folder"
+        made.mkdir()
+        with job.clock.stage("choose and write"):
+            self._weights(job, made)
+            copy_side_files(self.source.path, made)
+            write_card(made, self._facts(job))
+            write_json(made / CONFIG_NAME, self._config())
+        return made
+
+    def _weights(self, job: Job, made: Path) -> None:
         """Walk over the checkpoint and write every tensor."""
-        plan = self.plan
-        total = sum(tensor.elements for tensor in plan.checkpoint.tensors.values())
-        self.progress.stage(f"Choosing the rounding ({self.request.defense.name})", total, "weights")
-        writer = ShardWriter(self.work, self.request.shard_bytes)
-        workers = 1 if self.device.type == "cuda" else self.request.threads or available_cores()
+        opened = self.opened
+        total = sum(tensor.elements for tensor in opened.checkpoint.tensors.values())
+        job.progress.stage(f"Choosing the rounding ({self.request.defense.name})", total, "weights")
+        writer = ShardWriter(made, self.request.shard_bytes)
+        workers = 1 if job.device.type == "cuda" else self.request.threads or available_cores()
         with single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
-            for tensor in plan.checkpoint.tensors.values():
-                value = self._cast(plan.checkpoint.read(tensor.name), tensor.name)
-                module = plan.module_of(tensor)
+            for tensor in opened.checkpoint.tensors.values():
+                value = self._read(tensor.name)
+                module = opened.module_of(tensor)
                 if module is None:
                     self.kept_tensors += 1
                     self.kept_weights += tensor.elements
                     writer.add({tensor.name: value})
                 else:
-                    writer.add(self._matrix(tensor.name, value, plan.modules.transposed[module], pool))
-                self.progress.advance(tensor.elements, tensor.name)
-            return writer.total_bytes, writer.finish()
+                    writer.add(self._matrix(tensor.name, value, opened.modules.transposed[module], job, pool))
+                job.progress.advance(tensor.elements, tensor.name)
+            self.written_bytes, self.files = writer.total_bytes, writer.finish()
 
     def _cast(self, value: Tensor, name: str) -> Tensor:
         if self.request.base_type is None or not value.is_floating_point():
@@ -198,95 +135,100 @@ class _FolderConversion:
             )
         return made
 
-    def _matrix(self, name: str, value: Tensor, transposed: bool, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
+    def _matrix(self, name: str, value: Tensor, transposed: bool, job: Job, pool: ThreadPoolExecutor) -> dict[str, Tensor]:
         """The tensors that stand for one matrix."""
         if not bool(torch.isfinite(value).all()):
             raise FormatError(f"tensor {name} holds values that are not finite; such a model cannot be quantized")
-        weights = (value.t() if transposed else value).contiguous().to(self.device)
         self.compute = value.dtype
-        if self.request.to == "hf":
-            moved = self._move(name, weights, pool).cpu()
-            return {name: moved.t() if transposed else moved}
+        weights = (value.t() if transposed else value).contiguous().to(job.device)
+        return self._rounded(name, weights, transposed, job, pool)
+
+    def _rounded(
+        self, name: str, weights: Tensor, transposed: bool, job: Job, pool: ThreadPoolExecutor
+    ) -> dict[str, Tensor]:
+        """The tensors of a matrix, output rows first, with chosen codes."""
         kind = self.request.to
         made = harden_matrix(
             weights,
             kind,
-            self.defense,
-            key=lambda index: SliceKey(self.seed, name, index),
+            job.defense,
+            key=lambda index: SliceKey(job.seed, name, index),
             pool=pool,
             double_quant=self.request.double_quant,
         )
         self.roundings.append(MatrixRounding(name, kind, weights.numel(), made.outcome))
         shape = (weights.shape[0], weights.shape[1])
-        stored = stored_tensors(name, made.grid, made.blocks, shape, value.dtype, made.nested)
+        stored = stored_tensors(name, made.grid, made.blocks, shape, weights.dtype, made.nested)
         return {key: tensor.cpu() for key, tensor in stored.items()}
 
-    def _move(self, name: str, weights: Tensor, pool: ThreadPoolExecutor) -> Tensor:
-        moved = move_weights(
-            weights,
-            self.plan.kinds,
-            self.defense,
-            key=lambda kind, index: SliceKey(self.seed, f"{name} {kind}", index),
-            pool=pool,
-            check=self.request.check_loads,
-        )
-        self.moved += moved.n_moved
-        for plan in moved.plans:
-            self.roundings.append(
-                MatrixRounding(name, plan.kind, weights.numel(), plan.outcome, plan.given_up, plan.reproduced)
-            )
-        return moved.weights
-
-    def _config(self) -> Mapping[str, Any]:
+    def _config(self) -> dict[str, Any]:
         """config.json of the output; code that the original may have named is not copied, so not named either."""
-        config = {key: value for key, value in self.plan.config.items() if key not in ("quantization_config", "auto_map")}
+        config = {key: value for key, value in self.opened.config.items() if key not in ("quantization_config", "auto_map")}
         if self.request.base_type is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = DTYPE_NAMES[DTYPES[self.request.base_type]]
-        if self.request.to != "hf":
-            skip = self.plan.modules.skipped if self.request.skip else None
-            config["quantization_config"] = quantization_config(
-                self.request.to, compute=self.compute, double_quant=self.request.double_quant, skip=skip
-            )
-        return config
+        return config | self._quantization()
 
-    def _facts(self, hashes: Mapping[str, str], learned: LearnReport | None) -> CardFacts:
+    def _quantization(self) -> dict[str, Any]:
+        """What config.json says about the quantization."""
+        request = self.request
+        skip = self.opened.modules.skipped if request.skip else None
+        config = quantization_config(request.to, compute=self.compute, double_quant=request.double_quant, skip=skip)
+        return {"quantization_config": config}
+
+    def _facts(self, job: Job) -> CardFacts:
         outcomes: dict[str, tuple[Outcome, int]] = {}
         for rounding in self.roundings:
             before, weights = outcomes.get(rounding.kind, (Outcome(0, 0.0, 0.0, 0.0), 0))
             outcomes[rounding.kind] = (before + rounding.outcome, weights + rounding.n_weights)
+        request = self.request
         return CardFacts(
-            name=self.plan.source.name,
-            repo=self.request.model if "/" in self.request.model and not Path(self.request.model).exists() else None,
-            source=self.plan.source.path,
-            to=self.request.to,
-            double_quant=self.request.double_quant,
-            defense=self.request.defense,
-            seed=self.seed,
-            hashes=hashes,
+            name=self.source.name,
+            repo=request.model if "/" in request.model and not Path(request.model).exists() else None,
+            source=self.source.path,
+            to=request.to,
+            double_quant=request.double_quant,
+            defense=request.defense,
+            seed=job.seed,
+            hashes={"base": job.base_hash.result(), **{file.name: sha256_of([file]) for file in self.files}},
             outcomes=outcomes,
-            calibration_sha256=learned.calibration_sha256 if learned else None,
+            calibration_sha256=job.learned.calibration_sha256 if job.learned else None,
         )
 
-    def _load_check(self) -> LoadCheck | None:
-        if not self.request.check_loads:
-            return None
-        self.progress.stage("Loading the folder in transformers", 0, "")
-        with self.clock.stage("load check"):
-            text, ids = continue_text(self.work, PROMPT, TOKENS)
+    def load(self, made: Path) -> LoadCheck:
+        """See `Output.load`."""
+        text, ids = continue_text(made, PROMPT, TOKENS)
         return LoadCheck(PROMPT, text, ids)
 
-    def _warnings(self) -> list[str]:
-        made = []
-        if self.request.to == "hf" and self.defense.requantizes:
-            made.append(
-                f"{self.request.defense.name} keeps the scales here (its fixed-grid mode): codes are to be reached on the "
-                "folder's own scales"
-            )
-        for kind in self.plan.kinds:
-            checked = [r for r in self.roundings if r.kind == kind and r.reproduced is not None]
-            weights = sum(r.n_weights for r in checked)
-            share = sum(r.reproduced or 0 for r in checked) / weights if weights else 1.0
-            if share < ENOUGH:
-                made.append(f"bitsandbytes reproduces only {share:.3%} of the {kind} codes that were chosen")
-        return made
+    def hashes(self, job: Job, made: Path) -> dict[str, str]:
+        """See `Output.hashes`."""
+        return {"base": job.base_hash.result(), **{file.name: sha256_of([file]) for file in self.files}}
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        commit_folder(made, outfile)
+
+    def base_bytes(self) -> int:
+        """See `Output.base_bytes`."""
+        return self.opened.n_bytes
+
+    def out_bytes(self, outfile: Path) -> int:
+        """See `Output.out_bytes`: tensor data alone."""
+        return self.written_bytes
+
+    def report(self, common: ConversionReport) -> FolderReport:
+        """See `Output.report`."""
+        return common.extended(
+            FolderReport,
+            to=self.request.to,
+            kinds=self.request.kinds,
+            roundings=tuple(self.roundings),
+            kept_tensors=self.kept_tensors,
+            kept_weights=self.kept_weights,
+            moved_weights=self.moved_weights(),
+            skipped=self.opened.modules.skipped,
+        )
+
+    def moved_weights(self) -> int | None:
+        """Weights that differ from the original; None where weights are stored as codes."""
+        return None

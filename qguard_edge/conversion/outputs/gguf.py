@@ -1,356 +1,259 @@
-"""The main job: model in, hardened GGUF out.
-
-    source -> base GGUF -> reference GGUF -> plan + patch -> self-check -> load check -> final name
-
-Everything before the last step happens in a hidden work folder beside the output, so that the final rename stays on one
-file system; the folder goes away however the conversion ends. The library returns a `ConvertReport`; printing is the
-command line's job.
-"""
+"""A hardened GGUF: llama.cpp quantizes the base, a defense chooses the codes, and nothing but code bits is written back."""
 
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypeVar
 
 from convert.atomic import commit
+from convert.base_gguf import write_base
 from convert.cores import available_cores
 from convert.diff import compare_files
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
-from convert.imatrix_file import Imatrix, load_imatrix
+from convert.imatrix_file import load_imatrix
 from convert.patch import GgufPatch
-from convert.quantizer import QuantizeReport
-from convert.source import Source, resolve_source
+from convert.quantizer import QuantizeReport, quantize
+from convert.source import open_base
 from qguard_edge import __version__
 from qguard_edge.conversion.metadata import qguard_entries
-from qguard_edge.conversion.naming import (
-    check_output,
-    make_base,
-    output_path,
-    quantize_base,
-    reference_path,
-    rejected_path,
-    work_folder,
-)
-from qguard_edge.conversion.report import ConvertReport
-from qguard_edge.conversion.request import ConvertRequest
-from qguard_edge.defenses.base import make_defense
-from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
-from qguard_edge.learned.matrices import GgufTarget
-from qguard_edge.learned.memory import fitted_defense, size_of_gguf
-from qguard_edge.learned.settings import LearnReport, LearnTask
-from qguard_edge.progress import Clock, NoProgress, Progress
+from qguard_edge.conversion.naming import check_output, from_template, input_files, plain_path
+from qguard_edge.conversion.outputs.base import Guard, Job, Output
+from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
+from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
+from qguard_edge.learned.matrices import GgufTarget, Target
+from qguard_edge.learned.memory import ModelSize, size_of_gguf
+from qguard_edge.progress import Progress
 from qguard_edge.rounding.gguf import Coverage, TensorRounding, coverage_of, harden, require_coverage
 from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
-from qguard_edge.runtimes.devices import resolve_device
 from qguard_edge.runtimes.load_check import LoadCheck, load_check
-from qguard_edge.verify.gate import Gate
-from qguard_edge.verify.results import Verdict
 from quant_grids.errors import QGuardError
+
+Made = TypeVar("Made", bound=QuantizeRequest)
 
 
 class SelfCheckError(QGuardError):
     """The written file is not what the plan says; it was thrown away."""
 
 
-class Guard(Protocol):
-    """Looks at a model before it is converted, and may refuse by raising (`qguard_edge.scan.guard`).
+class GgufFamily(Output[Made, Report]):
+    """What all GGUF outputs have in common: how they are named, and where the base comes from."""
 
-    Both calls return `--tensor-type` pairs that llama.cpp is to follow before the user's own.
-    """
+    default_name = "{NAME}-{FTYPE}.gguf"
+    base: GgufModel
 
-    def before(self, base: GgufModel) -> tuple[tuple[str, str], ...]:
-        """Called when the base is there."""
-
-    def after(self, base: GgufModel, reference: GgufFile) -> tuple[tuple[str, str], ...]:
-        """Called when llama.cpp has quantized it; if it returns anything, llama.cpp quantizes once more."""
-
-
-def convert_model(
-    request: ConvertRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
-) -> ConvertReport:
-    """Convert a model; on any error nothing is left under the final name.
-
-    Args:
-        request: what the user asked for.
-        progress: told about each stage.
-        gate: asked about the finished file before it gets its name; not asked about `--to f32|f16|bf16`.
-        guard: asked about the model before it is converted; not asked about `--to f32|f16|bf16`.
-
-    Raises:
-        QGuardError: one of its kinds, with a sentence for the user.
-    """
-    progress = progress or NoProgress()
-    request.options.check()
-    request.defense.check()
-    request.calibration.check()
-    source = resolve_source(request.model, request.revision)
-    outfile = output_path(request, source)
-    check_output(outfile, source, request)
-    clock = Clock()
-    with work_folder(outfile.parent) as work:
-        warnings: list[str] = []
-        with clock.stage("base"):
-            base = make_base(source, request, work, progress, warnings)
-        if request.options.file_type.base:
-            return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
-        if guard:
-            with clock.stage("scan"):
-                request = _with_types(request, guard.before(base))
-        request = replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
-        return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate, guard).run()
-
-
-def _with_types(request: ConvertRequest, types: tuple[tuple[str, str], ...]) -> ConvertRequest:
-    """The request with types of certain tensors put before the user's own."""
-    options = request.options
-    return replace(request, options=replace(options, tensor_types=(*types, *options.tensor_types))) if types else request
-
-
-def _finish_base(
-    request: ConvertRequest,
-    source: Source,
-    base: GgufModel,
-    outfile: Path,
-    work: Path,
-    clock: Clock,
-    progress: Progress,
-    warnings: tuple[str, ...],
-) -> ConvertReport:
-    """`--to f32|f16|bf16`: nothing is quantized, so there is nothing to defend."""
-    made = base.path
-    quantized = None
-    if source.is_gguf:
-        made = work / "converted.gguf"
-        with clock.stage("convert"):
-            quantized = quantize_base(base.path, made, request.options, progress, len(base.tensors))
-    loaded = _load_check(made, request, clock, progress)
-    with clock.stage("write"):
-        hashes = {"output": sha256_of([made])}
-        commit(made, outfile)
-    return ConvertReport(
-        outfile=outfile,
-        reference=None,
-        file_type=request.options.file_type,
-        defense=None,
-        seed=None,
-        coverage=None,
-        roundings=(),
-        quantized=quantized,
-        base_bytes=outfile.stat().st_size,
-        out_bytes=outfile.stat().st_size,
-        hashes=hashes,
-        seconds=clock.seconds,
-        warnings=warnings,
-        loaded=loaded,
-    )
-
-
-def _load_check(path: Path, request: ConvertRequest, clock: Clock, progress: Progress) -> LoadCheck | None:
-    if not request.check_loads:
-        return None
-    progress.stage("Loading the file in llama.cpp", 0, "")
-    with clock.stage("load check"):
-        return load_check(path, threads=request.options.threads)
-
-
-class _Conversion:
-    """One quantizing conversion, stage by stage."""
-
-    def __init__(
-        self,
-        request: ConvertRequest,
-        source: Source,
-        base: GgufModel,
-        outfile: Path,
-        work: Path,
-        clock: Clock,
-        progress: Progress,
-        warnings: list[str],
-        gate: Gate | None,
-        guard: Guard | None,
-    ) -> None:
-        self.gate, self.guard = gate, guard
-        self.request, self.source, self.base, self.outfile, self.work = request, source, base, outfile, work
-        self.clock, self.progress, self.warnings = clock, progress, warnings
-        self.checkpoint = checkpoint_path(outfile)
-        self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
-        self.learned: LearnReport | None = None
-        self.defense = make_defense(request.defense)
-        self.imatrix: Imatrix | None = load_imatrix(request.options.imatrix) if request.options.imatrix else None
-
-    def run(self) -> ConvertReport:
-        """All stages; see the module docstring."""
-        device = resolve_device(self.request.device)
-        with ThreadPoolExecutor(1) as pool:
-            # Hashing the base costs a quarter second per gigabyte: do it while llama.cpp works.
-            base_hash = pool.submit(sha256_of, [shard.path for shard in self.base.shards])
-            reference_file = self.work / "reference.gguf"
-            quantized = self._quantize_guarded(reference_file)
-            reference, request = GgufFile(reference_file), self.request
-            coverage = coverage_of(self.base, reference)
-            require_coverage(coverage, request.allow_unprotected)
-            if self.defense.requantizes:
-                with self.clock.stage("requantize"):
-                    made, roundings, hashes, quantized = self._requantize(reference, coverage, base_hash)
-            else:
-                with self.clock.stage("plan and patch"):
-                    self._learn(reference, coverage, device)
-                    made, roundings, hashes = self._patch(reference, coverage, base_hash, device)
-                with self.clock.stage("self-check"):
-                    self._self_check(reference, made, roundings)
-        loaded = _load_check(made, request, self.clock, self.progress)
-        verification, outfile = None, self.outfile
-        if self.gate:
-            with self.clock.stage("verify"):
-                verification = self.gate(made, self.base.path, reference_file, self.outfile)
-            if verification.verdict is Verdict.FAIL:
-                outfile = rejected_path(self.outfile)
-        kept = reference_path(self.outfile) if request.keep_reference else None
-        with self.clock.stage("write"):
-            hashes["output"] = sha256_of([made])
-            if kept:
-                commit(reference_file, kept)
-            commit(made, outfile)
-        if self.defense.learns:
-            self.checkpoint.unlink(missing_ok=True)
-        return ConvertReport(
-            outfile=outfile,
-            reference=kept,
-            file_type=request.options.file_type,
-            defense=request.defense,
-            seed=self.seed,
-            coverage=coverage,
-            roundings=roundings,
-            quantized=quantized,
-            base_bytes=self.base.n_bytes,
-            out_bytes=outfile.stat().st_size,
-            hashes=hashes,
-            seconds=self.clock.seconds,
-            warnings=(*self.warnings, *quantized.warnings),
-            loaded=loaded,
-            verification=verification,
-            learned=self.learned,
-        )
-
-    def _quantize_guarded(self, out: Path) -> QuantizeReport:
-        """llama.cpp's own file; twice if the guard keeps tensors in full precision in the light of the first."""
-
-        def make() -> QuantizeReport:
-            with self.clock.stage("reference"):
-                return quantize_base(self.base.path, out, self.request.options, self.progress, len(self.base.tensors))
-
-        quantized = make()
-        if self.guard:
-            with self.clock.stage("scan"):
-                types = self.guard.after(self.base, GgufFile(out))
-            if types:
-                self.request = _with_types(self.request, types)
-                out.unlink()
-                quantized = make()
-        return quantized
-
-    def _learn(self, reference: GgufFile, coverage: Coverage, device: Any) -> None:
-        """Let a learned defense see the whole model; nothing for the others."""
-        if not self.defense.learns:
-            return
+    def choose_name(self) -> Path:
+        """See `Output.choose_name`."""
         request = self.request
-        task = LearnTask(
-            model=self.source.path,
-            target=GgufTarget(self.base, reference, coverage.protected),
-            seed=self.seed,
-            device=device,
-            calibration=request.calibration,
-            checkpoint=self.checkpoint,
-            threads=request.options.threads,
-            progress=self.progress,
+        template = request.outfile or self.default_name.replace("{NAME}", self.source.name)
+        outfile = from_template(template, request.options.file_type.name)
+        check_output((outfile, *self.files_beside(outfile)), input_files(self.source), overwrite=request.overwrite)
+        return outfile
+
+    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
+        """Files that are written beside the output."""
+        return ()
+
+    def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
+        """See `Output.make_base`: the input itself, or a GGUF written from the folder."""
+        request = self.request
+        if self.source.is_gguf:
+            self.base = open_base(self.source.path, request.options.allow_requantize)
+            if request.options.allow_requantize:
+                return ("the input is already quantized: only what the second rounding adds is protected",)
+            return ()
+        path = work / "base.gguf"
+        warnings = write_base(
+            self.source,
+            path,
+            base_type=self.base_type(),
+            pre=request.pre,
+            converter=request.converter,
+            progress=progress,
         )
-        self.learned = self.defense.prepare(task)
-        self.warnings += self.learned.warnings
+        self.base = GgufModel(path)
+        return warnings
 
-    def _entries(
-        self, hashes: Mapping[str, str], roundings: tuple[TensorRounding, ...]
-    ) -> dict[str, bool | int | float | str]:
-        return qguard_entries(__version__, self.request.defense, self.seed, hashes, roundings, self.learned)
+    def base_type(self) -> str | None:
+        """Precision of a base written from a folder."""
+        return self.request.base_type
 
-    def _patch(
-        self, reference: GgufFile, coverage: Coverage, base_hash: "Future[str]", device: Any
-    ) -> tuple[Path, tuple[TensorRounding, ...], dict[str, str]]:
-        """Plan and patch in one pass over the tensors."""
-        made = self.work / "hardened.gguf"
-        weights = sum(tensor.n_weights for tensor in coverage.protected)
-        self.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
-        hashes = {"base": "0" * 64, "reference": "0" * 64}
-        patch = GgufPatch(reference, made, self._entries(hashes, ()))
+    def base_files(self) -> list[Path]:
+        """See `Output.base_files`."""
+        return [shard.path for shard in self.base.shards]
+
+    def size(self) -> ModelSize:
+        """See `Output.size`."""
+        return size_of_gguf(self.base)
+
+    def quantize(self, base: Path, out: Path, progress: Progress) -> QuantizeReport:
+        """llama.cpp quantizes a base."""
+        options = self.request.options
+        progress.stage(f"Quantizing with llama.cpp to {options.file_type.name}", len(self.base.tensors), "tensors")
+        return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
+
+    def load(self, made: Path) -> LoadCheck:
+        """See `Output.load`."""
+        return load_check(made, threads=self.request.threads)
+
+    def base_bytes(self) -> int:
+        """See `Output.base_bytes`."""
+        return self.base.n_bytes
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        commit(made, outfile)
+
+
+class HardenedGguf(GgufFamily[Made, Report]):
+    """The stages from the base to a hardened GGUF in the work folder."""
+
+    plain: GgufFile
+    coverage: Coverage
+    quantized: QuantizeReport
+    roundings: tuple[TensorRounding, ...] = ()
+    plain_hash = ""
+
+    def scan(self, guard: Guard) -> None:
+        """See `Output.scan`."""
+        self.request = self.request.with_types(guard.before(self.base))
+
+    def make_plain(self, job: Job, guard: Guard | None) -> None:
+        """See `Output.make_plain`; twice if the guard keeps tensors in full precision in the light of the first file."""
+        path = job.work / "plain.gguf"
+
+        def make() -> None:
+            with job.clock.stage("plain"):
+                self.quantized = self.quantize(self.base.path, path, job.progress)
+            self.plain = GgufFile(path)
+
+        make()
+        if guard:
+            with job.clock.stage("scan"):
+                types = guard.after(self.base, self.plain)
+            if types:
+                self.request = self.request.with_types(types)
+                path.unlink()
+                make()
+        self.coverage = coverage_of(self.base, self.plain)
+        require_coverage(self.coverage, self.request.allow_unprotected)
+
+    def target(self) -> Target:
+        """See `Output.target`."""
+        return GgufTarget(self.base, self.plain, self.coverage.protected)
+
+    def write(self, job: Job) -> Path:
+        """See `Output.write`."""
+        if job.defense.requantizes:
+            with job.clock.stage("requantize"):
+                return self._requantize(job)
+        with job.clock.stage("choose and write"):
+            made = self._patch(job)
+        with job.clock.stage("self-check"):
+            self._self_check(job, made)
+        return made
+
+    def _entries(self, job: Job, hashes: Mapping[str, str]) -> dict[str, bool | int | float | str]:
+        return qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned)
+
+    def _patch(self, job: Job) -> Path:
+        """Choose the codes and write them into a copy of plain, in one pass over the tensors."""
+        made, tensors = job.work / "hardened.gguf", self.coverage.protected
+        weights = sum(tensor.n_weights for tensor in tensors)
+        job.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
+        imatrix = self.request.options.imatrix
+        patch = GgufPatch(self.plain, made, self._entries(job, {"base": "0" * 64, "plain": "0" * 64}))
         try:
             with ThreadPoolExecutor(1) as pool:
-                reference_hash = pool.submit(sha256_of, [reference.path])
-                roundings = harden(
+                plain_hash = pool.submit(sha256_of, [self.plain.path])
+                self.roundings = harden(
                     self.base,
-                    reference,
-                    coverage.protected,
-                    self.defense,
-                    seed=self.seed,
+                    self.plain,
+                    tensors,
+                    job.defense,
+                    seed=job.seed,
                     sink=patch.write_rows,
-                    threads=self.request.options.threads,
-                    device=device,
-                    imatrix=self.imatrix,
-                    progress=self.progress,
+                    threads=self.request.threads,
+                    device=job.device,
+                    imatrix=load_imatrix(imatrix) if imatrix else None,
+                    progress=job.progress,
                 )
-                patch.copy_rest(tensor.name for tensor in coverage.protected)
-                hashes = {"base": base_hash.result(), "reference": reference_hash.result()}
-            patch.rewrite_metadata(self._entries(hashes, roundings))
+                patch.copy_rest(tensor.name for tensor in tensors)
+                self.plain_hash = plain_hash.result()
+            patch.rewrite_metadata(self._entries(job, {"base": job.base_hash.result(), "plain": self.plain_hash}))
         finally:
             patch.close()
-        return made, roundings, hashes
+        return made
 
-    def _requantize(
-        self, reference: GgufFile, coverage: Coverage, base_hash: "Future[str]"
-    ) -> tuple[Path, tuple[TensorRounding, ...], dict[str, str], QuantizeReport]:
-        """Move the weights, let llama.cpp quantize again, and measure the result against the first reference."""
-        threads, defense = self.request.options.threads, self.request.defense
-        weights = sum(tensor.n_weights for tensor in coverage.protected)
-        self.progress.stage(f"Moving the weights ({defense.name})", weights, "weights")
-        moved, again, made = self.work / "moved.gguf", self.work / "requantized.gguf", self.work / "hardened.gguf"
+    def _requantize(self, job: Job) -> Path:
+        """Move the weights, let llama.cpp quantize again, and measure the result against plain."""
+        threads, progress, tensors = self.request.threads, job.progress, self.coverage.protected
+        weights = sum(tensor.n_weights for tensor in tensors)
+        moved, again, made = (job.work / f"{name}.gguf" for name in ("moved", "requantized", "hardened"))
+        progress.stage(f"Moving the weights ({self.request.defense.name})", weights, "weights")
         write_moved_base(
-            self.base,
-            reference,
-            coverage.protected,
-            self.defense,
-            moved,
-            seed=self.seed,
-            threads=threads,
-            progress=self.progress,
+            self.base, self.plain, tensors, job.defense, moved, seed=job.seed, threads=threads, progress=progress
         )
-        quantized = quantize_base(moved, again, self.request.options, self.progress, len(self.base.tensors))
+        self.quantized = self.quantize(moved, again, progress)
         moved.unlink()
         result = GgufFile(again)
-        self.progress.stage("Measuring the result", weights, "weights")
-        roundings = measure_requantized(
-            self.base, reference, result, coverage.protected, threads=threads, progress=self.progress
-        )
-        hashes = {"base": base_hash.result(), "reference": sha256_of([reference.path])}
-        patch = GgufPatch(result, made, qguard_entries(__version__, defense, self.seed, hashes, roundings))
+        progress.stage("Measuring the result", weights, "weights")
+        self.roundings = measure_requantized(self.base, self.plain, result, tensors, threads=threads, progress=progress)
+        self.plain_hash = sha256_of([self.plain.path])
+        entries = self._entries(job, {"base": job.base_hash.result(), "plain": self.plain_hash})
+        patch = GgufPatch(result, made, entries)
         try:
             patch.copy_rest(())
         finally:
             patch.close()
-        return made, roundings, hashes, quantized
+        return made
 
-    def _self_check(self, reference: GgufFile, made: Path, roundings: tuple[TensorRounding, ...]) -> None:
-        """Read the file back and hold every bit against the reference and the plan."""
-        self.progress.stage("Checking every bit against the reference", len(reference.tensors), "tensors")
-        threads = self.request.options.threads or available_cores()
+    def _self_check(self, job: Job, made: Path) -> None:
+        """Read the file back and hold every bit against plain and the chosen codes."""
+        job.progress.stage("Checking every bit against plain", len(self.plain.tensors), "tensors")
         difference = compare_files(
-            reference.path, made, threads=threads, progress=lambda _i, _n, name: self.progress.advance(1, name)
+            self.plain.path,
+            made,
+            threads=self.request.threads or available_cores(),
+            progress=lambda _i, _n, name: job.progress.advance(1, name),
         )
-        planned = {rounding.name: rounding.outcome.n_changed for rounding in roundings}
-        for tensor in difference.tensors:
-            if tensor.foreign_bytes or tensor.codes_changed != planned.get(tensor.name, 0):
-                raise SelfCheckError(
-                    f"{tensor.name!r} was not written as planned ({tensor.codes_changed} codes changed, "
-                    f"{planned.get(tensor.name, 0)} planned, {tensor.foreign_bytes} other bytes); please report this"
-                )
-        if difference.metadata:
-            raise SelfCheckError(f"the metadata key {difference.metadata[0]!r} changed; please report this")
+        planned = {rounding.name: rounding.outcome.n_changed for rounding in self.roundings}
+        if fault := difference.fault(planned):
+            raise SelfCheckError(f"{fault}; please report this")
+
+    def compared_with(self) -> tuple[Path, Path]:
+        """See `Output.compared_with`."""
+        return self.base.path, self.plain.path
+
+    def late_warnings(self) -> list[str]:
+        """See `Output.late_warnings`."""
+        return list(self.quantized.warnings)
+
+    def hashes(self, job: Job, made: Path) -> dict[str, str]:
+        """See `Output.hashes`."""
+        return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of([made])}
+
+
+class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
+    """See the module docstring."""
+
+    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
+        """See `GgufFamily.files_beside`."""
+        return (plain_path(outfile),) if self.request.keep_plain else ()
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        if self.request.keep_plain:
+            commit(self.plain.path, plain_path(self.outfile))
+        super().name(made, outfile)
+
+    def report(self, common: ConversionReport) -> GgufReport:
+        """See `Output.report`."""
+        return common.extended(
+            GgufReport,
+            file_type=self.request.options.file_type,
+            plain=plain_path(self.outfile) if self.request.keep_plain else None,
+            coverage=self.coverage,
+            roundings=self.roundings,
+            quantized=self.quantized,
+        )

@@ -1,107 +1,136 @@
-"""`qguard-edge plan` and `apply`: the two halves of a conversion, for two machines. Nothing here imports llama_cpp.
+"""A rounding plan, for two machines: `qguard-edge plan` where the model can run, `apply` where llama.cpp is.
 
-laptop   qguard-edge convert MODEL --to q4_k --defense none     -> reference GGUF
-GPU box  qguard-edge plan MODEL --base ... --reference ...      -> plan (torch and transformers only)
-laptop   qguard-edge apply PLAN --reference ...                 -> hardened GGUF, every bit checked
+laptop   qguard-edge convert MODEL --to q4_k --defense none     -> plain GGUF
+GPU box  qguard-edge plan MODEL --base ... --plain ...          -> plan (torch and transformers only)
+laptop   qguard-edge apply PLAN --plain ...                     -> hardened GGUF, every bit checked
+
+Nothing here imports llama_cpp.
 """
 
-import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.atomic import atomic_path, check_writable
+from convert.atomic import atomic_path, check_writable, commit
 from convert.cores import available_cores
 from convert.diff import FileDifference, compare_files
-from convert.gguf_file import GgufFile
+from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
-from convert.source import open_base, resolve_source
+from convert.source import open_base
 from qguard_edge import __version__
-from qguard_edge.conversion.metadata import qguard_entries, total_outcome
+from qguard_edge.conversion.metadata import qguard_entries
+from qguard_edge.conversion.naming import check_output
+from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
-from qguard_edge.defenses.base import make_defense
-from qguard_edge.learned.checkpoint import checkpoint_seed
-from qguard_edge.learned.matrices import GgufTarget
-from qguard_edge.learned.memory import fitted_defense, size_of_gguf
-from qguard_edge.learned.settings import LearnTask
-from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.rounding.gguf import coverage_of, harden, require_coverage
-from qguard_edge.runtimes.devices import resolve_device
+from qguard_edge.conversion.report import ConversionReport, PlanReport
+from qguard_edge.conversion.request import PlanRequest
+from qguard_edge.learned.matrices import GgufTarget, Target
+from qguard_edge.learned.memory import ModelSize, size_of_gguf
+from qguard_edge.progress import Progress
+from qguard_edge.rounding.gguf import Coverage, TensorRounding, coverage_of, harden, require_coverage, total_outcome
+from qguard_edge.runtimes.load_check import LoadCheck
 from quant_grids.errors import UnsupportedError
 
 
-def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanReport:
-    """Choose the rounding and write it down.
+class PlanOutput(Output[PlanRequest, PlanReport]):
+    """See the module docstring."""
 
-    Raises:
-        QGuardError: one of its kinds, with a sentence for the user.
-    """
-    progress = progress or NoProgress()
-    request.defense.check()
-    request.calibration.check()
-    check_writable(request.outfile)
-    source = resolve_source(request.model, request.revision)
-    base, reference = open_base(request.base, allow_requantize=False), GgufFile(request.reference)
-    warnings: list[str] = []
-    request = replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
-    defense = make_defense(request.defense)
-    if defense.requantizes:
-        raise UnsupportedError(
-            f"--defense {defense.options.name} fits scales anew; that is more than a rounding plan can say"
+    noun = "plan"
+    loads = False
+    base: GgufModel
+    plain: GgufFile
+    coverage: Coverage
+    roundings: tuple[TensorRounding, ...] = ()
+
+    def choose_name(self) -> Path:
+        """See `Output.choose_name`."""
+        outfile = Path(self.request.outfile).expanduser()
+        inputs = (self.request.base, self.request.plain, *([self.source.path] if self.source.is_gguf else []))
+        check_output((outfile,), inputs, overwrite=self.request.overwrite)
+        return outfile
+
+    def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
+        """See `Output.make_base`: base and plain are given."""
+        self.base = open_base(self.request.base, allow_requantize=False)
+        self.plain = GgufFile(self.request.plain)
+        self.coverage = coverage_of(self.base, self.plain)
+        require_coverage(self.coverage, self.request.allow_unprotected)
+        return ()
+
+    def base_files(self) -> list[Path]:
+        """See `Output.base_files`."""
+        return [shard.path for shard in self.base.shards]
+
+    def scan(self, guard: Guard) -> None:
+        """See `Output.scan`."""
+        if guard.before(self.base) or guard.after(self.base, self.plain):
+            raise UnsupportedError("a plan cannot keep tensors in full precision: the plain file has them quantized already")
+
+    def size(self) -> ModelSize:
+        """See `Output.size`."""
+        return size_of_gguf(self.base)
+
+    def target(self) -> Target:
+        """See `Output.target`."""
+        return GgufTarget(self.base, self.plain, self.coverage.protected)
+
+    def write(self, job: Job) -> Path:
+        """See `Output.write`."""
+        recorder = PlanRecorder(self.plain)
+        with job.clock.stage("choose and write"):
+            try:
+                weights = sum(tensor.n_weights for tensor in self.coverage.protected)
+                job.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
+                self.roundings = harden(
+                    self.base,
+                    self.plain,
+                    self.coverage.protected,
+                    job.defense,
+                    seed=job.seed,
+                    sink=recorder,
+                    threads=self.request.threads,
+                    device=job.device,
+                    progress=job.progress,
+                )
+            finally:
+                recorder.close()
+            hashes = {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path])}
+            entries = qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned)
+            header = {"plain_sha256": hashes["plain"], "options": asdict(self.request.defense), "metadata": entries}
+            made = job.work / "plan.safetensors"
+            write_plan(made, recorder.tensors(), header)
+        return made
+
+    def load(self, made: Path) -> LoadCheck:
+        """See `Output.load`; never called, for a plan is no model."""
+        raise UnsupportedError(f"{made.name} is a plan, not a model that could be loaded")
+
+    def hashes(self, job: Job, made: Path) -> dict[str, str]:
+        """See `Output.hashes`."""
+        return {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path]), "output": sha256_of([made])}
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        commit(made, outfile)
+
+    def base_bytes(self) -> int:
+        """See `Output.base_bytes`."""
+        return self.base.n_bytes
+
+    def report(self, common: ConversionReport) -> PlanReport:
+        """See `Output.report`."""
+        return common.extended(
+            PlanReport,
+            tensors=len(self.roundings),
+            weights=sum(tensor.n_weights for tensor in self.coverage.protected),
+            outcome=total_outcome(self.roundings),
         )
-    coverage = coverage_of(base, reference)
-    require_coverage(coverage, request.allow_unprotected)
-    checkpoint = request.outfile.with_name(f".{request.outfile.name}.checkpoint")
-    seed = request.seed if request.seed is not None else checkpoint_seed(checkpoint)
-    seed = secrets.randbits(63) if seed is None else seed
-    device = resolve_device(request.device)
-    learned = None
-    if defense.learns:
-        learned = defense.prepare(
-            LearnTask(
-                model=source.path,
-                target=GgufTarget(base, reference, coverage.protected),
-                seed=seed,
-                device=device,
-                calibration=request.calibration,
-                checkpoint=checkpoint,
-                threads=request.threads,
-                progress=progress,
-            )
-        )
-        learned = replace(learned, warnings=(*warnings, *learned.warnings))
-    recorder = PlanRecorder(reference)
-    try:
-        weights = sum(tensor.n_weights for tensor in coverage.protected)
-        progress.stage(f"Choosing the rounding ({defense.options.name})", weights, "weights")
-        roundings = harden(
-            base,
-            reference,
-            coverage.protected,
-            defense,
-            seed=seed,
-            sink=recorder,
-            threads=request.threads,
-            device=device,
-            progress=progress,
-        )
-    finally:
-        recorder.close()
-    hashes = {"base": sha256_of([shard.path for shard in base.shards]), "reference": sha256_of([reference.path])}
-    header = {
-        "reference_sha256": hashes["reference"],
-        "options": asdict(request.defense),
-        "metadata": qguard_entries(__version__, request.defense, seed, hashes, roundings, learned),
-    }
-    write_plan(request.outfile, recorder.tensors(), header)
-    checkpoint.unlink(missing_ok=True)
-    return PlanReport(request.outfile, seed, len(roundings), weights, total_outcome(roundings), learned)
 
 
 @dataclass(frozen=True)
 class ApplyReport:
-    """What was written: the file, codes changed per tensor, the comparison with the reference, and the plan's header."""
+    """What was written: the file, codes changed per tensor, the comparison with plain, and the plan's header."""
 
     outfile: Path
     changed: Mapping[str, int]
@@ -109,23 +138,20 @@ class ApplyReport:
     header: Mapping[str, Any]
 
 
-def apply_to(plan_path: Path, reference_path: Path, outfile: Path, *, overwrite: bool, progress: Progress) -> ApplyReport:
-    """Write the hardened file of a plan and hold every bit of it against the reference.
+def apply_to(plan_path: Path, plain_path: Path, outfile: Path, *, overwrite: bool, progress: Progress) -> ApplyReport:
+    """Write the hardened file of a plan and hold every bit of it against the plain file.
 
     Raises:
-        PlanError: the plan does not belong to the reference, or the file is not what the plan says.
+        PlanError: the plan does not belong to the plain file, or the output is not what the plan says.
         OutputError: the output exists or cannot be written.
     """
     check_writable(outfile)
-    if outfile.exists() and (not overwrite or outfile.samefile(reference_path)):
-        raise PlanError(f"{outfile.name} exists; pass --overwrite to replace it (the reference itself is never replaced)")
-    plan, reference = read_plan(plan_path), GgufFile(reference_path)
+    if outfile.exists() and (not overwrite or outfile.samefile(plain_path)):
+        raise PlanError(f"{outfile.name} exists; pass --overwrite to replace it (the plain file itself is never replaced)")
+    plan, plain = read_plan(plan_path), GgufFile(plain_path)
     with atomic_path(outfile) as temporary:
-        changed = apply_plan(plan, reference, temporary, progress)
-        difference = compare_files(reference_path, temporary, threads=available_cores())
-        for tensor in difference.tensors:
-            if tensor.foreign_bytes or tensor.codes_changed != changed.get(tensor.name, 0):
-                raise PlanError(f"{tensor.name!r} was not written as planned; please report this")
-        if difference.metadata:
-            raise PlanError(f"the metadata key {difference.metadata[0]!r} changed; please report this")
+        changed = apply_plan(plan, plain, temporary, progress)
+        difference = compare_files(plain_path, temporary, threads=available_cores())
+        if fault := difference.fault(changed):
+            raise PlanError(f"{fault}; please report this")
     return ApplyReport(outfile, changed, difference, plan.header)

@@ -13,7 +13,7 @@ from tests.helpers.expected_targets import ortho_target
 
 
 def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
-    done = cli("convert", tiny_folder, "--to", "Q4_K", "--keep-reference", "--json", "--seed", "5", cwd=tmp_path)
+    done = cli("convert", tiny_folder, "--to", "Q4_K", "--keep-plain", "--json", "--seed", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["status"] == "ok"
@@ -23,11 +23,11 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
         assert tensor["alignment"] == pytest.approx(ortho_target(tensor["type"]), abs=0.01), tensor["name"]
     assert str(tmp_path) not in done.stdout
 
-    out, reference = tmp_path / "tiny-Q4_K_M.gguf", tmp_path / "tiny-Q4_K_M.reference.gguf"
+    out, plain = tmp_path / "tiny-Q4_K_M.gguf", tmp_path / "tiny-Q4_K_M.plain.gguf"
     shown = cli("inspect", out, "--json")
     assert json.loads(shown.stdout)["qguard"]["seed"] == "5"
 
-    compared = cli("diff", reference, out, "--base", tiny_base, "--json")
+    compared = cli("diff", plain, out, "--base", tiny_base, "--json")
     assert compared.returncode == 0
     document = json.loads(compared.stdout)
     assert document["only_code_bits"]
@@ -56,12 +56,12 @@ def test_quiet_says_nothing(tiny_base: Path, tmp_path: Path) -> None:
 def test_diff_exits_1_when_a_scale_differs(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     from convert.gguf_file import GgufFile
 
-    reference, touched = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    quantize(tiny_base, reference, QuantizeOptions(parse_file_type("q4_k")))
-    raw = bytearray(reference.read_bytes())
-    raw[GgufFile(reference).tensors["blk.0.attn_q.weight"].offset] ^= 1  # the lowest bit of the first block's d
+    plain, touched = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    quantize(tiny_base, plain, QuantizeOptions(parse_file_type("q4_k")))
+    raw = bytearray(plain.read_bytes())
+    raw[GgufFile(plain).tensors["blk.0.attn_q.weight"].offset] ^= 1  # the lowest bit of the first block's d
     touched.write_bytes(raw)
-    done = cli("diff", reference, touched, "--json")
+    done = cli("diff", plain, touched, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)
     assert [t["foreign_bytes"] for t in document["tensors"] if t["name"] == "blk.0.attn_q.weight"] == [1]

@@ -15,8 +15,8 @@ from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from qguard_edge.cli import run
 from qguard_edge.compare.qvec_search import search_strength
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, QVecOptions
 from qguard_edge.runtimes.fidelity import TextError, measure_fidelity, read_texts
 
@@ -88,9 +88,9 @@ def test_compare_command(tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert "flipguard" in capfd.readouterr().out
 
 
-def _request(base: Path, out: Path) -> ConvertRequest:
+def _request(base: Path, out: Path) -> GgufRequest:
     options = QuantizeOptions(parse_file_type("q4_k"))
-    return ConvertRequest(str(base), options, QVecOptions(), outfile=str(out), seed=0, check_loads=False)
+    return GgufRequest(model=str(base), options=options, defense=QVecOptions(), outfile=str(out), seed=0, check_loads=False)
 
 
 def test_qvec_search_takes_the_closest(tiny_base: Path, tmp_path: Path) -> None:
@@ -123,7 +123,11 @@ def test_plain_file_through_convert_is_the_reference_of_compare(tiny_base: Path,
     """The none row measures llama.cpp's own file."""
     out = tmp_path / "plain.gguf"
     request = _request(tiny_base, out)
-    convert_model(ConvertRequest(str(tiny_base), request.options, NoneOptions(), outfile=str(out), check_loads=False))
+    convert_model(
+        GgufRequest(
+            model=str(tiny_base), options=request.options, defense=NoneOptions(), outfile=str(out), check_loads=False
+        )
+    )
     direct = measure_fidelity(tiny_base, out, TEXTS)
     from qguard_edge.compare.defenses import compare_defenses
 

@@ -14,8 +14,8 @@ from convert.gguf_file import GgufFile, TensorInfo
 from convert.imatrix_file import load_imatrix
 from convert.quantizer import QuantizeError, QuantizeOptions
 from convert.tensor_io import RowSlice
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.runtimes.imatrix import make_imatrix
 from quant_grids import GRIDS
@@ -34,20 +34,22 @@ def imatrix(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "imatrix.gguf"
 
 
-def request(base: Path, out: Path, file_type: FileType, imatrix: Path | None) -> ConvertRequest:
+def request(base: Path, out: Path, file_type: FileType, imatrix: Path | None) -> GgufRequest:
     options = QuantizeOptions(file_type, threads=2, imatrix=imatrix)
-    return ConvertRequest(str(base), options, OrthoOptions(), str(out), device="cpu", keep_reference=True, seed=1)
+    return GgufRequest(
+        model=str(base), options=options, defense=OrthoOptions(), outfile=str(out), device="cpu", keep_plain=True, seed=1
+    )
 
 
-def check(base: Path, made: ConvertRequest) -> set[str]:
+def check(base: Path, made: GgufRequest) -> set[str]:
     """Convert, hold the result to its target against the base, and return the types of the hardened tensors."""
     report = convert_model(made)
     assert report.coverage is not None
     assert not report.coverage.unprotected
-    assert report.reference is not None
+    assert report.plain is not None
     assert report.loaded is not None
     assert report.loaded.tokens
-    found = compare_files(report.reference, report.outfile, base=base)
+    found = compare_files(report.plain, report.outfile, base=base)
     assert found.only_code_bits
     names = {rounding.name for rounding in report.roundings}
     for tensor in found.tensors:
@@ -107,7 +109,7 @@ def test_imatrix_is_the_mean_square_of_each_input(tiny_folder: Path, imatrix: Pa
 
 
 def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Path, imatrix: Path) -> None:
-    """With weights, the added error (weighted) is lower than what the unweighted choice adds, on the same reference."""
+    """With weights, the added error (weighted) is lower than what the unweighted choice adds, on the same plain."""
     import numpy as np
 
     from convert.gguf_file import GgufModel
@@ -116,16 +118,16 @@ def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Pat
     from qguard_edge.rounding.gguf import coverage_of, harden
 
     file_type = next(f for f in QUANTIZED if f.name == "Q4_K_M")
-    reference_path = convert_model(request(tiny_base, tmp_path / "out.gguf", file_type, imatrix)).reference
-    assert reference_path is not None
-    base, reference, weights = GgufModel(tiny_base), GgufFile(reference_path), load_imatrix(imatrix)
-    (tensor,) = [t for t in coverage_of(base, reference).protected if t.name == "blk.0.ffn_down.weight"]
+    plain_path = convert_model(request(tiny_base, tmp_path / "out.gguf", file_type, imatrix)).plain
+    assert plain_path is not None
+    base, plain, weights = GgufModel(tiny_base), GgufFile(plain_path), load_imatrix(imatrix)
+    (tensor,) = [t for t in coverage_of(base, plain).protected if t.name == "blk.0.ffn_down.weight"]
     added = {}
     for name, table in (("weighted", weights), ("plain", None)):
         rows: list[torch.Tensor] = []
-        harden(base, reference, (tensor,), make_defense(OrthoOptions(width=0.0)), seed=1,
+        harden(base, plain, (tensor,), make_defense(OrthoOptions(width=0.0)), seed=1,
                sink=partial(keep, rows), threads=1, imatrix=table)  # fmt: skip
-        with open_reader(reference.path, tiny_base) as reader:
+        with open_reader(plain.path, tiny_base) as reader:
             (part,) = row_slices(tensor, tensor.n_weights)
             grid = GRIDS[tensor.ggml_type]
             full = reader.weights(base.tensors[tensor.name], part)

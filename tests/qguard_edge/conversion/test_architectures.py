@@ -11,8 +11,8 @@ from convert.diff import compare_files
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
 from quant_grids.errors import UnsupportedError
 from tests.helpers.command import CommandLine
@@ -30,9 +30,9 @@ def make_folder(case: Case, folder: Path) -> Path:
     return folder
 
 
-def request(folder: Path, out: Path) -> ConvertRequest:
+def request(folder: Path, out: Path) -> GgufRequest:
     options = QuantizeOptions(parse_file_type("q4_k"), threads=2)
-    return ConvertRequest(str(folder), options, OrthoOptions(), str(out), device="cpu", seed=1)
+    return GgufRequest(model=str(folder), options=options, defense=OrthoOptions(), outfile=str(out), device="cpu", seed=1)
 
 
 @pytest.mark.parametrize("case", ONE_PER_FAMILY, ids=lambda case: case.family)

@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from convert import bnb_layout
 from convert.atomic import OutputError
-from qguard_edge import hf_target
-from qguard_edge.conversion.dry_run import dry_folder
-from qguard_edge.conversion.opened_folder import plan_folder
-from qguard_edge.conversion.outputs.folder import convert_to_folder
+from qguard_edge.conversion.dry_run import dry_run
+from qguard_edge.conversion.outputs import folder as folder_output
 from qguard_edge.conversion.report import FolderReport
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import (
     DefenseOptions,
     FlipGuardOptions,
@@ -32,9 +31,8 @@ from qguard_edge.defenses.options import (
 from qguard_edge.runtimes.hf import HfLoadError
 from quant_grids.bnb import bnb_grid
 from quant_grids.errors import FormatError, UnsupportedError
-from tests.helpers.bnb_folders import folder_request as request
-from tests.helpers.bnb_folders import load
 from tests.helpers.command import CommandLine
+from tests.helpers.folder_requests import load, opened, request
 
 DEFENSES: list[DefenseOptions] = [NoneOptions(), OrthoOptions(), FlipGuardOptions(), QVecOptions(), NoiseOptions()]
 PROMPT = torch.tensor([[5, 77, 130, 9, 201, 33, 64, 12]])
@@ -83,13 +81,13 @@ def test_no_defense_is_what_bitsandbytes_writes(wide_folder: Path, tmp_path: Pat
     """Byte for byte: transformers quantizes and saves, we write, the tensors are the same."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=to, bnb_4bit_use_double_quant=double_quant)
     load(wide_folder, quantization_config=settings).save_pretrained(tmp_path / "theirs")
-    convert_to_folder(request(wide_folder, tmp_path / "ours", to, NoneOptions(), double_quant=double_quant))
+    convert_model(request(wide_folder, tmp_path / "ours", to, NoneOptions(), double_quant=double_quant))
     assert_same_tensors(tmp_path)
 
 
 def test_no_defense_is_what_bitsandbytes_writes_in_int8(wide_folder: Path, tmp_path: Path) -> None:
     load(wide_folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)).save_pretrained(tmp_path / "theirs")
-    convert_to_folder(request(wide_folder, tmp_path / "ours", "int8", NoneOptions()))
+    convert_model(request(wide_folder, tmp_path / "ours", "int8", NoneOptions()))
     assert_same_tensors(tmp_path)
 
 
@@ -113,7 +111,7 @@ def test_the_loaded_model_is_the_plan(
 ) -> None:
     """Loads without a warning; its weights are the planned levels exactly, and so are its logits."""
     planned = spy_on_plans(monkeypatch)
-    report = convert_to_folder(request(wide_folder, tmp_path / "out", to, defense, double_quant=to == "nf4"))
+    report = convert_model(request(wide_folder, tmp_path / "out", to, defense, double_quant=to == "nf4"))
     check_report(report, defense)
     model, warned = load_and_listen(tmp_path / "out")
     assert warned == []
@@ -140,7 +138,7 @@ def spy_on_plans(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
         planned[name] = grid.dequantize(blocks).reshape(-1)[: shape[0] * shape[1]].view(shape)
         return real(name, grid, blocks, shape, *rest)
 
-    monkeypatch.setattr(hf_target, "stored_tensors", note)
+    monkeypatch.setattr(folder_output, "stored_tensors", note)
     return planned
 
 
@@ -162,7 +160,7 @@ def load_and_listen(folder: Path) -> tuple[Any, list[str]]:
 
 def test_the_ear_hears(wide_folder: Path, tmp_path: Path) -> None:
     """A folder with a tensor missing does cause a warning, so that silence above means something."""
-    convert_to_folder(request(wide_folder, tmp_path / "out", "nf4"))
+    convert_model(request(wide_folder, tmp_path / "out", "nf4"))
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
@@ -180,7 +178,7 @@ def check_report(report: FolderReport, defense: DefenseOptions) -> None:
 
 def test_bfloat16_and_what_else_is_in_the_folder(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = convert_to_folder(request(tiny_folder, out, "nf4", shard_bytes=200_000, check_loads=True))
+    report = convert_model(request(tiny_folder, out, "nf4", shard_bytes=200_000, check_loads=True))
     assert report.loaded is not None
     assert report.loaded.tokens
     names = {path.name for path in out.iterdir()}
@@ -202,9 +200,9 @@ def test_bfloat16_and_what_else_is_in_the_folder(tiny_folder: Path, tmp_path: Pa
 
 
 def test_same_seed_same_bytes(tiny_folder: Path, tmp_path: Path) -> None:
-    first, again = (convert_to_folder(request(tiny_folder, tmp_path / name, "nf4")) for name in "ab")
-    other = convert_to_folder(request(tiny_folder, tmp_path / "c", "nf4", seed=4, threads=1))
-    single = convert_to_folder(request(tiny_folder, tmp_path / "d", "nf4", threads=1))
+    first, again = (convert_model(request(tiny_folder, tmp_path / name, "nf4")) for name in "ab")
+    other = convert_model(request(tiny_folder, tmp_path / "c", "nf4", seed=4, threads=1))
+    single = convert_model(request(tiny_folder, tmp_path / "d", "nf4", threads=1))
     key = "model.safetensors"
     assert first.hashes[key] == again.hashes[key] == single.hashes[key] != other.hashes[key]
 
@@ -215,7 +213,7 @@ def test_a_moved_folder_is_rounded_to_the_plan_by_bitsandbytes(
 ) -> None:
     """`--to hf --target all`: checked here by loading the folder as a user does, for all three formats."""
     out = tmp_path / "out"
-    report = convert_to_folder(request(tiny_folder, out, "hf", base_type=base_type, check_loads=True))
+    report = convert_model(request(tiny_folder, out, "hf", base_type=base_type, check_loads=True))
     shares = {}
     for kind in report.kinds:
         mine = [rounding for rounding in report.roundings if rounding.kind == kind]
@@ -253,7 +251,7 @@ def settings_of(kind: str) -> BitsAndBytesConfig:
 
 
 def test_moving_for_a_requantizing_defense_says_what_it_does(tiny_folder: Path, tmp_path: Path) -> None:
-    report = convert_to_folder(request(tiny_folder, tmp_path / "out", "hf", NoiseOptions(), target="nf4"))
+    report = convert_model(request(tiny_folder, tmp_path / "out", "hf", NoiseOptions(), target="nf4"))
     assert report.kinds == ("nf4",)
     assert any("fixed-grid" in warning for warning in report.warnings)
 
@@ -265,16 +263,16 @@ def test_tied_and_transposed_models(tmp_path: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     load(tmp_path / "gpt2", quantization_config=settings).save_pretrained(tmp_path / "theirs")
-    convert_to_folder(request(tmp_path / "gpt2", tmp_path / "ours", "nf4", NoneOptions()))
+    convert_model(request(tmp_path / "gpt2", tmp_path / "ours", "nf4", NoneOptions()))
     assert_same_tensors(tmp_path)
-    report = convert_to_folder(request(tmp_path / "gpt2", tmp_path / "hard", "nf4"))
+    report = convert_model(request(tmp_path / "gpt2", tmp_path / "hard", "nf4"))
     assert len(report.roundings) == 8
     assert logits(load(tmp_path / "hard")).isfinite().all()
 
 
 def test_skipped_modules_stay_as_they_are(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = convert_to_folder(request(tiny_folder, out, "int8", skip=("down_proj", "model.layers.0.self_attn")))
+    report = convert_model(request(tiny_folder, out, "int8", skip=("down_proj", "model.layers.0.self_attn")))
     assert len(report.roundings) == 8
     model, warned = load_and_listen(out)
     assert warned == []
@@ -292,35 +290,35 @@ def test_an_interrupted_conversion_leaves_nothing(
         assert not list(tmp_path.glob("*/config.json"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_target, "write_card", stop)
+    monkeypatch.setattr(folder_output, "write_card", stop)
     with pytest.raises(KeyboardInterrupt):
-        convert_to_folder(request(tiny_folder, tmp_path / "out", "nf4"))
+        convert_model(request(tiny_folder, tmp_path / "out", "nf4"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_refusals(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert_to_folder(request(tiny_folder, out, "nf4"))
+    convert_model(request(tiny_folder, out, "nf4"))
     with pytest.raises(OutputError, match="out exists; pass --overwrite"):
-        plan_folder(request(tiny_folder, out, "nf4"))
-    convert_to_folder(request(tiny_folder, out, "nf4", overwrite=True))
+        opened(request(tiny_folder, out, "nf4"))
+    convert_model(request(tiny_folder, out, "nf4", overwrite=True))
     with pytest.raises(UnsupportedError, match="already quantized"):
-        plan_folder(request(out, tmp_path / "twice", "nf4"))
+        opened(request(out, tmp_path / "twice", "nf4"))
     with pytest.raises(OutputError, match="lie in one another"):
-        plan_folder(request(tiny_folder, tiny_folder / "out", "nf4"))
+        opened(request(tiny_folder, tiny_folder / "out", "nf4"))
     with pytest.raises(UnsupportedError, match="needs one as input"):
-        plan_folder(request(tiny_base, tmp_path / "x", "nf4"))
+        opened(request(tiny_base, tmp_path / "x", "nf4"))
     with pytest.raises(HfLoadError, match="--bnb-skip 'nothing' matches no linear module"):
-        plan_folder(request(tiny_folder, tmp_path / "x", "nf4", skip=("nothing",)))
+        opened(request(tiny_folder, tmp_path / "x", "nf4", skip=("nothing",)))
     with pytest.raises(UnsupportedError, match="--bnb-double-quant"):
-        plan_folder(request(tiny_folder, tmp_path / "x", "int8", double_quant=True))
+        opened(request(tiny_folder, tmp_path / "x", "int8", double_quant=True))
     with pytest.raises(UnsupportedError, match="--target goes with --to hf"):
-        plan_folder(request(tiny_folder, tmp_path / "x", "nf4", target="all"))
+        opened(request(tiny_folder, tmp_path / "x", "nf4", target="all"))
     learned = replace(request(tiny_folder, tmp_path / "x", "hf"), defense=QuantGuardOptions())
     with pytest.raises(UnsupportedError, match="quantguard learns the codes of one format"):
-        plan_folder(learned)
+        opened(learned)
     with pytest.raises(UnsupportedError, match="choose one of nf4, fp4, int8, all"):
-        plan_folder(request(tiny_folder, tmp_path / "x", "hf", target="q4_0"))
+        opened(request(tiny_folder, tmp_path / "x", "hf", target="q4_0"))
 
 
 def test_weights_that_are_not_numbers_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
@@ -330,17 +328,17 @@ def test_weights_that_are_not_numbers_are_refused(tiny_folder: Path, tmp_path: P
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
-        convert_to_folder(request(folder, tmp_path / "out", "nf4"))
+        convert_model(request(folder, tmp_path / "out", "nf4"))
     assert not (tmp_path / "out").exists()
 
 
 def test_dry_run_writes_nothing_and_knows_the_size(tiny_folder: Path, tmp_path: Path) -> None:
-    plan = dry_folder(request(tiny_folder, tmp_path / "out", "nf4"))
+    plan = dry_run(request(tiny_folder, tmp_path / "out", "nf4"))
     assert list(tmp_path.iterdir()) == []
     rounded = [tensor for tensor in plan.tensors if tensor.protection == "scalar"]
     assert len(rounded) == 14
     assert {tensor.target_type for tensor in rounded} == {"NF4"}
-    report = convert_to_folder(request(tiny_folder, tmp_path / "out", "nf4"))
+    report = convert_model(request(tiny_folder, tmp_path / "out", "nf4"))
     # Code books and descriptions come on top: 64 bytes and about 90 per matrix.
     assert 0 <= report.out_bytes - plan.out_bytes <= 14 * 200
     assert report.base_bytes == plan.base_bytes

@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from qguard_edge import hf_target
+from convert.source import resolve_source
+from qguard_edge.conversion import run
 from qguard_edge.conversion.folder_matrices import FolderTarget
-from qguard_edge.conversion.opened_folder import plan_folder
-from qguard_edge.conversion.outputs.folder import convert_to_folder
+from qguard_edge.conversion.opened_folder import open_folder
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
-from tests.helpers.bnb_folders import folder_request as request
-from tests.helpers.bnb_folders import load
+from tests.helpers.folder_requests import load, request
 
 TEXT = "the river runs past old mills and quiet fields where people walk at dusk talking about rain bread and trains"
 WORDS = TEXT.split()
@@ -57,7 +57,7 @@ def test_nearer_to_full_precision_than_ortho(
         asked = request(
             tiny_folder, tmp_path / name, to, defense, double_quant=double_quant, base_type="f32", calibration=calibration
         )
-        report = convert_to_folder(asked)
+        report = convert_model(asked)
         if defense.calibrated:
             assert report.learned is not None
             assert report.learned.unmapped == ()
@@ -94,16 +94,16 @@ def test_the_loaded_weights_are_the_learned_ones(
         made.append(make_defense(options))
         return made[-1]
 
-    monkeypatch.setattr(hf_target, "make_defense", noted)
+    monkeypatch.setattr(run, "make_defense", noted)
     asked = request(
         tmp_path / "gpt2", tmp_path / "out", "nf4", defense, calibration=CalibrationOptions(text, samples=36, seqlen=32)
     )
-    report = convert_to_folder(asked)
+    report = convert_model(asked)
     assert report.learned is not None
     assert len(report.roundings) == 8
     model = load(tmp_path / "out")
-    plan = plan_folder(request(tmp_path / "gpt2", tmp_path / "again", "nf4"))
-    target = FolderTarget(plan, "nf4", False, plan.checkpoint.read)
+    opened = open_folder(resolve_source(str(tmp_path / "gpt2")), "nf4", ())
+    target = FolderTarget(opened, "nf4", False, opened.checkpoint.read)
     for matrix in target.matrices:
         geometry = target.geometry(matrix)
         chosen = made[0].plan.chosen(matrix.name, 0, (matrix.rows, matrix.columns), torch.device("cpu"))

@@ -17,9 +17,9 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions, quantize
 from convert.source import SourceError
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.report import ConvertReport
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.report import GgufReport
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions
 from qguard_edge.runtimes.load_check import LoadCheckError, load_check
 from quant_grids.errors import QGuardError, UnsupportedError
@@ -28,8 +28,8 @@ from tests.helpers.expected_targets import ortho_target
 TYPES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
 
 
-def request(model: Path, out: Path, to: str = "q4_k", defense: DefenseOptions | None = None) -> ConvertRequest:
-    return ConvertRequest(
+def request(model: Path, out: Path, to: str = "q4_k", defense: DefenseOptions | None = None) -> GgufRequest:
+    return GgufRequest(
         model=str(model),
         options=QuantizeOptions(parse_file_type(to), threads=2),
         defense=defense or OrthoOptions(),
@@ -43,7 +43,7 @@ def plain(base: Path, out: Path, to: str) -> Path:
     return out
 
 
-def convert(what: ConvertRequest) -> ConvertReport:
+def convert(what: GgufRequest) -> GgufReport:
     """Without the load check, which has a test of its own."""
     return convert_model(replace(what, check_loads=False))
 
@@ -104,13 +104,13 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tiny_base: Path, tmp_path: 
 
 
 def test_metadata_says_what_was_done(tiny_base: Path, tmp_path: Path) -> None:
-    report = convert(replace(request(tiny_base, tmp_path / "out.gguf"), seed=11, keep_reference=True))
+    report = convert(replace(request(tiny_base, tmp_path / "out.gguf"), seed=11, keep_plain=True))
     entries = qguard_metadata(GgufFile(report.outfile))
     assert entries["defense"] == "ortho"
     assert entries["params"] == {"group": "row", "target": None, "width": 0.5}  # None: by type
     assert entries["seed"] == "11"
-    assert report.reference is not None
-    for key, path in (("base.sha256", tiny_base), ("reference.sha256", report.reference)):
+    assert report.plain is not None
+    for key, path in (("base.sha256", tiny_base), ("plain.sha256", report.plain)):
         import hashlib
 
         assert entries[key] == hashlib.sha256(path.read_bytes()).hexdigest()

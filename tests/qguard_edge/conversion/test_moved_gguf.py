@@ -1,6 +1,5 @@
 """A base whose weights are moved so that the unmodified llama-quantize rounds them to the chosen codes."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,12 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.quantizer import QuantizeOptions, quantize
 from convert.tensor_io import open_reader, row_slices
-from qguard_edge.conversion.metadata import total_outcome
-from qguard_edge.conversion.naming import reference_path
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.outputs.moved_gguf import convert_to_moved_base
-from qguard_edge.conversion.report import MovedReport
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.naming import plain_path
+from qguard_edge.conversion.report import MovedGgufReport
+from qguard_edge.conversion.request import GgufRequest, MovedGgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, FlipGuardOptions, NoneOptions, OrthoOptions, QVecOptions
+from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.rounding.gguf_moved import move_into_cells
 from quant_grids import GRIDS, Outcome
 from quant_grids.base import ScalarGrid
@@ -29,12 +27,14 @@ from tests.helpers.ggml_oracle import quantize as quantize_in_libggml
 LEGACY = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
-def request_for(base: Path, to: str, outfile: Path, defense: DefenseOptions | None = None) -> ConvertRequest:
+def request_for(base: Path, to: str, outfile: Path, defense: DefenseOptions | None = None) -> MovedGgufRequest:
     options = QuantizeOptions(parse_file_type(to), pure=True, threads=2)
-    return ConvertRequest(str(base), options, defense or OrthoOptions(), outfile=str(outfile), seed=3, check_loads=False)
+    return MovedGgufRequest(
+        model=str(base), options=options, defense=defense or OrthoOptions(), outfile=str(outfile), seed=3, check_loads=False
+    )
 
 
-def alignment_of(report: MovedReport) -> float:
+def alignment_of(report: MovedGgufReport) -> float:
     total = Outcome(0, 0.0, 0.0, 0.0)
     for tensor in report.tensors:
         total = total + tensor.outcome
@@ -43,7 +43,7 @@ def alignment_of(report: MovedReport) -> float:
 
 @pytest.mark.parametrize("to", LEGACY)
 def test_legacy_types_reach_every_code(tiny_base: Path, tmp_path: Path, to: str) -> None:
-    report = convert_to_moved_base(request_for(tiny_base, to, tmp_path / "moved.gguf"))
+    report = convert_model(request_for(tiny_base, to, tmp_path / "moved.gguf"))
     weights = sum(tensor.n_weights for tensor in report.tensors)
     moved = sum(tensor.n_moved for tensor in report.tensors)
     assert moved > 0.1 * weights
@@ -56,7 +56,7 @@ def test_legacy_types_reach_every_code(tiny_base: Path, tmp_path: Path, to: str)
 
 @pytest.mark.parametrize("to", ["q3_k_m", "q4_k", "q6_k", "iq4_nl"])
 def test_searched_types_turn_the_error_and_say_what_was_reached(tiny_base: Path, tmp_path: Path, to: str) -> None:
-    report = convert_to_moved_base(request_for(tiny_base, to, tmp_path / "moved.gguf"))
+    report = convert_model(request_for(tiny_base, to, tmp_path / "moved.gguf"))
     reached = sum(tensor.reached for tensor in report.tensors) / sum(tensor.n_moved for tensor in report.tensors)
     assert 0.6 < reached < 0.999
     assert alignment_of(report) < 0.15
@@ -66,9 +66,18 @@ def test_searched_types_turn_the_error_and_say_what_was_reached(tiny_base: Path,
 def test_the_report_is_what_llama_cpp_does_with_the_file(tiny_base: Path, tmp_path: Path) -> None:
     """Quantize the moved base by hand, and count against a conversion with the same seed."""
     request = request_for(tiny_base, "q4_0", tmp_path / "moved.gguf")
-    report = convert_to_moved_base(request)
+    report = convert_model(request)
     made, plain, again = tmp_path / "hardened.gguf", tmp_path / "plain.gguf", tmp_path / "again.gguf"
-    convert_model(replace(request, outfile=str(made), keep_reference=True))
+    asked = GgufRequest(
+        model=request.model,
+        options=request.options,
+        defense=request.defense,
+        outfile=str(made),
+        seed=request.seed,
+        check_loads=False,
+        keep_plain=True,
+    )
+    convert_model(asked)
     quantize(tmp_path / "moved.gguf", again, request.options)
     quantize(tiny_base, plain, request.options)
     by_name = {tensor.name: tensor for tensor in report.tensors}
@@ -79,12 +88,12 @@ def test_the_report_is_what_llama_cpp_does_with_the_file(tiny_base: Path, tmp_pa
         if tensor.name in by_name:
             assert tensor.foreign_bytes == 0  # the scales are those of the original
             assert tensor.alignment == pytest.approx(by_name[tensor.name].outcome.alignment, abs=1e-4)
-    assert plain.read_bytes() == reference_path(made).read_bytes()
+    assert plain.read_bytes() == plain_path(made).read_bytes()
 
 
 def test_weights_move_by_less_than_a_step_and_only_where_codes_changed(tiny_base: Path, tmp_path: Path) -> None:
     request = request_for(tiny_base, "q4_0", tmp_path / "moved.gguf", FlipGuardOptions())
-    report = convert_to_moved_base(request)
+    report = convert_model(request)
     plain = tmp_path / "plain.gguf"
     quantize(tiny_base, plain, request.options)
     base, moved, reference = GgufModel(tiny_base), GgufModel(tmp_path / "moved.gguf"), GgufFile(plain)
@@ -100,13 +109,13 @@ def test_weights_move_by_less_than_a_step_and_only_where_codes_changed(tiny_base
 
 
 def test_without_a_defense_nothing_moves(tiny_base: Path, tmp_path: Path) -> None:
-    report = convert_to_moved_base(request_for(tiny_base, "q4_k", tmp_path / "moved.gguf", NoneOptions()))
+    report = convert_model(request_for(tiny_base, "q4_k", tmp_path / "moved.gguf", NoneOptions()))
     for tensor in report.tensors:
         assert (tensor.n_moved, tensor.codes, tensor.outcome.alignment) == (0, tensor.n_weights, 1.0)
 
 
 def test_a_folder_works_and_defenses_that_move_weights_choose_codes_here(tiny_folder: Path, tmp_path: Path) -> None:
-    report = convert_to_moved_base(request_for(tiny_folder, "q8_0", tmp_path / "{ftype}.gguf", QVecOptions()))
+    report = convert_model(request_for(tiny_folder, "q8_0", tmp_path / "{ftype}.gguf", QVecOptions()))
     assert report.outfile == tmp_path / "q8_0.gguf"
     assert report.outfile.is_file()
     assert any("fixed-grid" in warning for warning in report.warnings)
@@ -116,7 +125,7 @@ def test_a_folder_works_and_defenses_that_move_weights_choose_codes_here(tiny_fo
 def test_types_that_share_codes_are_refused_and_nothing_is_left(tiny_base: Path, tmp_path: Path) -> None:
     request = request_for(tiny_base, "iq3_s", tmp_path / "moved.gguf")
     with pytest.raises(UnsupportedError, match="shared by several weights"):
-        convert_to_moved_base(request)
+        convert_model(request)
     assert list(tmp_path.iterdir()) == []
 
 

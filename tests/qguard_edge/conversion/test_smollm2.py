@@ -12,8 +12,8 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
 from qguard_edge.runtimes.llama import LlamaModel
 from tests.helpers.expected_targets import ortho_target
@@ -31,7 +31,9 @@ def base(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_none_is_byte_identical(smollm2_folder: Path, base: Path, tmp_path: Path) -> None:
     quantize(base, tmp_path / "reference.gguf", Q4_K)
-    request = ConvertRequest(str(smollm2_folder), Q4_K, NoneOptions(), str(tmp_path / "out.gguf"), check_loads=False)
+    request = GgufRequest(
+        model=str(smollm2_folder), options=Q4_K, defense=NoneOptions(), outfile=str(tmp_path / "out.gguf"), check_loads=False
+    )
     report = convert_model(request)
     found = compare_files(tmp_path / "reference.gguf", report.outfile)
     assert (found.codes_changed, found.only_code_bits) == (0, True)
@@ -48,14 +50,16 @@ def test_ortho_from_every_kind_of_input(smollm2_folder: Path, base: Path, tmp_pa
     model = {"folder": smollm2_folder, "bf16": base}.get(kind, tmp_path / "f16.gguf")
     if kind == "f16":
         write_base_gguf(smollm2_folder, model, base_type="f16")
-    request = ConvertRequest(str(model), Q4_K, OrthoOptions(), str(tmp_path / "out.gguf"), keep_reference=True)
+    request = GgufRequest(
+        model=str(model), options=Q4_K, defense=OrthoOptions(), outfile=str(tmp_path / "out.gguf"), keep_plain=True
+    )
     report = convert_model(request)
-    assert report.reference is not None
+    assert report.plain is not None
     assert report.coverage is not None
     assert report.coverage.protected_share == 1.0
     assert report.loaded is not None
     assert len(report.loaded.tokens) == 10
-    found = compare_files(report.reference, report.outfile, base=model if model.suffix == ".gguf" else base)
+    found = compare_files(report.plain, report.outfile, base=model if model.suffix == ".gguf" else base)
     assert found.only_code_bits
     aligned = [tensor for tensor in found.tensors if tensor.alignment is not None]
     assert len(aligned) == 211

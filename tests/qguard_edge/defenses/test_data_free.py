@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType
 from convert.diff import compare_files
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.report import ConvertReport
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.report import GgufReport
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import SliceKey, make_defense
 from qguard_edge.defenses.options import (
     DATA_FREE,
@@ -136,9 +136,11 @@ ALL = [DEFENSE_OPTIONS[name]() for name in DATA_FREE] + [
 ]
 
 
-def convert(base: Path, out: Path, to: str, defense: DefenseOptions, seed: int = 1) -> ConvertReport:
+def convert(base: Path, out: Path, to: str, defense: DefenseOptions, seed: int = 1) -> GgufReport:
     options = QuantizeOptions(parse_file_type(to), threads=2)
-    request = ConvertRequest(str(base), options, defense, str(out), seed=seed, keep_reference=True, overwrite=True)
+    request = GgufRequest(
+        model=str(base), options=options, defense=defense, outfile=str(out), seed=seed, keep_plain=True, overwrite=True
+    )
     return convert_model(replace(request, check_loads=to == "q4_k"))
 
 
@@ -150,8 +152,8 @@ def test_every_defense_through_convert(tiny_base: Path, tmp_path: Path, to: str,
             convert(tiny_base, tmp_path / "out.gguf", to, defense)
         return
     report = convert(tiny_base, tmp_path / "out.gguf", to, defense)
-    assert report.reference is not None
-    found = compare_files(report.reference, report.outfile, base=tiny_base)
+    assert report.plain is not None
+    found = compare_files(report.plain, report.outfile, base=tiny_base)
     moved = getattr(defense, "mode", "") == "requantize"
     assert found.only_code_bits or moved
     assert len(report.roundings) == 16
@@ -177,6 +179,6 @@ def test_requantizing_is_repeatable(tiny_base: Path, tmp_path: Path, defense: De
 def test_moved_base_holds_the_moved_weights(tiny_base: Path, tmp_path: Path) -> None:
     """QVec with strength 0 moves nothing: the F32 copy quantizes to the reference's tensors."""
     report = convert(tiny_base, tmp_path / "out.gguf", "q4_k", QVecOptions(strength=0.0))
-    assert report.reference is not None
-    found = compare_files(report.reference, report.outfile)
+    assert report.plain is not None
+    found = compare_files(report.plain, report.outfile)
     assert (found.codes_changed, found.only_code_bits) == (0, True)

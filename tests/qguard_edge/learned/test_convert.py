@@ -9,23 +9,23 @@ from convert.diff import qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.report import ConvertReport
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.naming import checkpoint_path
+from qguard_edge.conversion.report import GgufReport
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
-from qguard_edge.learned.checkpoint import checkpoint_path
 from quant_grids.errors import UnsupportedError
 from tests.helpers.command import CommandLine
 
 
 def convert(
     model: Path, out: Path, text: Path, defense: DefenseOptions, to: str = "q4_0", seed: int | None = 3
-) -> ConvertReport:
-    request = ConvertRequest(
-        str(model),
-        QuantizeOptions(parse_file_type(to), threads=2),
-        defense,
+) -> GgufReport:
+    request = GgufRequest(
+        model=str(model),
+        options=QuantizeOptions(parse_file_type(to), threads=2),
+        defense=defense,
         outfile=str(out),
         device="cpu",
         seed=seed,

@@ -13,8 +13,8 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufModel
 from convert.quantizer import QuantizeOptions
 from qguard_edge.cli import app
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import EfrapOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.memory import (
@@ -106,10 +106,10 @@ def test_time_grows_with_the_text_that_error_feedback_reads(monkeypatch: pytest.
 
 def _convert(folder: Path, out: Path, defense: QuantGuardOptions, limit: int | None) -> tuple[bytes, tuple[str, ...]]:
     report = convert_model(
-        ConvertRequest(
-            str(folder),
-            QuantizeOptions(parse_file_type("q4_0"), threads=1),
-            defense,
+        GgufRequest(
+            model=str(folder),
+            options=QuantizeOptions(parse_file_type("q4_0"), threads=1),
+            defense=defense,
             outfile=str(out),
             device="cpu",
             seed=3,

@@ -13,9 +13,9 @@ from convert.diff import compare_files
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.outputs.gguf import convert_model
-from qguard_edge.conversion.report import ConvertReport
-from qguard_edge.conversion.request import ConvertRequest
+from qguard_edge.conversion.report import GgufReport
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.evaluation import Distributions, compare, examine, make_exam
 from qguard_edge.lab.hf_models import load_folder
@@ -30,7 +30,7 @@ STEPS = 30
 class Measured:
     asr: Rate
     fidelity: Fidelity
-    report: ConvertReport
+    report: GgufReport
 
 
 class Bench:
@@ -52,17 +52,17 @@ class Bench:
             write_base_gguf(folder, base, base_type="f32")
             self.full[model] = self._examine(base)[1]
         path = self.work / f"{out}.gguf"
-        request = ConvertRequest(
-            str(folder),
-            QuantizeOptions(parse_file_type("q4_k"), threads=2),
-            defense,
+        request = GgufRequest(
+            model=str(folder),
+            options=QuantizeOptions(parse_file_type("q4_k"), threads=2),
+            defense=defense,
             outfile=str(path),
             base_type="f32",
             device="cpu",
             seed=1,
             overwrite=True,
             check_loads=False,
-            keep_reference=True,
+            keep_plain=True,
             calibration=CalibrationOptions(self.text, seqlen=128),
         )
         report = convert_model(request)
@@ -102,8 +102,8 @@ def test_the_plan_holds_its_constraint_on_every_tensor_and_changes_code_bits_onl
     assert all(r.outcome.alignment <= 0.1 + 1e-3 for r in report.roundings)
     assert report.learned.alignment == pytest.approx(0.1, abs=0.01)
     assert report.learned.alignment_learned > report.learned.alignment
-    assert report.reference is not None
-    found = compare_files(report.reference, report.outfile)
+    assert report.plain is not None
+    found = compare_files(report.plain, report.outfile)
     assert found.only_code_bits
     assert found.codes_changed == sum(r.outcome.n_changed for r in report.roundings)
     assert max(tensor.largest_step for tensor in found.tensors) == 1

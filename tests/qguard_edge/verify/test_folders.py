@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qguard_edge.cli import run
-from qguard_edge.conversion.outputs.folder import convert_to_folder
 from qguard_edge.conversion.request import FolderRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.runtimes.batching import Answer, PromptError, Sampling
@@ -40,9 +40,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     victim = make_victim(LabSettings(attack="elq", to="nf4"))
     out = tmp_path_factory.mktemp("folders") / "hardened"
     asked = FolderRequest(
-        str(victim.attacked), "nf4", OrthoOptions(), outfile=str(out), device="cpu", seed=0, check_loads=False
+        model=str(victim.attacked),
+        to="nf4",
+        defense=OrthoOptions(),
+        outfile=str(out),
+        device="cpu",
+        seed=0,
+        check_loads=False,
     )
-    convert_to_folder(asked)
+    convert_model(asked)
     prompts = tuple(SuitePrompt(f"p{i:03}", prompt.text) for i, prompt in enumerate(victim.data.prompts[:150]))
     suite = Suite("injection", "The lab's prompts", prompts, (), new_tokens=24)
     return Folders(victim.clean, victim.attacked, out, suite)
@@ -81,9 +87,15 @@ def test_the_other_formats_run_too(folders: Folders, kind: str, tmp_path: Path) 
     """Made by us as the candidate, rounded by bitsandbytes while it is loaded as the naive one."""
     out = tmp_path / kind
     asked = FolderRequest(
-        str(folders.attacked), kind, OrthoOptions(), outfile=str(out), device="cpu", seed=0, check_loads=False
+        model=str(folders.attacked),
+        to=kind,
+        defense=OrthoOptions(),
+        outfile=str(out),
+        device="cpu",
+        seed=0,
+        check_loads=False,
     )
-    convert_to_folder(asked)
+    convert_model(asked)
     outcome = verify(request(folders, out, naive=folders.attacked, load_in=kind, limit=8))
     assert outcome.check("drift/mean-kl").verdict is Verdict.PASS
     facts = {one.role: one.file_type for one in outcome.files}
