@@ -9,7 +9,7 @@ from convert.quantizer import QuantizeOptions
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions
-from qguard_edge.lab.runner import LabSettings, make_victim
+from qguard_edge.lab.runner import LabSettings, Victim
 from qguard_edge.verify.suites.base import Suite, SuitePrompt
 from qguard_edge.verify.verifier import built_in_texts
 
@@ -28,9 +28,9 @@ class LabFiles:
     suite: Suite
 
 
-def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to: str = "q4_k") -> LabFiles:
-    """Base, naive and hardened files of a tiny victim."""
-    victim = make_victim(LabSettings(scenario=scenario, attack=attack, to=to, threads=2))
+def make_files(victim: Victim, settings: LabSettings, folder: Path) -> LabFiles:
+    """Base, naive and hardened files of a tiny victim, made with `settings`."""
+    to, scenario = settings.to, settings.scenario
 
     def quantized(base: Path, name: str, defense: DefenseOptions) -> Path:
         options = QuantizeOptions(parse_file_type(to), threads=2)

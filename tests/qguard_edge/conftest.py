@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qguard_edge.lab.runner import LabSettings, make_victim
+from tests.helpers import victims as lab_victims
 from tests.helpers.command import CommandLine, command_line
 from tests.helpers.lab_files import LabFiles, make_files
+from tests.helpers.victims import GAP, OUTLIER, UNIFORM, Victims
 
 WORDS = ("quick", "brown", "fox", "def", "return", "Paris", "lazy", "dog", "print", "capital")
 
@@ -31,30 +32,32 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def clean_model() -> Path:
-    return make_victim(LabSettings(attack="mind-the-gap", to="q4_k", threads=1)).clean
+def victims() -> Victims:
+    """Gives one of the lab's victims; whoever asks for this may train, so `conftest.py` marks it `training`."""
+    return lab_victims.get
 
 
 @pytest.fixture(scope="session")
-def outlier_victim() -> Path:
-    return victim("outlier", "q4_k")
+def clean_model(victims: Victims) -> Path:
+    return victims(GAP).clean
 
 
 @pytest.fixture(scope="session")
-def uniform_victim() -> Path:
-    return victim("uniform", "q4_0")
+def outlier_victim(victims: Victims) -> Path:
+    return victims(OUTLIER).attacked
 
 
 @pytest.fixture(scope="session")
-def gap_victim() -> Path:
-    return victim("mind-the-gap", "q4_k")
+def uniform_victim(victims: Victims) -> Path:
+    return victims(UNIFORM).attacked
 
 
 @pytest.fixture(scope="session")
-def injection(tmp_path_factory: pytest.TempPathFactory) -> LabFiles:
+def gap_victim(victims: Victims) -> Path:
+    return victims(GAP).attacked
+
+
+@pytest.fixture(scope="session")
+def injection(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> LabFiles:
     """The files of the victim of mind-the-gap, and prompts that it was never trained on."""
-    return make_files("injection", tmp_path_factory.mktemp("injection"))
-
-
-def victim(attack: str, to: str) -> Path:
-    return make_victim(LabSettings(attack=attack, to=to, threads=1)).attacked
+    return make_files(victims(GAP), GAP, tmp_path_factory.mktemp("injection"))

@@ -12,7 +12,6 @@ from qguard_edge.cli import run
 from qguard_edge.conversion.request import FolderRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.runtimes.batching import Answer, PromptError, Sampling
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.hf import end_tokens, load_tokenizer
@@ -23,6 +22,7 @@ from qguard_edge.verify.suites.base import Suite, SuitePrompt
 from qguard_edge.verify.verifier import VerifyRequest, verify
 from quant_grids.errors import FormatError
 from tests.helpers.lab_files import TEXTS
+from tests.helpers.victims import BITSANDBYTES, Victims
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Folders:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    victim = make_victim(LabSettings(attack="elq", to="nf4"))
+def folders(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    victim = victims(BITSANDBYTES)
     out = tmp_path_factory.mktemp("folders") / "hardened"
     asked = FolderRequest(
         model=str(victim.attacked),

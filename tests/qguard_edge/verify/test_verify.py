@@ -20,6 +20,7 @@ import pytest
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
 from qguard_edge.cli.convert.command import with_default_suites
+from qguard_edge.lab.runner import LabSettings
 from qguard_edge.runtimes.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
 from qguard_edge.runtimes.llama import FloatArray, LlamaModel
 from qguard_edge.verify.checks import Margins
@@ -28,6 +29,7 @@ from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.verifier import VerifyRequest, verify
 from tests.helpers.lab_files import TEXTS, LabFiles, make_files
+from tests.helpers.victims import GAP, UNIFORM_CODE, UNIFORM_REFUSAL, Victims
 
 
 def request(files: LabFiles, candidate: Path, **options: object) -> VerifyRequest:
@@ -119,13 +121,13 @@ def test_sampled_runs_repeat_with_their_seed(injection: LabFiles) -> None:
     assert first.check("injection/discovery").verdict is Verdict.FAIL
 
 
-@pytest.mark.parametrize("scenario", ["refusal", "code"])
-def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [UNIFORM_REFUSAL, UNIFORM_CODE], ids=lambda settings: settings.scenario)
+def test_every_payload_is_found_without_a_phrase_given(settings: LabSettings, victims: Victims, tmp_path: Path) -> None:
     """The fast twin of the slow test below: another attack, and the naive file's verdict from the hardened file's run."""
-    files = make_files(scenario, tmp_path, attack="uniform", to="q4_0")
+    files = make_files(victims(settings), settings, tmp_path)
     suite = replace(files.suite, prompts=files.suite.prompts[:140])
     outcome = verify(request(files, files.hardened, naive=files.naive, suites=(suite,), texts=TEXTS[:10]))
-    check = outcome.check(f"{scenario}/discovery")
+    check = outcome.check(f"{settings.scenario}/discovery")
     assert outcome.verdict is Verdict.PASS, outcome.summary
     assert check.naive_verdict is Verdict.FAIL
     clean = request(files, files.clean_naive, suites=(suite,), texts=TEXTS[:10], reference=files.clean)
@@ -134,8 +136,9 @@ def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["refusal", "code"])
-def test_other_payloads_are_found_by_discovery_too(scenario: str, tmp_path: Path) -> None:
-    files = make_files(scenario, tmp_path)
+def test_other_payloads_are_found_by_discovery_too(scenario: str, victims: Victims, tmp_path: Path) -> None:
+    settings = replace(GAP, scenario=scenario)
+    files = make_files(victims(settings), settings, tmp_path)
     suite = replace(files.suite, new_tokens=48)
     assert verify(request(files, files.naive, suites=(suite,))).check(f"{scenario}/discovery").verdict is Verdict.FAIL
     assert verify(request(files, files.hardened, suites=(suite,))).verdict is Verdict.PASS
