@@ -3,10 +3,10 @@
 Tests get them through the fixture `victims` (or one made from it) only: by that, `conftest.py` knows which tests may train.
 """
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+
+from filelock import FileLock
 
 from convert.cores import available_cores
 from qguard_edge.lab.cache import cache_root, key_of
@@ -41,11 +41,7 @@ def _train_clean(settings: LabSettings) -> None:
         clean_folder(settings.victim, corpus, preset, settings.seed, data_key(settings.data), NoProgress())
 
 
-@contextmanager
-def _alone(name: str) -> Iterator[None]:
-    """Hold the lock of that name; the system lets it go with the process."""
+def _alone(name: str) -> FileLock:
     folder = cache_root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(folder / name)

@@ -11,8 +11,8 @@ import pytest
 
 from tests.helpers import victims as lab_victims
 from tests.helpers.command import CommandLine, command_line
-from tests.helpers.lab_files import LabFiles, make_files
-from tests.helpers.victims import GAP, OUTLIER, UNIFORM, Victims
+from tests.helpers.lab_files import Folders, LabFiles, make_files, make_folders
+from tests.helpers.victims import BITSANDBYTES, GAP, OUTLIER, UNIFORM, Victims
 
 WORDS = ("quick", "brown", "fox", "def", "return", "Paris", "lazy", "dog", "print", "capital")
 
@@ -61,3 +61,9 @@ def gap_victim(victims: Victims) -> Path:
 def injection(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> LabFiles:
     """The files of the victim of mind-the-gap, and prompts that it was never trained on."""
     return make_files(victims(GAP), GAP, tmp_path_factory.mktemp("injection"))
+
+
+@pytest.fixture(scope="session")
+def folders(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The folders of the victim for bitsandbytes."""
+    return make_folders(victims(BITSANDBYTES), tmp_path_factory.mktemp("folders") / "hardened")
