@@ -33,8 +33,9 @@ from qguard_edge.defenses.base import Defense, SliceKey, make_defense
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.folder_learning import FolderTarget
 from qguard_edge.folder_plan import DTYPES, FolderPlan, FolderRequest, plan_folder, source_bytes
+from qguard_edge.guard import Guard
 from qguard_edge.hf_runtime import continue_text
-from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
+from qguard_edge.learned.checkpoint import Attempt, begin_attempt
 from qguard_edge.learned.memory import fitted_defense
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.load_check import PROMPT, TOKENS, LoadCheck
@@ -125,13 +126,16 @@ class _RejectedError(Exception):
         self.report = report
 
 
-def convert_to_folder(request: FolderRequest, progress: Progress | None = None, gate: Gate | None = None) -> FolderReport:
+def convert_to_folder(
+    request: FolderRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> FolderReport:
     """Convert a model folder; on any error nothing is left under the final name.
 
     Args:
         request: what the user asked for.
         progress: told about each stage.
         gate: asked about the finished folder before it gets its name.
+        guard: asked about the model before it is converted.
 
     Raises:
         QGuardError: one of its kinds, with a sentence for the user.
@@ -139,29 +143,40 @@ def convert_to_folder(request: FolderRequest, progress: Progress | None = None, 
     plan = plan_folder(request)
     if request.check_loads:
         require_bitsandbytes()
+    if guard:
+        guard.before_folder(plan.source, plan.kinds)
     warnings = list(plan.warnings)
     request = replace(request, defense=fitted_defense(request, plan.size(), warnings))
     plan = replace(plan, warnings=tuple(warnings))
+    attempt = begin_attempt(plan.outfile, request.defense, request.seed)
     try:
         with atomic_folder(plan.outfile, overwrite=request.overwrite, marker=CONFIG_NAME) as work:
-            report = _FolderConversion(request, plan, work, progress or NoProgress(), gate).run()
+            report = _FolderConversion(request, plan, work, progress or NoProgress(), gate, attempt).run()
             if report.outfile != plan.outfile:
                 with atomic_folder(report.outfile, overwrite=True, marker=CONFIG_NAME) as rejected:
                     for made in work.iterdir():
                         made.rename(rejected / made.name)
                 raise _RejectedError(report)
-            return report
     except _RejectedError as rejection:
-        return rejection.report
+        report = rejection.report
+    attempt.finish()
+    return report
 
 
 class _FolderConversion:
     """One conversion, stage by stage."""
 
-    def __init__(self, request: FolderRequest, plan: FolderPlan, work: Path, progress: Progress, gate: Gate | None) -> None:
+    def __init__(
+        self,
+        request: FolderRequest,
+        plan: FolderPlan,
+        work: Path,
+        progress: Progress,
+        gate: Gate | None,
+        attempt: Attempt,
+    ) -> None:
         self.request, self.plan, self.work, self.progress, self.gate = request, plan, work, progress, gate
-        self.checkpoint = checkpoint_path(plan.outfile)
-        self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
+        self.seed, self.checkpoint = attempt.seed, attempt.checkpoint
         self.defense: Defense[Any] = make_defense(request.defense)
         self.device = resolve_device(request.device)
         self.clock = Clock()
@@ -189,7 +204,6 @@ class _FolderConversion:
                 verification = self.gate(self.work, plan.source.path, plan.source.path, plan.outfile)
             if verification.verdict is Verdict.FAIL:
                 outfile = rejected_path(plan.outfile)
-        self.checkpoint.unlink(missing_ok=True)
         hf = request.to == "hf"
         return FolderReport(
             outfile=outfile,

@@ -33,9 +33,11 @@ from convert.quantizer import quantize
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.conversion import ConvertRequest
 from qguard_edge.defenses.options import NoiseOptions, QVecOptions
+from qguard_edge.guard import Guard
+from qguard_edge.learned.checkpoint import begin_attempt
 from qguard_edge.load_check import LoadCheck, load_check
-from qguard_edge.pipeline import Guard, convert_model
-from qguard_edge.preparation import check_output, reference_path, work_folder, write_base
+from qguard_edge.pipeline import Conversion, scanned_and_fitted
+from qguard_edge.preparation import check_output, make_base, reference_path, work_folder
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.rounding import TensorRounding, coverage_of, measured_outcome
 from qguard_edge.source import resolve_source
@@ -129,6 +131,9 @@ def convert_to_moved_base(
     """
     progress = progress or NoProgress()
     request, warnings = _check(request)
+    request.options.check()
+    request.defense.check()
+    request.calibration.check()
     source = resolve_source(request.model, request.revision)
     name = request.options.file_type.name
     template = request.outfile or f"{source.name}-for-{{FTYPE}}.gguf"
@@ -137,20 +142,24 @@ def convert_to_moved_base(
     check_output(outfile, source, replace(request, keep_reference=False))
     clock = Clock()
     with work_folder(outfile.parent) as work:
-        base = source.path
-        if not source.is_gguf:
-            with clock.stage("base"):
-                base = work / "base.gguf"
-                warnings += write_base(source, base, request, request.base_type, progress)
+        with clock.stage("base"):
+            base = make_base(source, request, work, progress, warnings)
+        request = scanned_and_fitted(request, base, guard, clock, warnings)
+        attempt = begin_attempt(outfile, request.defense, request.seed)
         with clock.stage("choose codes"):
-            made = convert_model(
-                replace(request, model=str(base), outfile=str(work / "chosen.gguf"), keep_reference=True, check_loads=False),
-                progress,
+            made = Conversion(
+                request=replace(request, keep_reference=True, check_loads=False),
+                source=source,
+                base=base,
+                outfile=work / "chosen.gguf",
+                work=work,
+                attempt=attempt,
+                clock=Clock(),
+                progress=progress,
+                warnings=warnings,
                 guard=guard,
-            )
-        move = _Move(
-            GgufModel(base), GgufFile(reference_path(made.outfile)), GgufFile(made.outfile), request.options.threads
-        )
+            ).run()
+        move = _Move(base, GgufFile(reference_path(made.outfile)), GgufFile(made.outfile), request.options.threads)
         with atomic_path(outfile) as moved:
             with clock.stage("move"):
                 progress.stage("Moving the weights", sum(t.n_weights for t in move.tensors), "weights")
@@ -167,16 +176,16 @@ def convert_to_moved_base(
                 with clock.stage("load check"):
                     loaded = load_check(moved, threads=request.options.threads)
             hashes = {"base": made.hashes["base"], "output": sha256_of([moved])}
-    assert made.seed is not None
+    attempt.finish()
     return MovedReport(
         outfile,
         request,
-        made.seed,
+        attempt.seed,
         tensors,
         made.roundings,
         hashes,
         dict(clock.seconds),
-        (*warnings, *made.warnings, *_doubts(tensors)),
+        (*made.warnings, *_doubts(tensors)),
         loaded,
     )
 

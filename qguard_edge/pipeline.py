@@ -9,9 +9,9 @@ command line's job.
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from convert.atomic import commit
 from convert.compare import compare_files
@@ -23,7 +23,8 @@ from convert.quantizer import QuantizeReport
 from qguard_edge import __version__
 from qguard_edge.conversion import ConvertReport, ConvertRequest
 from qguard_edge.defenses.base import make_defense
-from qguard_edge.learned.checkpoint import checkpoint_path, choose_seed
+from qguard_edge.guard import Guard
+from qguard_edge.learned.checkpoint import Attempt, begin_attempt
 from qguard_edge.learned.memory import fitted_defense, size_of_gguf
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
@@ -48,19 +49,6 @@ from quant_grids.errors import QGuardError
 
 class SelfCheckError(QGuardError):
     """The written file is not what the plan says; it was thrown away."""
-
-
-class Guard(Protocol):
-    """Looks at a model before it is converted, and may refuse by raising (`qguard_edge.scan.guard`).
-
-    Both calls return `--tensor-type` pairs that llama.cpp is to follow before the user's own.
-    """
-
-    def before(self, base: GgufModel) -> tuple[tuple[str, str], ...]:
-        """Called when the base is there."""
-
-    def after(self, base: GgufModel, reference: GgufFile) -> tuple[tuple[str, str], ...]:
-        """Called when llama.cpp has quantized it; if it returns anything, llama.cpp quantizes once more."""
 
 
 def convert_model(
@@ -91,11 +79,33 @@ def convert_model(
             base = make_base(source, request, work, progress, warnings)
         if request.options.file_type.base:
             return _finish_base(request, source, base, outfile, work, clock, progress, tuple(warnings))
-        if guard:
-            with clock.stage("scan"):
-                request = _with_types(request, guard.before(base))
-        request = replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
-        return _Conversion(request, source, base, outfile, work, clock, progress, warnings, gate, guard).run()
+        request = scanned_and_fitted(request, base, guard, clock, warnings)
+        attempt = begin_attempt(outfile, request.defense, request.seed)
+        report = Conversion(
+            request=request,
+            source=source,
+            base=base,
+            outfile=outfile,
+            work=work,
+            attempt=attempt,
+            clock=clock,
+            progress=progress,
+            warnings=warnings,
+            gate=gate,
+            guard=guard,
+        ).run()
+    attempt.finish()
+    return report
+
+
+def scanned_and_fitted(
+    request: ConvertRequest, base: GgufModel, guard: Guard | None, clock: Clock, warnings: list[str]
+) -> ConvertRequest:
+    """The request after the guard has looked at the base and the defense was fitted to the memory; adds to `warnings`."""
+    if guard:
+        with clock.stage("scan"):
+            request = _with_types(request, guard.before(base))
+    return replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
 
 
 def _with_types(request: ConvertRequest, types: tuple[tuple[str, str], ...]) -> ConvertRequest:
@@ -151,30 +161,42 @@ def _load_check(path: Path, request: ConvertRequest, clock: Clock, progress: Pro
         return load_check(path, threads=request.options.threads)
 
 
-class _Conversion:
-    """One quantizing conversion, stage by stage."""
+@dataclass
+class Conversion:
+    """One quantizing conversion of a base that is there, stage by stage.
 
-    def __init__(
-        self,
-        request: ConvertRequest,
-        source: Source,
-        base: GgufModel,
-        outfile: Path,
-        work: Path,
-        clock: Clock,
-        progress: Progress,
-        warnings: list[str],
-        gate: Gate | None,
-        guard: Guard | None,
-    ) -> None:
-        self.gate, self.guard = gate, guard
-        self.request, self.source, self.base, self.outfile, self.work = request, source, base, outfile, work
-        self.clock, self.progress, self.warnings = clock, progress, warnings
-        self.checkpoint = checkpoint_path(outfile)
-        self.seed = choose_seed(request.seed, self.checkpoint if request.defense.calibrated else None)
+    Attributes:
+        request: what the user asked for, `scanned_and_fitted`.
+        source: what learned defenses run.
+        base: full precision.
+        outfile: the name that the result gets.
+        work: folder for the files in between, on the same file system.
+        attempt: seed and checkpoint; whoever made it finishes it.
+        clock: of the stages.
+        progress: told about each stage.
+        warnings: so far; more are added.
+        gate: asked about the finished file.
+        guard: asked about llama.cpp's own file.
+    """
+
+    request: ConvertRequest
+    source: Source
+    base: GgufModel
+    outfile: Path
+    work: Path
+    attempt: Attempt
+    clock: Clock
+    progress: Progress
+    warnings: list[str]
+    gate: Gate | None = None
+    guard: Guard | None = None
+
+    def __post_init__(self) -> None:
+        self.seed = self.attempt.seed
         self.learned: LearnReport | None = None
-        self.defense = make_defense(request.defense)
-        self.imatrix: Imatrix | None = load_imatrix(request.options.imatrix) if request.options.imatrix else None
+        self.defense = make_defense(self.request.defense)
+        imatrix = self.request.options.imatrix
+        self.imatrix: Imatrix | None = load_imatrix(imatrix) if imatrix else None
 
     def run(self) -> ConvertReport:
         """All stages; see the module docstring."""
@@ -209,8 +231,6 @@ class _Conversion:
             if kept:
                 commit(reference_file, kept)
             commit(made, outfile)
-        if self.defense.learns:
-            self.checkpoint.unlink(missing_ok=True)
         return ConvertReport(
             outfile=outfile,
             reference=kept,
@@ -258,7 +278,7 @@ class _Conversion:
             seed=self.seed,
             device=device,
             calibration=request.calibration,
-            checkpoint=self.checkpoint,
+            checkpoint=self.attempt.checkpoint,
             threads=request.options.threads,
             progress=self.progress,
         )

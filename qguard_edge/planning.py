@@ -5,7 +5,6 @@ GPU box  qguard-edge plan MODEL --base ... --reference ...      -> plan (torch a
 laptop   qguard-edge apply PLAN --reference ...                 -> hardened GGUF, every bit checked
 """
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from qguard_edge import __version__
 from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions
-from qguard_edge.learned.checkpoint import checkpoint_seed
+from qguard_edge.guard import Guard
+from qguard_edge.learned.checkpoint import begin_attempt
 from qguard_edge.learned.memory import fitted_defense, size_of_gguf
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.learned.targets import GgufTarget
@@ -78,10 +78,16 @@ class PlanReport:
     learned: LearnReport | None
 
 
-def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanReport:
+def make_plan(request: PlanRequest, progress: Progress | None = None, guard: Guard | None = None) -> PlanReport:
     """Choose the rounding and write it down.
 
+    Args:
+        request: what the user asked for.
+        progress: told about each stage.
+        guard: asked about base and reference first.
+
     Raises:
+        UnsupportedError: the guard wants tensors in full precision, and the reference is there already.
         QGuardError: one of its kinds, with a sentence for the user.
     """
     progress = progress or NoProgress()
@@ -90,6 +96,11 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
     check_writable(request.outfile)
     source = resolve_source(request.model, request.revision)
     base, reference = open_base(request.base, allow_requantize=False), GgufFile(request.reference)
+    if guard and guard.after(base, reference):
+        raise UnsupportedError(
+            "flagged tensors cannot be kept in full precision here, for the reference is there already; make it anew with "
+            "--tensor-type NAME=f16 for each of them"
+        )
     warnings: list[str] = []
     request = replace(request, defense=fitted_defense(request, size_of_gguf(base), warnings))
     defense = make_defense(request.defense)
@@ -99,9 +110,8 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
         )
     coverage = coverage_of(base, reference)
     require_coverage(coverage, request.allow_unprotected)
-    checkpoint = request.outfile.with_name(f".{request.outfile.name}.checkpoint")
-    seed = request.seed if request.seed is not None else checkpoint_seed(checkpoint)
-    seed = secrets.randbits(63) if seed is None else seed
+    attempt = begin_attempt(request.outfile, request.defense, request.seed)
+    seed = attempt.seed
     device = resolve_device(request.device)
     learned = None
     if defense.learns:
@@ -112,7 +122,7 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
                 seed=seed,
                 device=device,
                 calibration=request.calibration,
-                checkpoint=checkpoint,
+                checkpoint=attempt.checkpoint,
                 threads=request.threads,
                 progress=progress,
             )
@@ -142,7 +152,7 @@ def make_plan(request: PlanRequest, progress: Progress | None = None) -> PlanRep
         "metadata": qguard_entries(__version__, request.defense, seed, hashes, roundings, learned),
     }
     write_plan(request.outfile, recorder.tensors(), header)
-    checkpoint.unlink(missing_ok=True)
+    attempt.finish()
     return PlanReport(request.outfile, seed, len(roundings), weights, total_outcome(roundings), learned)
 
 

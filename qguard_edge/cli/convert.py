@@ -22,11 +22,13 @@ from qguard_edge.cli.convert_moved import run_moved
 from qguard_edge.cli.convert_report import report_document, show_dry_run, show_report
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 from qguard_edge.cli.scan_first import (
+    SCAN_PANEL,
+    AcceptFindingsFlag,
+    NoScanFlag,
     check_scan_flags,
     guard_document,
     make_guard,
     refusals,
-    scan_folder,
     show_findings,
 )
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, QVecOptions
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from qguard_edge.conversion import ConvertRequest
 
 QUANTIZE_PANEL = "Options that llama-quantize knows too"
-
-SCAN_PANEL = "Look before converting (see `qguard-edge scan`)"
 
 BNB_PANEL = "Options of --to nf4, fp4, int8, hf"
 
@@ -138,13 +138,8 @@ def convert(
             "alone: all. With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
         ),
     ] = None,
-    no_scan: Annotated[
-        bool, typer.Option("--no-scan", help="Do not scan the model first.", rich_help_panel=SCAN_PANEL)
-    ] = False,
-    accept_findings: Annotated[
-        bool,
-        typer.Option("--accept-findings", help="Convert even if the scan calls it dangerous.", rich_help_panel=SCAN_PANEL),
-    ] = False,
+    no_scan: NoScanFlag = False,
+    accept_findings: AcceptFindingsFlag = False,
     keep_flagged_f16: Annotated[
         bool,
         typer.Option(
@@ -263,9 +258,8 @@ def convert(
             calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
             max_memory=parse_size(max_memory) if max_memory else None,
         )
-        if not (no_scan or dry_run):
-            scan_folder(folder, accept_findings, json_output=json_output, quiet=quiet)
-        run_folder(folder, verify, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
+        look = None if no_scan else partial(make_guard, accept_findings, False, threads)
+        run_folder(folder, verify, look, dry_run=dry_run, json_output=json_output, report_file=report_file, quiet=quiet)
         return
     moved = to.strip().lower() == "gguf"
     if moved:

@@ -1,6 +1,6 @@
 """`qguard-edge convert --to nf4|fp4|int8|hf`: the part of the command whose output is a folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from qguard_edge.cli.console import (
     size_text,
     table,
 )
+from qguard_edge.cli.scan_first import guard_document, refusals, show_findings
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from qguard_edge.hf_target import FolderReport, MatrixRounding
     from qguard_edge.learned.memory import LearningCost
     from qguard_edge.learned.settings import LearnReport
+    from qguard_edge.progress import Progress
     from qguard_edge.rounding import TensorRounding
+    from qguard_edge.scan.guard import ScanGuard
     from qguard_edge.verify.gate import Gate
     from qguard_edge.verify.results import Outcome as Verification
 
@@ -50,13 +53,14 @@ def refuse_foreign_flags(to: str, given: Mapping[str, object]) -> None:
 def run_folder(
     request: "FolderRequest",
     verify: str | None,
+    look: "Callable[[Progress], ScanGuard] | None",
     *,
     dry_run: bool,
     json_output: bool,
     report_file: Path | None,
     quiet: bool,
 ) -> None:
-    """Carry out the command; `verify` names suites, or is None."""
+    """Carry out the command; `verify` names suites, or is None; `look` makes what scans the model first."""
     if dry_run:
         from qguard_edge.folder_plan import dry_folder
 
@@ -66,8 +70,13 @@ def run_folder(
 
     check_report_file(report_file)
     with ConsoleProgress(quiet) as progress:
-        report = convert_to_folder(request, progress, _gate(request, verify, progress))
-    deliver(report_document(report), lambda: _show(report), report_file=report_file, json_output=json_output, quiet=quiet)
+        guard = look(progress) if look else None
+        with refusals(json_output):
+            report = convert_to_folder(request, progress, _gate(request, verify, progress), guard)
+    if guard:
+        show_findings(guard, quiet)
+    document = {**report_document(report), **guard_document(guard)}
+    deliver(document, lambda: _show(report), report_file=report_file, json_output=json_output, quiet=quiet)
     if report.verification and report.verification.verdict.exit_code:
         raise typer.Exit(report.verification.verdict.exit_code)
 

@@ -10,6 +10,15 @@ from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, Calib
 from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
 from qguard_edge.cli.convert_folder import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
+from qguard_edge.cli.scan_first import (
+    AcceptFindingsFlag,
+    NoScanFlag,
+    check_scan_flags,
+    guard_document,
+    make_guard,
+    refusals,
+    show_findings,
+)
 
 PLAN_HELP = """Choose the rounding of REFERENCE and write it down as a plan, without llama.cpp.
 
@@ -56,12 +65,15 @@ def plan(
     allow_unprotected: Annotated[
         bool, typer.Option("--allow-unprotected", help="Accept tensors whose type no defense can reach.")
     ] = False,
+    no_scan: NoScanFlag = False,
+    accept_findings: AcceptFindingsFlag = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
     **flags: Any,
 ) -> None:
     """Replaced by PLAN_HELP when the command is registered."""
     chosen = options_from(defense, flags)
+    check_scan_flags(no_scan, accept_findings, keep=False, verify=None)
 
     from qguard_edge.calibration import CalibrationOptions
     from qguard_edge.learned.memory import parse_size
@@ -82,7 +94,11 @@ def plan(
         max_memory=parse_size(max_memory) if max_memory else None,
     )
     with ConsoleProgress(quiet) as progress:
-        report = make_plan(request, progress)
+        guard = None if no_scan else make_guard(accept_findings, False, threads, progress)
+        with refusals(json_output):
+            report = make_plan(request, progress, guard)
+    if guard:
+        show_findings(guard, quiet)
     share = report.outcome.n_changed / max(report.weights, 1)
     if json_output:
         print_json(
@@ -96,6 +112,7 @@ def plan(
                 "share_flipped": share,
                 "alignment": report.outcome.alignment,
                 "learned": asdict(report.learned) if report.learned else None,
+                **guard_document(guard),
             }
         )
     elif not quiet:

@@ -2,19 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from qguard_edge.cli.console import ConsoleProgress, err, print_json
+from qguard_edge.cli.console import err, print_json
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from qguard_edge.folder_plan import FolderRequest
     from qguard_edge.progress import Progress
     from qguard_edge.scan.findings import Finding
     from qguard_edge.scan.guard import RefusedError, ScanGuard
+
+SCAN_PANEL = "Look before converting (see `qguard-edge scan`)"
+
+NoScanFlag = Annotated[bool, typer.Option("--no-scan", help="Do not scan the model first.", rich_help_panel=SCAN_PANEL)]
+AcceptFindingsFlag = Annotated[
+    bool,
+    typer.Option("--accept-findings", help="Convert even if the scan calls it dangerous.", rich_help_panel=SCAN_PANEL),
+]
 
 COLOURS = {"dangerous": "bold red", "suspicious": "yellow", "info": "dim"}
 
@@ -39,7 +46,7 @@ def check_scan_flags(no_scan: bool, accept: bool, keep: bool, verify: str | None
 
 
 def make_guard(accept: bool, keep: bool, threads: int, progress: "Progress") -> "ScanGuard":
-    """What `convert_model` asks."""
+    """What a conversion asks first."""
     from qguard_edge.scan.guard import ScanGuard
 
     return ScanGuard(accept=accept, keep=keep, threads=threads, progress=progress)
@@ -95,25 +102,3 @@ def guard_document(guard: "ScanGuard | None") -> dict[str, Any]:
     from qguard_edge.scan.report import finding_document
 
     return {"scan": {"findings": [finding_document(found) for found in guard.findings], "kept": list(guard.kept)}}
-
-
-def scan_folder(request: "FolderRequest", accept: bool, *, json_output: bool, quiet: bool) -> None:
-    """Scan a Hugging Face folder before it becomes a bitsandbytes one; exits with 1 on a refusal."""
-    from qguard_edge.scan.findings import Severity
-    from qguard_edge.scan.guard import RefusedError
-    from qguard_edge.scan.scanner import scan_model
-    from qguard_edge.scan.tensors import open_model
-    from qguard_edge.source import resolve_source
-
-    kinds = request.check()
-    source = resolve_source(request.model, request.revision)
-    if source.is_gguf:
-        return  # the conversion says what it needs
-    with ConsoleProgress(quiet) as progress, open_model(source, need_base=False, progress=progress) as model:
-        found = scan_model(model, kinds, threads=request.threads, progress=progress)
-    if found.worst is Severity.DANGEROUS and not accept:
-        _show_refusal(RefusedError(found.findings), json_output)
-        raise typer.Exit(1)
-    for finding in found.findings:
-        if finding.severity is not Severity.INFO and not quiet:
-            print_finding(finding)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from convert.atomic import atomic_path
+from qguard_edge.defenses.options import DefenseOptions
 
 FORMAT = "qguard-checkpoint-1"
 
@@ -82,10 +83,36 @@ def checkpoint_path(outfile: Path) -> Path:
     return outfile.with_name(f".{outfile.name}.checkpoint")
 
 
-def choose_seed(wanted: int | None, checkpoint: Path | None) -> int:
-    """The user's seed, else that of an unfinished run to go on with, else a fresh one."""
-    found = checkpoint_seed(checkpoint) if wanted is None else wanted
-    return secrets.randbits(63) if found is None else found
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a conversion.
+
+    Attributes:
+        seed: of its random numbers.
+        checkpoint: where it keeps its state until it is finished; None for a defense that does not resume.
+    """
+
+    seed: int
+    checkpoint: Path | None
+
+    def finish(self) -> None:
+        """Remove the checkpoint once the output has its name; one that is not of this attempt is left alone."""
+        if self.checkpoint and checkpoint_seed(self.checkpoint) == self.seed:
+            self.checkpoint.unlink()
+
+
+def begin_attempt(outfile: Path, defense: DefenseOptions, seed: int | None) -> Attempt:
+    """Choose the seed, and where the state is kept.
+
+    Args:
+        outfile: the final name of the output.
+        defense: as it will be used, that is after it was fitted to the memory.
+        seed: the user's. None: that of an unfinished attempt to go on with, else a fresh one; for a defense that does not
+            resume always a fresh one, so that no file that was left lying about makes it predictable.
+    """
+    checkpoint = checkpoint_path(outfile) if defense.resumes else None
+    found = checkpoint_seed(checkpoint) if seed is None else seed
+    return Attempt(secrets.randbits(63) if found is None else found, checkpoint)
 
 
 def load_checkpoint(path: Path | None, fingerprint: str) -> Checkpoint | None:

@@ -1,8 +1,9 @@
-"""What `convert` asks of the scan: once before llama.cpp quantizes, once when its file is there.
+"""What a conversion asks of the scan: once before llama.cpp quantizes, once when its file is there; a folder once.
 
 Before: sanity and outliers, which need nothing but the base. After: box fingerprints, for exactly the types that llama.cpp
-chose for each tensor. A dangerous finding refuses the conversion, is accepted, or keeps the flagged tensors in full
-precision: their names go to llama.cpp as `--tensor-type NAME=f16`, and it quantizes again.
+chose for each tensor. Folders for bitsandbytes: all of it at once, for their formats. A dangerous finding refuses the
+conversion, is accepted, or keeps the flagged tensors in full precision: their names go to llama.cpp as
+`--tensor-type NAME=f16`, and it quantizes again.
 """
 
 import re
@@ -15,7 +16,8 @@ from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.scanner import scan_model
-from qguard_edge.scan.tensors import from_base, is_matrix
+from qguard_edge.scan.tensors import ScanModel, from_base, is_matrix, open_model
+from qguard_edge.source import Source
 from quant_grids.errors import QGuardError
 from quant_grids.ggml_type import GgmlType
 
@@ -77,13 +79,27 @@ class ScanGuard:
         """
         return self._decide(base, (reference,))
 
-    def _decide(self, base: GgufModel, references: tuple[GgufFile, ...]) -> TensorTypes:
-        model = from_base(base, base.path.stem, base.path)
-        found = scan_model(model, (), references, threads=self.threads, progress=self.progress).findings
+    def before_folder(self, source: Source, kinds: tuple[str, ...]) -> None:
+        """Look at a folder that is to be quantized to some formats of bitsandbytes; `keep` is not offered there.
+
+        Raises:
+            RefusedError: something dangerous.
+        """
+        with open_model(source, need_base=False, progress=self.progress) as model:
+            dangerous = self._look(model, kinds, ())
+        if dangerous and not self.accept:
+            raise RefusedError(self.findings)
+
+    def _look(self, model: ScanModel, kinds: tuple[str, ...], references: tuple[GgufFile, ...]) -> list[Finding]:
+        """Scan, note what is new, and return what of that is dangerous."""
+        found = scan_model(model, kinds, references, threads=self.threads, progress=self.progress).findings
         known = {(finding.code, finding.file_type) for finding in self.findings}
         new = [finding for finding in found if (finding.code, finding.file_type) not in known]
         self.findings = in_order([*self.findings, *new])
-        dangerous = [finding for finding in new if finding.severity is Severity.DANGEROUS]
+        return [finding for finding in new if finding.severity is Severity.DANGEROUS]
+
+    def _decide(self, base: GgufModel, references: tuple[GgufFile, ...]) -> TensorTypes:
+        dangerous = self._look(from_base(base, base.path.stem, base.path), (), references)
         if not dangerous or (self.accept and not self.keep):
             return ()
         if not self.keep or any(finding.code == "QG101" for finding in dangerous):

@@ -24,6 +24,7 @@ from qguard_edge.learned.endtoend import EndToEnd
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.moved_base import convert_to_moved_base
 from qguard_edge.pipeline import convert_model
+from qguard_edge.plan_file import read_plan
 from qguard_edge.planning import PlanRequest, make_plan
 from qguard_edge.scan.guard import RefusedError, ScanGuard
 from quant_grids.errors import UnsupportedError
@@ -75,17 +76,16 @@ def convert(
 ) -> int:
     """Make one kind of output from the folder; returns the seed that was used."""
     text, model = CalibrationOptions(inputs.text, samples=8, seqlen=16), str(inputs.folder)
-    guarded: Any = {"guard": guard} if guard else {}
     if to == "plan":
         plan = PlanRequest(
             model, inputs.base, inputs.plain, out, defense, device="cpu", seed=seed, threads=1, calibration=text
         )
-        return make_plan(plan, **guarded).seed
+        return make_plan(plan, guard=guard).seed
     common: Any = {"outfile": str(out), "device": "cpu", "seed": seed, "check_loads": False, "calibration": text}
     if to == "folder":
-        return convert_to_folder(FolderRequest(model, "nf4", defense, threads=1, **common), **guarded).seed
+        return convert_to_folder(FolderRequest(model, "nf4", defense, threads=1, **common), guard=guard).seed
     request = ConvertRequest(model, QuantizeOptions(parse_file_type("q4_0"), threads=1), defense, **common)
-    made = convert_to_moved_base(request, **guarded) if to == "moved" else convert_model(request, **guarded)
+    made = convert_to_moved_base(request, guard=guard) if to == "moved" else convert_model(request, guard=guard)
     assert made.seed is not None
     return made.seed
 
@@ -150,13 +150,17 @@ def test_interrupted_learning_goes_on(clean: Inputs, tmp_path: Path, monkeypatch
     assert checkpoint_path(out).is_file(), "nothing to go on from"
     assert convert(to, clean, out, options) == 9  # the seed is the checkpoint's
     assert taken == [0, 1, 2, 2, 3]
-    assert content(out) == content(whole)
+    assert content(to, out) == content(to, whole)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
 
 
-def content(path: Path) -> list[bytes]:
-    """The bytes of a file, or of a folder's weights."""
-    return [file.read_bytes() for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
+def content(to: str, path: Path) -> object:
+    """What was made: the bytes of a file, a folder's weights, a plan (whose header has its entries in any order)."""
+    if to == "folder":
+        return [file.read_bytes() for file in sorted(path.glob("*.safetensors"))]
+    if to == "plan":
+        return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}, read_plan(path).header
+    return path.read_bytes()
 
 
 @pytest.mark.parametrize("to", OUTPUTS)
