@@ -33,6 +33,11 @@ class DefenseOptions:
     calibrated: ClassVar[bool] = False  # whether it runs the model on text before it chooses
 
     @property
+    def resumes(self) -> bool:
+        """Whether an interrupted conversion leaves a checkpoint that the next one goes on from."""
+        return False
+
+    @property
     def label(self) -> str:
         """The name, with the options that are not at their defaults: `ortho width=0.5`."""
         changed = [
@@ -178,6 +183,11 @@ class QuantGuardOptions(DefenseOptions):
     rate: float = option(0.0, "size of the first step; 0: 0.004 for sign, 0.02 for relaxed", minimum=0.0, maximum=1.0)
     schedule: str = option("linear", "how the step falls", choices=("linear", "constant", "cosine"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+
+    @property
+    def resumes(self) -> bool:
+        """See `DefenseOptions.resumes`; block by block nothing is saved."""
+        return self.scope == "model"
 
 
 @dataclass(frozen=True)
