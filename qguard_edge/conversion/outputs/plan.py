@@ -74,7 +74,8 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
         """See `Output.scan`."""
         if guard.before(self.base) or guard.after(self.base, self.plain):
             raise UnsupportedError(
-                "a plan cannot keep tensors in full precision: the plain file has them quantized already; make that anew with --tensor-type"
+                "a plan cannot keep tensors in full precision, for the plain file has them quantized already; make that file "
+                "anew with --tensor-type"
             )
 
     def size(self) -> ModelSize:

@@ -1,6 +1,7 @@
 """What every output does the same way: seed and checkpoint, resuming, the scan. Each of these once held for some outputs only."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qguard_edge.conversion.request import FolderRequest, GgufRequest, MovedGguf
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
-from qguard_edge.learned.checkpoint import Checkpoint, save_checkpoint
+from qguard_edge.learned.checkpoint import LearnedState, save_checkpoint
 from qguard_edge.learned.endtoend import EndToEnd
 from qguard_edge.learned.quantguard import QuantGuard
 from qguard_edge.learned.settings import LearnReport, LearnTask
@@ -82,7 +83,7 @@ def convert(
         "calibration": CalibrationOptions(inputs.text, samples=8, seqlen=16),
     }
     options = QuantizeOptions(parse_file_type("q4_0"), threads=1)
-    requests = {
+    requests: dict[str, Callable[[], GgufRequest | MovedGgufRequest | FolderRequest | PlanRequest]] = {
         "gguf": lambda: GgufRequest(options=options, **common),
         "moved": lambda: MovedGgufRequest(options=options, **common),
         "folder": lambda: FolderRequest(to="nf4", threads=1, **common),
@@ -96,7 +97,7 @@ def convert(
 def leave_checkpoint(out: Path) -> bytes:
     """Put the checkpoint of some other conversion beside an output; its content."""
     path = checkpoint_path(out)
-    save_checkpoint(path, Checkpoint("of another conversion", LEFT_SEED, 1, ((1.0, 1.0),), {"x": torch.zeros(1)}))
+    save_checkpoint(path, LearnedState("of another conversion", LEFT_SEED, 1, ((1.0, 1.0),), {"x": torch.zeros(1)}))
     return path.read_bytes()
 
 
