@@ -1,0 +1,161 @@
+"""Gram matrices from llama.cpp: the base GGUF runs in a child process, watched through the evaluation callback.
+
+This is what llama-imatrix does, with whole matrices instead of diagonals. It needs no transformers, sees every architecture that
+llama.cpp runs, mixtures of experts among them, and takes the memory of a mapped file. See `activations_worker` for the child.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.cores import available_cores
+from convert.gguf_file import GgufModel
+from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.runtimes.gram_files import WantedWeight, load_index
+from qguard_edge.runtimes.grams import GramError, Grams
+
+BATCH = 512
+"""Tokens of one graph: enough for the products to be efficient, few enough for all their logits to be small."""
+MARK = "@activations "
+WAY_OUT = "--defense ortho needs no activations"
+
+
+@dataclass(frozen=True)
+class LlamaGramSource:
+    """A `GramSource` on a full-precision GGUF.
+
+    Attributes:
+        base: the model, one file or the first shard of several.
+        products: Gram matrices; False: sums of squares alone, at a fraction of the cost.
+        gpu_layers: layers that llama.cpp offloads.
+        batch: tokens of one graph.
+        way_out: ends the message when the model cannot be run.
+        copy: fetch inputs through their backend even where they lie in the host's memory, as a GPU's must be.
+    """
+
+    base: GgufModel
+    products: bool = True
+    gpu_layers: int = 0
+    batch: int = BATCH
+    way_out: str = WAY_OUT
+    copy: bool = False
+
+    def collect(
+        self,
+        weights: Sequence[WantedWeight],
+        texts: Sequence[Sequence[int]],
+        folder: Path,
+        *,
+        max_memory: int | None = None,
+        threads: int = 0,
+        progress: Progress | None = None,
+    ) -> Grams:
+        """See `GramSource.collect`."""
+        rows = [list(map(int, text)) for text in texts if len(text)]
+        if not rows or not weights:
+            raise GramError("there is no text to see activations on" if weights else "there is no weight to see inputs of")
+        job = {
+            "model": str(self.base.path),
+            "folder": str(folder),
+            "weights": [dataclasses.asdict(weight) for weight in weights],
+            "rows": rows,
+            "products": self.products,
+            "batch": self.batch,
+            "gpu_layers": self.gpu_layers,
+            "copy": self.copy,
+        }
+        job["key"] = self._key(job)
+        job |= {"threads": threads or available_cores(), "max_memory": max_memory}
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget_others(folder, str(job["key"]))
+        self._run(job, progress or NoProgress())
+        return Grams(folder)
+
+    def _key(self, job: Mapping[str, Any]) -> str:
+        """Identifies model, text and weights: files by name, size and time, so that nothing large is read."""
+        files = [(s.path.name, s.size, s.path.stat().st_mtime_ns) for s in self.base.shards]
+        parts = [files, {name: value for name, value in job.items() if name not in ("model", "folder", "copy")}]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _run(self, job: Mapping[str, Any], progress: Progress) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "job.json"
+            path.write_text(json.dumps(job), encoding="utf-8")
+            # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
+            command = [sys.executable, "-P", "-m", "qguard_edge.runtimes.activations_worker", str(path)]
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=_environment(int(job["threads"])),
+            )
+            listener = _Listener(progress)
+            with child:
+                try:
+                    assert child.stdout is not None
+                    for raw in child.stdout:
+                        listener.feed(raw.decode("utf-8", "replace"))
+                    code = child.wait()
+                except BaseException:
+                    child.kill()
+                    raise
+        if code != 0:
+            raise GramError(f"no activations of {self.base.path.name}: {listener.reason(code)}; {self.way_out}")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The child's environment: llama.cpp and BLAS take turns on the same cores, so neither may spin while the other works."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
+def _forget_others(folder: Path, key: str) -> None:
+    """Remove what another job left in the folder."""
+    index = load_index(folder)
+    if index is not None and index.job != key:
+        for path in folder.iterdir():
+            if path.suffix in (".gram", ".squares", ".json", ".tmp"):
+                path.unlink()
+
+
+class _Listener:
+    """Reads the child's lines."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.error = ""
+        self.last: list[str] = []
+
+    def feed(self, line: str) -> None:
+        line = line.rstrip()
+        if not line.startswith(MARK):
+            if line:
+                self.last = [*self.last[-2:], line]
+            return
+        event = json.loads(line.removeprefix(MARK))
+        if "total" in event:
+            self.progress.stage("Seeing activations in llama.cpp", int(event["total"]), "tokens")
+        elif "advance" in event:
+            self.progress.advance(int(event["advance"]), str(event["detail"]))
+        elif "error" in event:
+            self.error = str(event["error"])
+
+    def reason(self, code: int) -> str:
+        """The child's own words, or how it died."""
+        if self.error:
+            return self.error
+        died = f"llama.cpp was stopped by signal {-code}" if code < 0 else f"llama.cpp ended with status {code}"
+        return f"{died} ({' / '.join(self.last)[-300:]})" if self.last else died
