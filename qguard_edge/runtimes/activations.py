@@ -4,27 +4,25 @@ This is what llama-imatrix does, with whole matrices instead of diagonals. It ne
 llama.cpp runs, mixtures of experts among them, and takes the memory of a mapped file. See `activations_worker` for the child.
 """
 
-import dataclasses
-import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.runtimes.gram_files import WantedWeight, load_index
-from qguard_edge.runtimes.grams import GramError, Grams
+from qguard_edge.runtimes.activations_job import MARK, Job, job_key
+from qguard_edge.runtimes.gram_files import GramError, WantedWeight
+from qguard_edge.runtimes.gram_passes import forget_others
+from qguard_edge.runtimes.grams import Grams
 
 BATCH = 512
 """Tokens of one graph: enough for the products to be efficient, few enough for all their logits to be small."""
-MARK = "@activations "
 WAY_OUT = "--defense ortho needs no activations"
 
 
@@ -59,36 +57,23 @@ class LlamaGramSource:
         progress: Progress | None = None,
     ) -> Grams:
         """See `GramSource.collect`."""
-        rows = [list(map(int, text)) for text in texts if len(text)]
+        rows = tuple(tuple(map(int, text)) for text in texts if len(text))
         if not rows or not weights:
             raise GramError("there is no text to see activations on" if weights else "there is no weight to see inputs of")
-        job = {
-            "model": str(self.base.path),
-            "folder": str(folder),
-            "weights": [dataclasses.asdict(weight) for weight in weights],
-            "rows": rows,
-            "products": self.products,
-            "batch": self.batch,
-            "gpu_layers": self.gpu_layers,
-            "copy": self.copy,
-        }
-        job["key"] = self._key(job)
-        job |= {"threads": threads or available_cores(), "max_memory": max_memory}
+        key = job_key(self.base, weights, rows, self.products, self.batch, self.gpu_layers)
+        job = Job(
+            key, str(self.base.path), str(folder), tuple(weights), rows, self.products, threads or available_cores(),
+            self.batch, max_memory, self.gpu_layers, self.copy,
+        )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
-        _forget_others(folder, str(job["key"]))
+        forget_others(folder, key)
         self._run(job, progress or NoProgress())
         return Grams(folder)
 
-    def _key(self, job: Mapping[str, Any]) -> str:
-        """Identifies model, text and weights: files by name, size and time, so that nothing large is read."""
-        files = [(s.path.name, s.size, s.path.stat().st_mtime_ns) for s in self.base.shards]
-        parts = [files, {name: value for name, value in job.items() if name not in ("model", "folder", "copy")}]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _run(self, job: Mapping[str, Any], progress: Progress) -> None:
+    def _run(self, job: Job, progress: Progress) -> None:
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "job.json"
-            path.write_text(json.dumps(job), encoding="utf-8")
+            job.save(path)
             # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
             command = [sys.executable, "-P", "-m", "qguard_edge.runtimes.activations_worker", str(path)]
             child = subprocess.Popen(
@@ -96,7 +81,7 @@ class LlamaGramSource:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=_environment(int(job["threads"])),
+                env=_environment(job.threads),
             )
             listener = _Listener(progress)
             with child:
@@ -122,15 +107,6 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _forget_others(folder: Path, key: str) -> None:
-    """Remove what another job left in the folder."""
-    index = load_index(folder)
-    if index is not None and index.job != key:
-        for path in folder.iterdir():
-            if path.suffix in (".gram", ".squares", ".json", ".tmp"):
-                path.unlink()
-
-
 class _Listener:
     """Reads the child's lines."""
 
@@ -149,7 +125,7 @@ class _Listener:
         if "total" in event:
             self.progress.stage("Seeing activations in llama.cpp", int(event["total"]), "tokens")
         elif "advance" in event:
-            self.progress.advance(int(event["advance"]), str(event["detail"]))
+            self.progress.advance(int(event["advance"]))
         elif "error" in event:
             self.error = str(event["error"])
 

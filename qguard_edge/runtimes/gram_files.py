@@ -19,11 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quant_grids.errors import FormatError
+from quant_grids.errors import FormatError, QGuardError
 
 FloatArray = npt.NDArray[np.float32]
 INDEX = "index.json"
 VERSION = 1
+
+
+class GramError(QGuardError):
+    """No Gram matrices can be had, or one is asked for that is not there."""
 
 
 @dataclass(frozen=True)

@@ -13,29 +13,11 @@ import numpy.typing as npt
 from scipy.linalg.blas import ssyrk
 
 from qguard_edge.runtimes.ggml_tensor import GgmlLayoutError, GgmlTensor, operations, read_array, tensor_at
-from qguard_edge.runtimes.gram_files import FloatArray, WantedWeight
+from qguard_edge.runtimes.gram_files import FloatArray, GramError, WantedWeight
+from qguard_edge.runtimes.gram_passes import Unit
 from qguard_edge.runtimes.graph_inputs import GraphInput, Key, key_of, weight_of
-from quant_grids.errors import QGuardError
 
 MIRROR_BLOCK = 512
-
-
-class ActivationsError(QGuardError):
-    """A model's activations cannot be seen."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Some slices of one input, measured in one pass."""
-
-    input: GraphInput
-    first: int
-    count: int
-
-    @property
-    def gram_bytes(self) -> int:
-        """Size of its Gram matrices."""
-        return 4 * self.count * self.input.columns**2
 
 
 @dataclass
@@ -90,7 +72,7 @@ def mirror(gram: FloatArray) -> None:
 
 def new_sums(unit: Unit, products: bool) -> Sums:
     """Sums that are zero."""
-    columns, count = unit.input.columns, unit.count
+    columns, count = unit.columns, unit.count
     gram = np.zeros((count, columns, columns), np.float32) if products else None
     return Sums(unit, np.zeros(count, np.int64), np.zeros((count, columns), np.float64), gram)
 
@@ -101,7 +83,7 @@ class Watcher:
 
     Attributes:
         wanted: weights by name.
-        inputs: all inputs that the survey found.
+        inputs: all inputs that the survey found, in the order of the index.
         sums: of the units of this pass, in the order of the graph.
         copy: fetch every input through its backend.
         seconds: spent in here, and of that in products.
@@ -115,13 +97,13 @@ class Watcher:
     seconds: dict[str, float] = field(default_factory=lambda: {"callback": 0.0, "products": 0.0})
 
     def __post_init__(self) -> None:
-        self._by_owner = {sums.unit.input.owner: sums for sums in self.sums}
+        self._by_owner = {self.inputs[sums.unit.position].owner: sums for sums in self.sums}
         self._owner_of = {name: found.owner for found in self.inputs for name in found.weights}
         self._repeated = {found.owner for found in self.inputs if found.uses > 1}
         # Behind the last input of this pass the graph need not be computed, unless a weight comes again further on. The last
         # input is read where it is made, so that even its own product is left out: for the output matrix of a small model
         # that is a fifth of the work.
-        last = self.sums[-1].unit.input
+        last = self.inputs[self.sums[-1].unit.position]
         self._last = "" if self._repeated & self._by_owner.keys() else last.owner
         self._producer = last.producer.encode() if self._last else b""
         self._keys: dict[str, Key] = {}
@@ -153,7 +135,7 @@ class Watcher:
             self._keys[owner] = key_of(node, weight)
             return owner in self._by_owner and not (owner == self._last and self._producer)
         if owner not in self._repeated and self._keys.get(owner) != key_of(node, weight):
-            raise ActivationsError(f"{weight.name} and {owner} shared an input at first and do not any more")
+            raise GramError(f"{weight.name} and {owner} shared an input at first and do not any more")
         return False
 
     def _take(self, address: int) -> bool:
@@ -175,8 +157,8 @@ class Watcher:
     def _add(self, sums: Sums, inputs: FloatArray, stack: tuple[int, int] = (1, 1)) -> None:
         """Inputs `[ne3, ne2, ne1, columns]` of a product with a weight of `stack` = (ne2, ne3) matrices."""
         unit = sums.unit
-        if unit.input.slices == 1:
-            self.seconds["products"] += sums.add(0, inputs.reshape(-1, unit.input.columns))
+        if stack == (1, 1):
+            self.seconds["products"] += sums.add(0, inputs.reshape(-1, unit.columns))
             return
         outer, inner = inputs.shape[:2]
         for i in range(outer):
@@ -191,8 +173,8 @@ class Watcher:
         unit = sums.unit
         routes = read_array(node.src[2], copy=self.copy)[0, 0]  # [tokens, slots]
         rows = inputs[0]  # [tokens, slots or 1, columns]
-        if len(routes) != len(rows) or routes.min() < 0 or routes.max() >= unit.input.slices:
-            raise GgmlLayoutError(f"the routes of {unit.input.owner} do not fit its inputs")
+        if len(routes) != len(rows) or routes.min() < 0 or routes.max() >= self.inputs[unit.position].slices:
+            raise GgmlLayoutError(f"the routes of {self.inputs[unit.position].owner} do not fit its inputs")
         for index in range(unit.count):
             tokens, slots = np.nonzero(routes == unit.first + index)
             self.seconds["products"] += sums.add(index, rows[tokens, slots % rows.shape[1]])

@@ -27,18 +27,13 @@ from convert.gguf_file import GgufModel
 from qguard_edge.progress import Progress
 from qguard_edge.runtimes.gram_files import (
     FloatArray,
-    GramIndex,
+    GramError,
     MeasuredInput,
     Piece,
     WantedWeight,
     load_index,
     read_slices,
 )
-from quant_grids.errors import QGuardError
-
-
-class GramError(QGuardError):
-    """No Gram matrices can be had, or one is asked for that is not there."""
 
 
 class GramSource(Protocol):
@@ -169,7 +164,7 @@ class Grams:
 
     def _read(self, found: MeasuredInput, index: int, kind: str, shape: tuple[int, ...]) -> FloatArray:
         piece = _piece_of(found, index)
-        return read_slices(self.folder / f"{piece.stem}.{kind}", shape, index - piece.first, 1)[0]
+        return read_slices(self.folder / f"{piece.stem}.{kind}", shape, index - piece.first, 1).reshape(shape)
 
     def _read_pooled(self, owner: str) -> Tensor:
         found = self._inputs[owner]
@@ -198,8 +193,3 @@ def wanted_weights(base: GgufModel, names: Sequence[str] | None = None) -> tuple
         WantedWeight(tensor.name, tensor.columns, tensor.n_weights // (tensor.shape[0] * tensor.shape[1]))
         for tensor in matrices
     )
-
-
-def empty_index(job: str, products: bool) -> GramIndex:
-    """The index of a job that has not begun."""
-    return GramIndex(job, products)
