@@ -36,6 +36,7 @@ class LlamaGramSource:
         gpu_layers: layers that llama.cpp offloads.
         batch: tokens of one graph.
         way_out: ends the message when the model cannot be run.
+        exact: keep keys and values in f32 and use plain attention, to compare with other programs.
         copy: fetch inputs through their backend even where they lie in the host's memory, as a GPU's must be.
     """
 
@@ -44,6 +45,7 @@ class LlamaGramSource:
     gpu_layers: int = 0
     batch: int = BATCH
     way_out: str = WAY_OUT
+    exact: bool = False
     copy: bool = False
 
     def collect(
@@ -60,10 +62,10 @@ class LlamaGramSource:
         rows = tuple(tuple(map(int, text)) for text in texts if len(text))
         if not rows or not weights:
             raise GramError("there is no text to see activations on" if weights else "there is no weight to see inputs of")
-        key = job_key(self.base, weights, rows, self.products, self.batch, self.gpu_layers)
+        key = job_key(self.base, weights, rows, self.products, self.batch, self.gpu_layers, self.exact)
         job = Job(
             key, str(self.base.path), str(folder), tuple(weights), rows, self.products, threads or available_cores(),
-            self.batch, max_memory, self.gpu_layers, self.copy,
+            self.batch, max_memory, self.gpu_layers, self.exact, self.copy,
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         forget_others(folder, key)

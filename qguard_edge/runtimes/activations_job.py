@@ -28,6 +28,7 @@ class Job:
         batch: tokens of one graph.
         max_memory: bytes of this process beyond the mapped file; None: no limit.
         gpu_layers: offloaded.
+        exact: keys and values in f32, plain attention.
         copy: fetch inputs through their backend even where they lie in the host's memory.
     """
 
@@ -41,6 +42,7 @@ class Job:
     batch: int
     max_memory: int | None
     gpu_layers: int
+    exact: bool
     copy: bool
 
     def save(self, path: Path) -> None:
@@ -56,7 +58,7 @@ class Job:
         return cls(**content)
 
 
-def job_key(base: GgufModel, weights: object, rows: object, *settings: object) -> str:
+def job_key(base: GgufModel | None, weights: object, rows: object, *settings: object) -> str:
     """Equal for two jobs with the same sums. Files count by name, size and time, so that nothing large is read."""
-    files = [(shard.path.name, shard.size, shard.path.stat().st_mtime_ns) for shard in base.shards]
+    files = [(shard.path.name, shard.size, shard.path.stat().st_mtime_ns) for shard in (base.shards if base else ())]
     return hashlib.sha256(repr((files, weights, rows, settings)).encode()).hexdigest()

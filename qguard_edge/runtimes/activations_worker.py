@@ -63,6 +63,7 @@ class Runner:
             n_seq=max(1, min(job.batch // length, len(self.rows), 64)),
             n_gpu_layers=job.gpu_layers,
             n_batch=job.batch,
+            exact=job.exact,
             on_node=self.callback,
         )
         self.figures["load"] = time.perf_counter() - started

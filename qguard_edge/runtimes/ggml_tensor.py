@@ -38,8 +38,12 @@ TENSOR_FIELDS: tuple[tuple[str, Any], ...] = (
     ("padding", ctypes.c_char * 8),
 )
 F32, F16, I32, BF16 = 0, 1, 26, 30
-_TYPE_NAMES = {F32: "f32", F16: "f16", I32: "i32", BF16: "bf16"}
-_NUMPY: dict[int, np.dtype[Any]] = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), I32: np.dtype(np.int32), BF16: np.dtype(np.uint16)}
+_NUMPY: dict[int, np.dtype[Any]] = {
+    F32: np.dtype(np.float32),
+    F16: np.dtype(np.float16),
+    I32: np.dtype(np.int32),
+    BF16: np.dtype(np.uint16),
+}
 _OBJECT_BYTES = 32  # of `struct ggml_object`, which precedes each tensor in a context
 
 

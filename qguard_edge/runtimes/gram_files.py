@@ -12,7 +12,7 @@ was killed goes on behind the last pass.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,9 @@ class GramIndex:
     job: str
     products: bool
     inputs: tuple[MeasuredInput, ...] = ()
-    skipped: Mapping[str, str] | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
-    figures: Mapping[str, float] | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the index; it replaces an older one in one step."""

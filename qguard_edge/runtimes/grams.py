@@ -109,7 +109,7 @@ class Grams:
     @property
     def skipped(self) -> Mapping[str, str]:
         """Of these, the ones whose product cannot be read, with the reason."""
-        return self.index.skipped or {}
+        return self.index.skipped
 
     def shares(self, tensor: str) -> tuple[str, ...]:
         """All weights that have the same inputs as this one, itself among them: their matrices are equal."""
