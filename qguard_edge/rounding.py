@@ -6,8 +6,9 @@ pool of threads with one torch thread each; which thread runs a slice changes no
 slices per thread, whatever the size of the model.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.imatrix import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
-from qguard_edge.defenses.base import Defense, SliceKey
+from qguard_edge.defenses.base import Defense, Inputs, SliceKey
 from qguard_edge.progress import Progress
+from qguard_edge.rounding_by_inputs import Matrix, round_matrices
 from quant_grids import GRIDS, Flips, Grid, Outcome
 from quant_grids.errors import FormatError, QGuardError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
@@ -43,6 +45,8 @@ class TensorRounding:
     n_weights: int
     outcome: Outcome
     seconds: float
+    bits: float = 0.0
+    """Entropy of the random choices, where the rule measures it."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ def harden(
     threads: int = 0,
     device: torch.device | None = None,
     imatrix: Imatrix | None = None,
+    inputs: Inputs | None = None,
     progress: Progress | None = None,
 ) -> tuple[TensorRounding, ...]:
     """Choose the rounding of every given tensor and hand the new blocks to `sink`.
@@ -143,6 +148,7 @@ def harden(
         threads: slices in work at a time, 0 for one per core.
         device: where the arithmetic runs; default CPU.
         imatrix: weights of the squared error that flips may add.
+        inputs: what is known of the inputs of the matrices, for a rule that wants it.
         progress: told the number of weights done.
 
     Returns:
@@ -153,9 +159,15 @@ def harden(
     paths = [shard.path for shard in base.shards]
     results = []
     with open_reader(reference.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
-        for tensor in tensors:
-            work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, seed, device, _columns(imatrix, tensor))
-            results.append(_harden_tensor(work, pool, sink))
+        works = [
+            _TensorWork(reader, base.tensors[tensor.name], tensor, defense, seed, device, _columns(imatrix, tensor))
+            for tensor in tensors
+        ]
+        walk = (
+            _by_inputs(works, pool, sink, inputs) if defense.wants_inputs else (_harden_tensor(w, pool, sink) for w in works)
+        )
+        for tensor, result in zip(tensors, walk, strict=True):
+            results.append(result)
             if progress:
                 progress.advance(tensor.n_weights, tensor.name)
     return tuple(results)
@@ -193,10 +205,32 @@ class _TensorWork:
     def key(self, part: RowSlice) -> SliceKey:
         return SliceKey(self.seed, self.reference.name, part.index, part.start)
 
+    def rows(self, part: RowSlice) -> tuple[Tensor, Tensor]:
+        """The reference's blocks and the full-precision weights."""
+        return self.reader.blocks(self.reference, part).to(self.device), self.reader.weights(self.base, part).to(self.device)
+
+    def matrices(self, sink: Sink) -> list[Matrix]:
+        """The tensor as matrices: one, or one per expert."""
+        experts = math.prod(self.reference.shape[2:])
+        each = self.reference.rows // experts
+        return [
+            Matrix(
+                name=self.reference.name,
+                expert=expert,
+                grid=GRIDS[self.reference.ggml_type],
+                columns=self.reference.columns,
+                first=expert * each,
+                rows=each,
+                read=self.rows,
+                key=self.key,
+                sink=lambda part, changed: sink(self.reference, part.start, changed),
+            )
+            for expert in range(experts)
+        ]
+
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
         """The reference's blocks and the flips they offer."""
-        blocks = self.reader.blocks(self.reference, part).to(self.device)
-        weights = self.reader.weights(self.base, part).to(self.device)
+        blocks, weights = self.rows(part)
         flips = GRIDS[self.reference.ggml_type].flips(blocks, weights, self._importance(part))
         return blocks, flips
 
@@ -222,6 +256,22 @@ def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> T
     )
     seconds = time.perf_counter() - started
     return TensorRounding(work.reference.name, work.reference.ggml_type, work.reference.n_weights, total, seconds)
+
+
+def _by_inputs(
+    works: Sequence[_TensorWork], pool: ThreadPoolExecutor, sink: Sink, inputs: Inputs | None
+) -> Iterator[TensorRounding]:
+    """Round tensors by a rule that knows their inputs."""
+    matrices = [work.matrices(sink) for work in works]
+    flat = [matrix for some in matrices for matrix in some]
+    rounded = round_matrices(flat, works[0].defense, inputs, pool, works[0].device) if works else iter(())
+    for work, mine in zip(works, matrices, strict=True):
+        outcome, bits, seconds = Outcome(0, 0.0, 0.0, 0.0), 0.0, 0.0
+        for _ in mine:
+            found = next(rounded)
+            outcome, bits, seconds = outcome + found.outcome, bits + found.bits, seconds + found.seconds
+        tensor = work.reference
+        yield TensorRounding(tensor.name, tensor.ggml_type, tensor.n_weights, outcome, seconds, bits)
 
 
 def choose_rounding(
