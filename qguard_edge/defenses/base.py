@@ -8,16 +8,16 @@ slice; the planner then hands each slice its share of the decision. A defense ha
 import importlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qguard_edge.defenses.options import DefenseOptions
-from quant_grids import Flips, Grid
+from quant_grids import Flips, Grid, Outcome
 
 Options = TypeVar("Options", bound=DefenseOptions)
 
@@ -54,6 +54,59 @@ class SliceKey:
         numbers = torch.from_numpy(raw).to(device).float()
         return numbers.mul_(2.0**-16).view(*shape)
 
+    def uniform(self, device: torch.device) -> Callable[[int, int], Tensor]:
+        """A stream of uniform f32 numbers in (0, 1), asked for by their shape; the same on every device."""
+        generator = self._generator()
+
+        def draw(rows: int, columns: int) -> Tensor:
+            raw = generator.integers(0, 1 << 16, size=(rows, columns), dtype=np.uint16)
+            return torch.from_numpy(raw.view(np.int16)).to(device).float().mul_(2.0**-16).add_(0.5 + 2.0**-17)
+
+        return draw
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A slice of rows with chosen codes.
+
+    Attributes:
+        blocks: uint8 `[n_blocks, type_size]`.
+        outcome: what the change did.
+        bits: entropy of the random choices.
+    """
+
+    blocks: Tensor
+    outcome: Outcome
+    bits: float
+
+
+class MatrixRule(ABC):
+    """A rule settled for one matrix; used from several threads."""
+
+    @abstractmethod
+    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
+        """Choose the codes of a slice of rows.
+
+        Args:
+            blocks: uint8 `[n_blocks, type_size]`, plain; not modified.
+            weights: f32 `[rows, columns]`, full precision; not modified.
+            key: selects the random numbers.
+        """
+
+
+class Inputs(Protocol):
+    """What is known of the inputs of matrices; `qguard_edge.runtimes.grams.Grams` is one."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """The matrices whose inputs were seen."""
+
+    def of(self, tensor: str, expert: int | None = None) -> Tensor:
+        """Mean of `x x^T` over a matrix's inputs, f32 `[columns, columns]`; of one expert where there are several."""
+
+    def shares(self, tensor: str) -> tuple[str, ...]:
+        """All matrices that have the same inputs as this one."""
+
 
 class Defense(ABC, Generic[Options]):
     """A rule that chooses flips. Subclasses are listed in `qguard_edge.defenses.options`.
@@ -64,6 +117,7 @@ class Defense(ABC, Generic[Options]):
 
     surveys = False  # whether `survey` must see every slice before `choose` is called
     requantizes = False  # whether the defense moves weights instead of choosing flips
+    wants_inputs = False  # whether each matrix is rounded by `fit`, which knows its inputs, in place of `choose`
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -92,6 +146,28 @@ class Defense(ABC, Generic[Options]):
         Returns:
             f32 of the shape of `flips.ratio`: 1 where the flip is taken, else 0.
         """
+
+    def factor(self, gram: Tensor | None, columns: int, device: torch.device) -> Any:
+        """What `fit` needs of a Gram matrix, for all matrices that share these inputs; only called with `wants_inputs`.
+
+        Args:
+            gram: f32 `[columns, columns]`, mean of `x x^T`; None: nobody saw the inputs.
+            columns: of the matrix.
+            device: where the arithmetic runs.
+        """
+        raise NotImplementedError
+
+    def fit(self, grid: Grid, factor: Any, blocks: Tensor, weights: Tensor, key: SliceKey) -> MatrixRule:
+        """The rule for one matrix, settled on a sample of its rows; only called with `wants_inputs`.
+
+        Args:
+            grid: of the matrix's format.
+            factor: what `factor` returned.
+            blocks: uint8 `[n_blocks, type_size]`, plain, the rows of the sample.
+            weights: f32 `[rows, columns]`, full precision.
+            key: selects the random numbers.
+        """
+        raise NotImplementedError
 
     def move(self, weights: Tensor, plain: Tensor, half_width: float, key: SliceKey) -> Tensor:
         """Weights that the unmodified quantizer is to round; only called when `requantizes` is true.

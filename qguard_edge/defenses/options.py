@@ -146,6 +146,32 @@ class QVecOptions(DefenseOptions):
 
 
 @dataclass(frozen=True)
+class FeedbackOptions(DefenseOptions):
+    """Error feedback, see `qguard_edge.defenses.feedback`. Needs to know what each matrix is fed."""
+
+    name = "feedback"
+    summary = (
+        "error feedback: errors made up for where the inputs allow it, drawn at random, alignment constrained (calibrated)"
+    )
+    implementation = "qguard_edge.defenses.feedback:Feedback"
+
+    alignment: float | None = option(
+        None,
+        "constraint: share c of the old error direction that may be left per tensor; 1 is none",
+        minimum=-1.0,
+        maximum=1.0,
+        shown="by type",
+    )
+    temperature: float | None = option(
+        None,
+        "randomness of the draws: 0 is the predictable nearest level, more is more bits nobody can guess, for more error",
+        minimum=0.0,
+        maximum=100.0,
+        shown="by type",
+    )
+
+
+@dataclass(frozen=True)
 class QuantGuardOptions(DefenseOptions):
     """QuantGuard: learned rounding, see `qguard_edge.learned.quantguard`. Needs torch's model and some text."""
 
@@ -219,6 +245,7 @@ DEFENSE_OPTIONS: Mapping[str, type[DefenseOptions]] = {
         FlipGuardOptions,
         QVecOptions,
         NoiseOptions,
+        FeedbackOptions,
         QuantGuardOptions,
         EfrapOptions,
     )

@@ -6,8 +6,9 @@ torch thread each; which thread runs a slice changes nothing in the result. Memo
 size of the model.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,8 +20,9 @@ from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.imatrix_file import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
-from qguard_edge.defenses.base import Defense, SliceKey
+from qguard_edge.defenses.base import Defense, Inputs, SliceKey
 from qguard_edge.progress import Progress
+from qguard_edge.rounding.by_inputs import Matrix, round_matrices
 from qguard_edge.rounding.choose import choose_rounding
 from quant_grids import GRIDS, Flips, Outcome
 from quant_grids.errors import FormatError, UnsupportedError
@@ -34,13 +36,23 @@ Sink = Callable[[TensorInfo, int, Tensor], None]
 
 @dataclass(frozen=True)
 class TensorRounding:
-    """What the defense did to one tensor."""
+    """What the defense did to one tensor.
+
+    Attributes:
+        name: the tensor.
+        ggml_type: its type.
+        n_weights: in it.
+        outcome: what the chosen codes change.
+        seconds: wall time.
+        bits: entropy of the random choices, where the rule measures it.
+    """
 
     name: str
     ggml_type: GgmlType
     n_weights: int
     outcome: Outcome
     seconds: float
+    bits: float = 0.0
 
 
 class HasOutcome(Protocol):
@@ -121,12 +133,14 @@ class WalkOptions:
         threads: slices in work at a time, 0 for one per core.
         device: where the arithmetic runs.
         imatrix: weights of the squared error that flips may add.
+        inputs: Gram matrices of the matrices' inputs, for a rule that wants them.
     """
 
     seed: int
     threads: int = 0
     device: torch.device = CPU
     imatrix: Imatrix | None = None
+    inputs: Inputs | None = None
 
 
 def harden(
@@ -157,10 +171,13 @@ def harden(
     paths = [shard.path for shard in base.shards]
     results = []
     with open_reader(plain.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
-        for tensor in tensors:
-            importance = _columns(options.imatrix, tensor)
-            work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, options, importance)
-            results.append(_harden_tensor(work, pool, sink))
+        works = [
+            _TensorWork(reader, base.tensors[tensor.name], tensor, defense, options, _columns(options.imatrix, tensor))
+            for tensor in tensors
+        ]
+        walk = _by_inputs(works, pool, sink) if defense.wants_inputs else (_harden_tensor(w, pool, sink) for w in works)
+        for tensor, result in zip(tensors, walk, strict=True):
+            results.append(result)
             if progress:
                 progress.advance(tensor.n_weights, tensor.name)
     return tuple(results)
@@ -197,6 +214,30 @@ class _TensorWork:
     def key(self, part: RowSlice) -> SliceKey:
         return SliceKey(self.options.seed, self.plain.name, part.index, part.start)
 
+    def rows(self, part: RowSlice) -> tuple[Tensor, Tensor]:
+        """Plain blocks and full-precision weights of some rows."""
+        device = self.options.device
+        return self.reader.blocks(self.plain, part).to(device), self.reader.weights(self.base, part).to(device)
+
+    def matrices(self, sink: Sink) -> list[Matrix]:
+        """The tensor as matrices: one, or one per expert."""
+        experts = math.prod(self.plain.shape[2:])
+        each = self.plain.rows // experts
+        return [
+            Matrix(
+                name=self.plain.name,
+                expert=expert,
+                grid=GRIDS[self.plain.ggml_type],
+                columns=self.plain.columns,
+                first=expert * each,
+                rows=each,
+                read=self.rows,
+                key=self.key,
+                sink=lambda part, changed: sink(self.plain, part.start, changed),
+            )
+            for expert in range(experts)
+        ]
+
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
         """The plain blocks and the flips they offer."""
         blocks = self.reader.blocks(self.plain, part).to(self.options.device)
@@ -226,3 +267,23 @@ def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> T
     )
     seconds = time.perf_counter() - started
     return TensorRounding(work.plain.name, work.plain.ggml_type, work.plain.n_weights, total, seconds)
+
+
+def _by_inputs(works: Sequence[_TensorWork], pool: ThreadPoolExecutor, sink: Sink) -> Iterator[TensorRounding]:
+    """Round tensors by a rule that knows their inputs."""
+    if not works:
+        return
+    options, matrices = works[0].options, [work.matrices(sink) for work in works]
+    flat = [matrix for some in matrices for matrix in some]
+    rounded = round_matrices(flat, works[0].defense, options.inputs, pool, options.device)
+    for work, mine in zip(works, matrices, strict=True):
+        found = [next(rounded) for _ in mine]
+        tensor = work.plain
+        yield TensorRounding(
+            tensor.name,
+            tensor.ggml_type,
+            tensor.n_weights,
+            total_outcome(found),
+            sum(one.seconds for one in found),
+            sum(one.bits for one in found),
+        )

@@ -15,6 +15,8 @@ from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
+from qguard_edge.lab.hf_models import load_smollm2
+from qguard_edge.lab.rotated import rotate
 from qguard_edge.runtimes.llama import LlamaModel
 from tests.helpers.expected_targets import ortho_target
 
@@ -80,3 +82,17 @@ def test_same_greedy_tokens_in_llama_cpp_and_transformers(smollm2_folder: Path, 
             ours = runtime.greedy(ids[0].tolist(), 16)
             assert ours == theirs[: len(ours)]
             assert len(ours) == 16 or runtime.is_end(theirs[len(ours)])
+
+
+@pytest.mark.parametrize("width", [768, 1024])
+def test_rotation_changes_no_logit(width: int) -> None:
+    """Width 768 and 1024 against the model it was made from; every matrix then has rows of whole k-quant blocks."""
+    chat = load_smollm2()
+    rotated = rotate(chat, width)
+    ids = torch.tensor([chat.prompt_ids("Name three rivers of Europe and a town on each.")])
+    with torch.no_grad():
+        before, after = chat.model.eval()(ids).logits, rotated.model(ids).logits
+    assert float((after - before).abs().max()) < 1e-5 * float(before.abs().max())
+    matrices = [value for value in rotated.model.parameters() if value.ndim == 2]
+    assert len(matrices) == 2 + 7 * 30
+    assert all(value.shape[1] % 256 == 0 for value in matrices)

@@ -1,0 +1,337 @@
+"""Error feedback on a fixed grid: one pass over the columns of a matrix, drawn at a temperature, bent to a constraint.
+
+The algorithm
+-------------
+A layer computes `W x`. With the Gram matrix `H = mean of x x^T` of its inputs, an error `e` of a row changes the output by
+`e H e^T` on average. Factor `H = R R^T`, R upper triangular. Then
+
+    e H e^T = sum over j of R_jj^2 (e_j + sum over i < j of e_i R_ij / R_jj)^2
+
+so column after column, each weight is rounded not from where it was but from its **centre**
+
+    c_j = w_j - sum over i < j of e_i R_ij / R_jj
+
+which makes up for the errors before it (arXiv 2210.17323, 2307.13304). Rounding the centre to the nearest level makes each term
+small in turn. The levels are those that the format's blocks already have: no scale changes.
+
+The constraint
+--------------
+`T` is plain rounding's error, the vector that a conditioned backdoor is stored in. Minimising `e H e^T + 2 lean <e, T>` is the
+same pass from the centres `c_j - lean y_j / R_jj`, with `R y = T`: what is taken off `<e, T>` is paid for where the layer's
+output changes least. `lean` is found on a sample of rows such that `<e, T> = c <T, T>`.
+
+The draws
+---------
+A deterministic pass is a public rule that an attacker can aim at. So each code is *drawn*, from Klein's distribution: with the
+step `s` of the grid and the centre between two levels, a share `f` of the step above the lower,
+
+    P(upper) = 1 / (1 + exp(-x)),   x = (2 f - 1) R_jj^2 s^2 / (2 sigma^2)
+
+which is the Boltzmann distribution of the term above: the most randomness for the output error that it costs. Weights that
+matter keep their nearest level, weights that do not are coin tosses. `sigma^2` is the temperature times the mean of
+`R_jj^2 s^2 / 12` over the matrix, what a term costs without draws. Given the draws before it, every draw has the entropy
+
+    h = log2(1 + exp(-|x|)) + |x| / (1 + exp(|x|)) / log(2)   bits
+
+so the sum of these estimates, without bias, how much about the result nobody can know who does not know the seed.
+Drawing is rounding `c_j + n`, with logistic noise `n = logit(u) sigma^2 / (R_jj^2 s^2)` cut at half a step: the price of an
+addition.
+
+How it runs
+-----------
+Columns lie in one piece (`[columns, rows]`), in blocks of 128 within which runs of 16 are corrected one by one, so that nearly
+all arithmetic is matrix products. Rows do not depend on each other.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quant_grids.base import LARGEST_SQUARE, ScalarGrid, UniformGrid
+
+BLOCK, RUN = 128, 16
+DAMPING = 0.01  # of the mean of H's diagonal: keeps H invertible where the text left directions out
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a pass needs to know about a layer's inputs; everything in the order of rounding.
+
+    Attributes:
+        order: int64 `[columns]`, the order in which columns are rounded.
+        square: f32 `[columns]`, `R_jj^2`.
+        feed: f32 `[columns, columns]`, `R_ij / R_jj`, with `R R^T = H` and R upper triangular; None where H is the identity.
+    """
+
+    order: Tensor
+    square: Tensor
+    feed: Tensor | None
+
+
+def factor_of(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Factor:
+    """Factor a Gram matrix.
+
+    Args:
+        gram: f32 `[columns, columns]`, mean of `x x^T`; not modified. All zeros mean that nothing is known.
+        order: int64 `[columns]`.
+        damping: what is added to the diagonal, as a share of its mean.
+    """
+    mean = float(gram.diagonal().double().mean())
+    if not mean > 0:
+        return unknown(len(gram), gram.device)
+    backwards = order.flip(0)
+    matrix = gram[backwards][:, backwards].double()
+    matrix.diagonal().add_(damping * mean)
+    upper = torch.linalg.cholesky(matrix).flip(0, 1)
+    diagonal = upper.diagonal().clone()
+    return Factor(order, diagonal.square().float(), upper.div_(diagonal).float())
+
+
+def unknown(columns: int, device: torch.device) -> Factor:
+    """The factor of inputs that nobody saw: independent and of equal size."""
+    return Factor(torch.arange(columns, device=device), torch.ones(columns, device=device), None)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some rows of a matrix on their grid, turned so that a column lies in one piece, in the order of rounding.
+
+    `value = scale * level(code) + offset`, with `level(code) = code` for evenly spaced levels.
+
+    Attributes:
+        weights: f32 `[columns, rows]`, full precision.
+        error: f32 `[columns, rows]`, of plain rounding.
+        scale: f32 `[sub-blocks of a row, rows]`.
+        inverse: f32 of the same shape, `1 / scale`; 0 where a sub-block cannot be used, whose codes then stay.
+        offset: f32 of the same shape.
+        sub: int64 `[columns]`, the sub-block of each column.
+        lowest: f32 `[columns, rows]` or a number, the lowest code that may be taken.
+        highest: the highest.
+        table: f32 `[levels]` where the levels are not evenly spaced.
+    """
+
+    weights: Tensor
+    error: Tensor
+    scale: Tensor
+    inverse: Tensor
+    offset: Tensor
+    sub: Tensor
+    lowest: Tensor | float
+    highest: Tensor | float
+    table: Tensor | None
+
+    def place(self, at: slice) -> Tensor:
+        """Where the weights of some columns lie between the codes, f32 `[n, rows]`."""
+        sub = self.sub[at]
+        level = (self.weights[at] - self.offset[sub]).mul_(self.inverse[sub])
+        return level if self.table is None else place_in(self.table, level)
+
+
+def place_in(table: Tensor, level: Tensor) -> Tensor:
+    """Codes with a fraction, by straight lines between the levels of a table; beyond its ends the outermost lines go on."""
+    low = torch.bucketize(level, table[1:-1])  # 0 to levels - 2
+    below, gap = table[low], table.diff()[low]
+    return ((level - below) / gap).add_(low)
+
+
+def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor, reach: int | None) -> Columns:
+    """Turn a slice of rows.
+
+    Args:
+        grid: of the format.
+        blocks: uint8 `[n_blocks, type_size]`, plain.
+        weights: f32 `[rows, columns]`, full precision.
+        order: of the columns.
+        reach: how many codes beyond the two next to the weight may be taken, to either side; None: all.
+    """
+    rows = len(weights)
+    parts = grid.unpack(blocks)
+    scale = parts.scale.view(rows, -1).T.contiguous()
+    offset = torch.zeros_like(scale) if parts.offset is None else parts.offset.view(rows, -1).T.contiguous()
+    inverse = 1.0 / scale
+    usable = torch.isfinite(inverse) & (scale.square() < LARGEST_SQUARE) & torch.isfinite(offset * inverse)
+    sub = order // grid.sub_size
+    codes = parts.codes.view(rows, -1).T.contiguous()[order]
+    table, lowest, highest = grid.level_table(blocks.device), 0.0, len(grid.levels) - 1.0
+    even = isinstance(grid, UniformGrid)
+    if isinstance(grid, UniformGrid):
+        offset.add_(scale, alpha=grid.first_level)
+        lowest, highest = float(grid.lowest_target - grid.first_level), float(grid.highest_target - grid.first_level)
+    value = (codes.float() if even else table[codes.int()]).mul_(scale[sub]).add_(offset[sub])
+    turned = weights.T.contiguous()[order]
+    error = value - turned
+    if not bool(usable.all() & torch.isfinite(error.sum())):
+        # Blocks without a scale stay as they are; what is not a number counts as rounded without an error.
+        for array in (inverse, scale):
+            array.masked_fill_(~usable, 0.0)
+        offset.nan_to_num_(0.0, 0.0, 0.0)
+        broken = ~(error.square() < LARGEST_SQUARE)
+        turned = torch.where(broken, value.clamp(-1e15, 1e15).nan_to_num(0.0), turned)
+        error.masked_fill_(broken, 0.0)
+    found = Columns(turned, error, scale, inverse, offset, sub, lowest, highest, None if even else table)
+    if reach is None:
+        return found
+    below = found.place(slice(None)).floor_()
+    return replace(
+        found,
+        lowest=(below - reach).clamp_(lowest, highest),
+        highest=below.add_(1 + reach).clamp_(lowest, highest),
+    )
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass decided.
+
+    Attributes:
+        codes: f32 `[columns, rows]`, whole numbers, in the order of rounding.
+        error: f32 `[columns, rows]`, the new error in units of a weight.
+        bits: entropy of the draws.
+    """
+
+    codes: Tensor
+    error: Tensor
+    bits: float
+
+
+def stacked(columns: Columns, copies: int) -> Columns:
+    """The same rows several times over."""
+
+    def repeat(array: Tensor) -> Tensor:
+        return array.repeat(1, copies)
+
+    ends = (repeat(end) if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
+    arrays = map(repeat, (columns.weights, columns.error, columns.scale, columns.inverse, columns.offset))
+    return Columns(*arrays, columns.sub, *ends, columns.table)
+
+
+Uniform = Callable[[int, int], Tensor]
+"""Independent numbers in (0, 1), f32 of the given shape."""
+
+
+def lean_shift(columns: Columns, factor: Factor) -> Tensor:
+    """What a lean of 1 takes off the centres: f32 `[columns, rows]`, `y_j / R_jj` with `R y = T`."""
+    if factor.feed is None:
+        return columns.error.clone()
+    # Turned, so that neither side is copied to LAPACK's order of columns.
+    scaled = torch.linalg.solve_triangular(factor.feed.T, columns.error.T, upper=False, left=False, unitriangular=True)
+    return scaled.T.contiguous().div_(factor.square.unsqueeze(1))  # R = feed * diagonal
+
+
+def run_pass(
+    columns: Columns, factor: Factor, *, shift: Tensor | None = None, variance: float = 0.0, uniform: Uniform | None = None
+) -> Passed:
+    """One pass over the columns.
+
+    Args:
+        columns: of some rows.
+        factor: of the layer's inputs.
+        shift: f32 `[columns, rows]`, taken off the centres, see `lean_shift`; overwritten.
+        variance: sigma^2 of the draws; 0 rounds to the nearest code.
+        uniform: random numbers, needed for a variance above 0.
+    """
+    centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
+    codes, error = torch.empty_like(centre), torch.empty_like(centre)
+    bits, count = 0.0, len(centre)
+    for start in range(0, count, BLOCK):
+        block = slice(start, min(start + BLOCK, count))
+        sharp = noise = None
+        if variance > 0 and uniform is not None:
+            sharp = columns.scale[columns.sub[block]].square_().mul_(factor.square[block, None] / variance)
+            noise = torch.logit(uniform(*sharp.shape)).div_(sharp)
+        if factor.feed is None:
+            _round_at_once(columns, block, centre, codes, error, noise)
+        else:
+            _round_block(columns, factor.feed, block, centre, codes, error, noise)
+            centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
+        if sharp is not None:
+            bits += _entropy(columns, block, centre[block], sharp)
+    return Passed(codes, error, bits)
+
+
+def _round_block(
+    columns: Columns, feed: Tensor, block: slice, centre: Tensor, codes: Tensor, error: Tensor, noise: Tensor | None
+) -> None:
+    """Round the columns of a block one after the other; their centres are then final."""
+    sub = columns.sub[block].tolist()
+    offset, scale, inverse = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
+    centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
+    wanted = columns.weights[block].unbind()
+    lowest, highest = (
+        end[block].unbind() if isinstance(end, Tensor) else [end] * len(sub) for end in (columns.lowest, columns.highest)
+    )
+    if columns.table is None:  # everything that does not depend on the centres
+        base = (columns.offset * columns.inverse)[sub].neg_()
+        if noise is not None:
+            base += noise.clamp_(-0.5, 0.5)
+        bases = base.unbind()
+    for first in range(0, len(sub), RUN):
+        last = min(first + RUN, len(sub))
+        for j in range(first, last):
+            at, i = block.start + j, sub[j]
+            if j > first:
+                run = slice(block.start + first, at)
+                centres[j].addmv_(error[run].T, feed[run, at], alpha=-1.0)
+            if columns.table is None:
+                torch.addcmul(bases[j], centres[j], inverse[i], out=found[j]).round_()
+            else:
+                level = (centres[j] - offset[i]).mul_(inverse[i])
+                found[j].copy_(_round_in(columns.table, level, None if noise is None else noise[j]))
+            torch.clamp(found[j], lowest[j], highest[j], out=found[j])
+            level = found[j] if columns.table is None else columns.table[found[j].int()]
+            torch.addcmul(offset[i], level, scale[i], out=errors[j]).sub_(wanted[j])
+        run, rest = slice(block.start + first, block.start + last), slice(block.start + last, block.stop)
+        centre[rest].addmm_(feed[run, rest].T, error[run], alpha=-1.0)
+
+
+def _round_at_once(
+    columns: Columns, block: slice, centre: Tensor, codes: Tensor, error: Tensor, noise: Tensor | None
+) -> None:
+    """Round the columns of a block whose errors nothing makes up for."""
+    sub = columns.sub[block]
+    place = (centre[block] - columns.offset[sub]).mul_(columns.inverse[sub])
+    if columns.table is None:
+        found = (place if noise is None else place.add_(noise.clamp_(-0.5, 0.5))).round_()
+    else:
+        found = _round_in(columns.table, place, noise)
+    lowest, highest = (end[block] if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
+    torch.clamp(found, lowest, highest, out=codes[block])
+    level = codes[block] if columns.table is None else columns.table[codes[block].int()]
+    torch.addcmul(columns.offset[sub], level, columns.scale[sub], out=error[block]).sub_(columns.weights[block])
+
+
+def _round_in(table: Tensor, level: Tensor, noise: Tensor | None) -> Tensor:
+    """Codes nearest to some levels, after noise that is measured in squared level units."""
+    low = torch.bucketize(level, table[1:-1])
+    gap = table.diff()[low]
+    place = level.sub_(table[low]).div_(gap)
+    if noise is not None:
+        place += noise.div_(gap.square_()).clamp_(-0.5, 0.5)
+    return place.round_().add_(low)
+
+
+def _entropy(columns: Columns, block: slice, centre: Tensor, sharp: Tensor) -> float:
+    """Bits in the draws of a block, whose centres are final.
+
+    Args:
+        columns: of some rows.
+        block: which of their columns.
+        centre: f32 `[n, rows]`.
+        sharp: f32 `[n, rows]`, by how much `x` grows from one level to the next where they are 1 apart; overwritten.
+    """
+    sub = columns.sub[block]
+    place = (centre - columns.offset[sub]).mul_(columns.inverse[sub])
+    if columns.table is not None:
+        low = torch.bucketize(place, columns.table[1:-1])
+        gap = columns.table.diff()[low]
+        place.sub_(columns.table[low]).div_(gap).add_(low)
+        sharp *= gap.square_()
+    lowest, highest = (end[block] if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
+    open_ = (place > lowest) & (place < highest) & (columns.inverse != 0)[sub]
+    x = place.sub_(place.floor()).sub_(0.5).mul_(sharp).abs_()
+    e = torch.exp(-x)
+    nats = torch.log1p(e).add_(x.mul_(e).div_(e + 1.0))
+    return float((nats * open_).sum()) / math.log(2.0)

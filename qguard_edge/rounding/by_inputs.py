@@ -1,0 +1,142 @@
+"""The walk for rules that know what each matrix is fed: matrix after matrix, the next one prepared while this one is rounded.
+
+Per matrix (for a stack of experts: per expert) its Gram matrix is factored once, for all matrices that share the inputs; the rule
+settles what it needs on a sample of rows; then slices of whole rows run on the pool. Slices do not depend on the number of
+threads. Memory is that of two matrices and their factors, whatever the size of the model.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.tensor_io import RowSlice
+from qguard_edge.defenses.base import Defense, Inputs, MatrixRule, Rounded, SliceKey
+from quant_grids import Grid, Outcome
+
+SLICE_WEIGHTS = 1 << 20
+"""Longer columns make each of the pass's many small steps worth its overhead; more weights would leave the cache."""
+SAMPLE_RUNS, SAMPLE_ROWS = 12, 8
+FIT_STREAM = 1 << 20  # number of the stream of random numbers that a rule is settled with; slices count from 0
+KEPT_FACTORS = 2  # q and v of a llama share their inputs, with the output projection between them
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix to round.
+
+    Attributes:
+        name: of its tensor.
+        expert: of a stack; 0 elsewhere.
+        grid: of its format.
+        columns: of a row.
+        first: its first row in the tensor.
+        rows: how many.
+        read: blocks and full-precision weights of some rows of the tensor.
+        key: random numbers of a slice.
+        sink: receives the new blocks of a slice; called from several threads.
+    """
+
+    name: str
+    expert: int
+    grid: Grid
+    columns: int
+    first: int
+    rows: int
+    read: Callable[[RowSlice], tuple[Tensor, Tensor]]
+    key: Callable[[RowSlice], SliceKey]
+    sink: Callable[[RowSlice, Tensor], None]
+
+    def slices(self, weights: int = SLICE_WEIGHTS) -> list[RowSlice]:
+        """Slices of whole rows, as equal as may be; numbered so that no two of a tensor share random numbers."""
+        count = max(1, -(-self.rows * self.columns // weights))
+        step = -(-self.rows // count)
+        starts = range(self.first, self.first + self.rows, step)
+        return [RowSlice(start, start, min(start + step, self.first + self.rows)) for start in starts]
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Blocks and weights of runs of rows spread over the matrix; of all rows if there are few."""
+        if self.rows <= SAMPLE_RUNS * SAMPLE_ROWS:
+            return self.read(RowSlice(0, self.first, self.first + self.rows))
+        last = self.rows - SAMPLE_ROWS
+        starts = [self.first + last * i // (SAMPLE_RUNS - 1) for i in range(SAMPLE_RUNS)]
+        runs = [self.read(RowSlice(0, start, start + SAMPLE_ROWS)) for start in starts]
+        return torch.cat([blocks for blocks, _ in runs]), torch.cat([weights for _, weights in runs])
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What became of one matrix."""
+
+    outcome: Outcome
+    bits: float
+    seconds: float
+
+
+@dataclass
+class _Factors:
+    """The last factors made, by the inputs they belong to."""
+
+    defense: Defense[Any]
+    inputs: Inputs | None
+    kept: OrderedDict[tuple[str, int], Any] = field(default_factory=OrderedDict)
+
+    def of(self, matrix: Matrix, device: torch.device) -> Any:
+        if self.inputs is None or matrix.name not in self.inputs.names:
+            return self.defense.factor(None, matrix.columns, device)
+        name = (min(self.inputs.shares(matrix.name)), matrix.expert)
+        if name not in self.kept:
+            while len(self.kept) >= KEPT_FACTORS:
+                self.kept.popitem(last=False)
+            gram = self.inputs.of(matrix.name, matrix.expert).to(device)
+            self.kept[name] = self.defense.factor(gram, matrix.columns, device)
+        self.kept.move_to_end(name)
+        return self.kept[name]
+
+
+def round_matrices(
+    matrices: Sequence[Matrix], defense: Defense[Any], inputs: Inputs | None, pool: ThreadPoolExecutor, device: torch.device
+) -> Iterator[Rounding]:
+    """Round matrices one after the other.
+
+    Args:
+        matrices: in an order that keeps those with the same inputs near each other.
+        defense: with `wants_inputs`.
+        inputs: what is known of them; None: nothing.
+        pool: the threads that slices are spread over.
+        device: where the arithmetic runs.
+    """
+    factors = _Factors(defense, inputs)
+
+    def prepare(matrix: Matrix) -> MatrixRule:
+        with torch.inference_mode():
+            blocks, weights = matrix.sample()
+            key = replace(matrix.key(RowSlice(0, matrix.first, matrix.first)), index=FIT_STREAM + matrix.expert)
+            return defense.on(matrix.grid).fit(matrix.grid, factors.of(matrix, device), blocks, weights, key)
+
+    def decide(matrix: Matrix, rule: MatrixRule, part: RowSlice) -> Rounded:
+        with torch.inference_mode():
+            blocks, weights = matrix.read(part)
+            rounded = rule.round(blocks, weights, matrix.key(part))
+            matrix.sink(part, rounded.blocks)
+            return rounded
+
+    started = time.perf_counter()
+    waiting: Future[MatrixRule] | None = pool.submit(prepare, matrices[0]) if matrices else None
+    for number, matrix in enumerate(matrices):
+        assert waiting is not None
+        rule = waiting.result()
+        parts = [pool.submit(decide, matrix, rule, part) for part in matrix.slices()]
+        waiting = pool.submit(prepare, matrices[number + 1]) if number + 1 < len(matrices) else None
+        total, bits = Outcome(0, 0.0, 0.0, 0.0), 0.0
+        for part in parts:
+            rounded = part.result()
+            total, bits = total + rounded.outcome, bits + rounded.bits
+        now = time.perf_counter()
+        yield Rounding(total, bits, now - started)
+        started = now
