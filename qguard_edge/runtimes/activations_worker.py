@@ -21,7 +21,7 @@ import numpy as np
 from convert.child import die_with_parent, resident_bytes
 from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.runtimes.activations_job import Job
-from qguard_edge.runtimes.ggml_tensor import eval_callback, operations
+from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
 from qguard_edge.runtimes.gram_passes import Unit, plan_passes, resumed, written
 from qguard_edge.runtimes.gram_sums import Watcher, new_sums
@@ -99,7 +99,7 @@ class Runner:
     def _pass(self, index: GramIndex, units: Sequence[Unit]) -> GramIndex:
         """All texts once; returns the index with the new pieces."""
         all_sums = [new_sums(unit, self.job.products) for unit in units]
-        self.watch = watcher = Watcher(self.wanted, self.inputs, all_sums, self.job.copy)
+        self.watch = watcher = Watcher(self.wanted, self.inputs, all_sums, copy=self.job.copy, stop=one_backend())
         for start in range(0, len(self.rows), self.model.n_seq):
             texts = self.rows[start : start + self.model.n_seq]
             self._decode(texts)
