@@ -37,7 +37,12 @@ ENTRY_POINTS = {"__init__", "__main__", "pytest_plugin"}
 
 HOMES = {
     # fragile dependency -> the modules that may import it, one per package that uses it
-    "llama_cpp": {"convert/quantize_worker.py", "qguard_edge/runtimes/ggml_tensor.py", "qguard_edge/runtimes/llama.py"},
+    "llama_cpp": {
+        "convert/quantize_worker.py",
+        "qguard_edge/runtimes/activations_worker.py",
+        "qguard_edge/runtimes/ggml_tensor.py",
+        "qguard_edge/runtimes/llama.py",
+    },
     "bitsandbytes": {"convert/bnb_check.py"},
     "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/runtimes/bnb.py", "qguard_edge/runtimes/hf.py"},
 }

@@ -44,8 +44,9 @@ all arithmetic is matrix products. Rows do not depend on each other.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -260,9 +261,7 @@ def _round_block(
     offset, scale, inverse = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
     centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
     wanted = columns.weights[block].unbind()
-    lowest, highest = (
-        end[block].unbind() if isinstance(end, Tensor) else [end] * len(sub) for end in (columns.lowest, columns.highest)
-    )
+    lowest, highest = (_end_of(end, block, len(sub)) for end in (columns.lowest, columns.highest))
     if columns.table is None:  # everything that does not depend on the centres
         base = (columns.offset * columns.inverse)[sub].neg_()
         if noise is not None:
@@ -287,6 +286,11 @@ def _round_block(
         centre[rest].addmm_(feed[run, rest].T, error[run], alpha=-1.0)
 
 
+def _end_of(end: Tensor | float, block: slice, count: int) -> Sequence[Any]:
+    """The lowest or highest codes of the columns of a block, one tensor or number each."""
+    return end[block].unbind() if isinstance(end, Tensor) else [end] * count
+
+
 def _round_at_once(
     columns: Columns, block: slice, centre: Tensor, codes: Tensor, error: Tensor, noise: Tensor | None
 ) -> None:
@@ -297,7 +301,8 @@ def _round_at_once(
         found = (place if noise is None else place.add_(noise.clamp_(-0.5, 0.5))).round_()
     else:
         found = _round_in(columns.table, place, noise)
-    lowest, highest = (end[block] if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
+    lowest: Any = columns.lowest[block] if isinstance(columns.lowest, Tensor) else columns.lowest
+    highest: Any = columns.highest[block] if isinstance(columns.highest, Tensor) else columns.highest
     torch.clamp(found, lowest, highest, out=codes[block])
     level = codes[block] if columns.table is None else columns.table[codes[block].int()]
     torch.addcmul(columns.offset[sub], level, columns.scale[sub], out=error[block]).sub_(columns.weights[block])

@@ -4,10 +4,6 @@ This is what llama-imatrix does, with whole matrices instead of diagonals. It ne
 llama.cpp runs, mixtures of experts among them, and takes the memory of a mapped file. See `activations_worker` for the child.
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +12,11 @@ from pathlib import Path
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.runtimes.activations_job import MARK, Job, job_key
+from qguard_edge.runtimes.activations_job import Job, job_key
 from qguard_edge.runtimes.gram_files import GramError, WantedWeight
 from qguard_edge.runtimes.gram_passes import forget_others
 from qguard_edge.runtimes.grams import Grams
+from qguard_edge.runtimes.llama_child import Event, run_child
 
 BATCH = 512
 """Tokens of one graph: enough for the products to be efficient, few enough for all their logits to be small."""
@@ -35,7 +32,7 @@ class LlamaGramSource:
         products: Gram matrices; False: sums of squares alone, at a fraction of the cost.
         gpu_layers: layers that llama.cpp offloads.
         batch: tokens of one graph.
-        way_out: ends the message when the model cannot be run.
+        way_out: ends the message when the model cannot be run; may be empty.
         exact: keep keys and values in f32 and use plain attention, to compare with other programs.
         copy: fetch inputs through their backend even where they lie in the host's memory, as a GPU's must be.
     """
@@ -73,67 +70,17 @@ class LlamaGramSource:
         return Grams(folder)
 
     def _run(self, job: Job, progress: Progress) -> None:
+        def on_event(event: Event) -> None:
+            if "total" in event:
+                progress.stage("Seeing activations in llama.cpp", int(event["total"]), "tokens")
+            elif "advance" in event:
+                progress.advance(int(event["advance"]))
+            elif "note" in event:
+                progress.note(str(event["note"]))
+
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "job.json"
             job.save(path)
-            # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
-            command = [sys.executable, "-P", "-m", "qguard_edge.runtimes.activations_worker", str(path)]
-            child = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=_environment(job.threads),
-            )
-            listener = _Listener(progress)
-            with child:
-                try:
-                    assert child.stdout is not None
-                    for raw in child.stdout:
-                        listener.feed(raw.decode("utf-8", "replace"))
-                    code = child.wait()
-                except BaseException:
-                    child.kill()
-                    raise
-        if code != 0:
-            raise GramError(f"no activations of {self.base.path.name}: {listener.reason(code)}; {self.way_out}")
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """The child's environment: llama.cpp and BLAS take turns on the same cores, so neither may spin while the other works."""
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-    }
-
-
-class _Listener:
-    """Reads the child's lines."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.error = ""
-        self.last: list[str] = []
-
-    def feed(self, line: str) -> None:
-        line = line.rstrip()
-        if not line.startswith(MARK):
-            if line:
-                self.last = [*self.last[-2:], line]
-            return
-        event = json.loads(line.removeprefix(MARK))
-        if "total" in event:
-            self.progress.stage("Seeing activations in llama.cpp", int(event["total"]), "tokens")
-        elif "advance" in event:
-            self.progress.advance(int(event["advance"]))
-        elif "error" in event:
-            self.error = str(event["error"])
-
-    def reason(self, code: int) -> str:
-        """The child's own words, or how it died."""
-        if self.error:
-            return self.error
-        died = f"llama.cpp was stopped by signal {-code}" if code < 0 else f"llama.cpp ended with status {code}"
-        return f"{died} ({' / '.join(self.last)[-300:]})" if self.last else died
+            reason = run_child("qguard_edge.runtimes.activations_worker", path, threads=job.threads, on_event=on_event)
+        if reason:
+            raise GramError("; ".join(filter(None, (f"no activations of {self.base.path.name}: {reason}", self.way_out))))

@@ -9,9 +9,6 @@ from pathlib import Path
 from convert.gguf_file import GgufModel
 from qguard_edge.runtimes.gram_files import WantedWeight
 
-MARK = "@activations "
-"""Begins each line of JSON that the child writes; all else on its standard output is log."""
-
 
 @dataclass(frozen=True)
 class Job:

@@ -2,7 +2,7 @@
 
 Run as `python -m qguard_edge.runtimes.activations_worker JOB`, JOB being the file that
 `qguard_edge.runtimes.activations.LlamaGramSource` writes. llama.cpp may abort on a broken model, and its memory is its own, so
-it never runs in the caller's process. Lines of JSON behind `MARK` on standard output tell how far it is; all else is log.
+it never runs in the caller's process. See `llama_child`.
 
     survey     one short text: which weights share an input, in which order they come
     passes     as many inputs, in the order of the graph, as fit into memory; all texts for each pass, the graph cut off behind
@@ -10,33 +10,27 @@ it never runs in the caller's process. Lines of JSON behind `MARK` on standard o
 """
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from convert.child import die_with_parent, resident_bytes
-from qguard_edge.runtimes.activations_job import MARK, Job
-from qguard_edge.runtimes.ggml_tensor import eval_callback, operations
+from qguard_edge.runtimes.activations_job import Job
+from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
 from qguard_edge.runtimes.gram_passes import Unit, plan_passes, resumed, written
 from qguard_edge.runtimes.gram_sums import Watcher, new_sums
 from qguard_edge.runtimes.graph_inputs import GraphInput, Survey
 from qguard_edge.runtimes.llama import LlamaModel
+from qguard_edge.runtimes.llama_child import tell
 from quant_grids.errors import QGuardError
 
 SURVEY_TOKENS = 16
 SPARE = 32 << 20  # bytes kept free for what Python and BLAS allocate on the way
-
-
-def tell(**event: Any) -> None:
-    """One line for the parent."""
-    sys.stdout.write(MARK + json.dumps(event) + "\n")
-    sys.stdout.flush()
 
 
 class Runner:
@@ -67,6 +61,8 @@ class Runner:
             on_node=self.callback,
         )
         self.figures["load"] = time.perf_counter() - started
+        if job.gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            tell(note="this build of llama.cpp has no GPU support: the model runs on the CPU")
         largest = max(max(row) for row in self.rows)
         if largest >= self.model.n_vocab:
             raise GramError(f"the text holds token {largest}, the model has {self.model.n_vocab}")
@@ -75,7 +71,7 @@ class Runner:
         """Survey, then pass after pass."""
         survey = Survey(self.wanted)
         self.watch = survey
-        self._decode([self.rows[0][:SURVEY_TOKENS]])
+        self._decode([self.rows[0][: min(SURVEY_TOKENS, self.model.n_batch)]])
         self.inputs = survey.inputs()
         entries = tuple(MeasuredInput(i.weights, i.columns, i.slices, i.routed) for i in self.inputs)
         index = GramIndex(self.job.key, self.job.products, entries, survey.skipped, survey.missing())
@@ -103,7 +99,7 @@ class Runner:
     def _pass(self, index: GramIndex, units: Sequence[Unit]) -> GramIndex:
         """All texts once; returns the index with the new pieces."""
         all_sums = [new_sums(unit, self.job.products) for unit in units]
-        self.watch = watcher = Watcher(self.wanted, self.inputs, all_sums, self.job.copy)
+        self.watch = watcher = Watcher(self.wanted, self.inputs, all_sums, copy=self.job.copy, stop=one_backend())
         for start in range(0, len(self.rows), self.model.n_seq):
             texts = self.rows[start : start + self.model.n_seq]
             self._decode(texts)

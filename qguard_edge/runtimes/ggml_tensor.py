@@ -89,6 +89,7 @@ def library() -> ctypes.CDLL:
         "ggml_mul_mat": (pointer, [pointer] * 3),
         "ggml_mul_mat_id": (pointer, [pointer] * 4),
         "ggml_reshape_2d": (pointer, [pointer, pointer, ctypes.c_int64, ctypes.c_int64]),
+        "ggml_reshape_3d": (pointer, [pointer, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]),
         "ggml_view_2d": (pointer, [pointer, pointer, ctypes.c_int64, ctypes.c_int64, size, size]),
         "ggml_transpose": (pointer, [pointer, pointer]),
         "ggml_set_name": (pointer, [pointer, ctypes.c_char_p]),
@@ -100,6 +101,7 @@ def library() -> ctypes.CDLL:
         "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
         "ggml_tensor_overhead": (size, []),
         "ggml_is_transposed": (ctypes.c_bool, [pointer]),
+        "ggml_backend_dev_count": (size, []),
         "ggml_backend_cpu_buffer_type": (pointer, []),
         "ggml_backend_alloc_ctx_tensors_from_buft": (pointer, [pointer, pointer]),
         "ggml_backend_buffer_free": (None, [pointer]),
@@ -220,6 +222,11 @@ def _span(tensor: Any) -> int:
 def operations() -> Ops:
     """`prove_layout` of the structure used here, once."""
     return prove_layout()
+
+
+def one_backend() -> bool:
+    """Whether ggml knows the processor alone, so that a graph is never cut into pieces for several backends."""
+    return int(library().ggml_backend_dev_count()) == 1
 
 
 def tensor_at(address: int) -> GgmlTensor:

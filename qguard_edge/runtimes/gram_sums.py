@@ -86,6 +86,8 @@ class Watcher:
         inputs: all inputs that the survey found, in the order of the index.
         sums: of the units of this pass, in the order of the graph.
         copy: fetch every input through its backend.
+        stop: leave out what a graph computes behind the last input of this pass. Not with several backends: each computes its
+            piece of the graph, whatever became of the piece before.
         seconds: spent in here, and of that in products.
     """
 
@@ -93,6 +95,7 @@ class Watcher:
     inputs: Sequence[GraphInput]
     sums: Sequence[Sums]
     copy: bool = False
+    stop: bool = False
     error: Exception | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"callback": 0.0, "products": 0.0})
 
@@ -100,17 +103,20 @@ class Watcher:
         self._by_owner = {self.inputs[sums.unit.position].owner: sums for sums in self.sums}
         self._owner_of = {name: found.owner for found in self.inputs for name in found.weights}
         self._repeated = {found.owner for found in self.inputs if found.uses > 1}
-        # Behind the last input of this pass the graph need not be computed, unless a weight comes again further on. The last
-        # input is read where it is made, so that even its own product is left out: for the output matrix of a small model
-        # that is a fifth of the work.
-        last = self.inputs[self.sums[-1].unit.position]
-        self._last = "" if self._repeated & self._by_owner.keys() else last.owner
-        self._producer = last.producer.encode() if self._last else b""
         self._keys: dict[str, Key] = {}
+        last = self.inputs[self.sums[-1].unit.position]
+        self.stop = self.stop and not self._repeated & self._by_owner.keys()
+        self._last = last.owner if self.stop else ""
+        # The last input is read where it is made, so that even its own product is left out: for the output matrix of a small
+        # model that is a fifth of the work. Not before one graph has shown that the node of this name is what the product reads.
+        self._producer = last.producer.encode() if self.stop else b""
+        self._made = 0
+        self._agreed = self._trusted = False
 
     def begin(self) -> None:
         """A new batch: forget the addresses of the graph before."""
         self._keys.clear()
+        self._trusted = self._agreed
 
     def __call__(self, address: int, ask: bool) -> bool:
         """See `EvalCallback`."""
@@ -126,14 +132,17 @@ class Watcher:
     def _wants(self, address: int) -> bool:
         node = tensor_at(address)
         if self._producer and node.name == self._producer:
-            return True
+            self._made = address
+            return self._trusted
         weight = weight_of(node, self.wanted)
         owner = self._owner_of.get(weight.name) if weight is not None else None
         if weight is None or owner is None:
             return False
         if weight.name == owner:
             self._keys[owner] = key_of(node, weight)
-            return owner in self._by_owner and not (owner == self._last and self._producer)
+            if owner == self._last:
+                self._agreed = node.src[1] == self._made
+            return owner in self._by_owner
         if owner not in self._repeated and self._keys.get(owner) != key_of(node, weight):
             raise GramError(f"{weight.name} and {owner} shared an input at first and do not any more")
         return False

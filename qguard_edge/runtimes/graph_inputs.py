@@ -132,7 +132,9 @@ class Survey:
         for names in groups.values():
             weight, uses = self.wanted[names[0]], self._uses[names[0]]
             _, routed, source = uses[0]
-            alone = len(uses) == 1 and not routed and weight.slices == 1 and self._names[source.encode()] == 1
+            alone = len(uses) == 1 and not routed and weight.slices == 1
+            # ggml numbers the nodes that llama.cpp gives no name; such a number may mean another node in a larger batch.
+            alone = alone and self._names[source.encode()] == 1 and not source.startswith(("node_", "leaf_"))
             found.append(GraphInput(tuple(names), weight.columns, weight.slices, routed, source if alone else "", len(uses)))
         return tuple(found)
 

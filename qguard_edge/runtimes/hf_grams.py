@@ -231,12 +231,13 @@ def _rows_of(entry: Watched, given: tuple[Any, ...]) -> Rows:
     module: Any = entry.module
 
     def of(expert: int) -> Tensor:
-        mine = rows[(routes == expert).any(-1)]
+        mine: Tensor = rows[(routes == expert).any(-1)]
         if entry.kind == "experts in":
             return mine
         both: Tensor = nn.functional.linear(mine, module.gate_up_proj[expert])
         gate, up = both.chunk(2, dim=-1)
-        return torch.as_tensor(module.act_fn(gate)) * up
+        inner: Tensor = module.act_fn(gate) * up
+        return inner
 
     return of
 

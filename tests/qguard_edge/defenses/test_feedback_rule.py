@@ -8,7 +8,6 @@ import ggml_oracle
 import numpy as np
 import pytest
 import torch
-from qguard_edge.rounding_by_inputs import Matrix, Rounding, round_matrices
 from torch import Tensor
 
 from convert.tensor_io import RowSlice
@@ -16,6 +15,7 @@ from qguard_edge.defenses.base import MatrixRule, SliceKey
 from qguard_edge.defenses.feedback import Feedback
 from qguard_edge.defenses.feedback_pass import DAMPING, columns_of, factor_of, lean_shift, run_pass, unknown
 from qguard_edge.defenses.options import FeedbackOptions
+from qguard_edge.rounding.by_inputs import Matrix, Rounding, round_matrices
 from quant_grids import GRIDS
 from quant_grids.base import ScalarGrid
 

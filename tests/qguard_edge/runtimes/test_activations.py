@@ -11,8 +11,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from activation_models import Pair, distance, inputs_of, make_pair, texts
-from conftest import make_tiny_folder
 
 from convert.gguf_file import GgufModel
 from convert.hf.base import write_base_gguf
@@ -21,6 +19,8 @@ from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, Piece, WantedWeight, write_array
 from qguard_edge.runtimes.grams import Grams, wanted_weights
 from qguard_edge.runtimes.hf_grams import TransformersGramSource
+from tests.conftest import make_tiny_folder
+from tests.helpers.activation_models import Pair, distance, inputs_of, make_pair, texts
 
 TOLERANCE = 1e-5
 GELU_TOLERANCE = 2e-3  # llama.cpp reads it from a table of half-precision values

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_models import CASES, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 from convert.gguf_file import GgufModel
 from convert.hf.base import write_base_gguf
 from qguard_edge.runtimes.hf import HfModel
+from tests.helpers.hf_models import CASES, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 TOKENIZER = train_byte_bpe(digits_then_bytes())
 
