@@ -32,7 +32,7 @@ from quantguard_rows import Row, markdown
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions, write_pairs
+from qguard_edge.calibration import SELF, CalibrationOptions, write_pairs
 from qguard_edge.conversion import ConvertRequest
 from qguard_edge.fidelity import DEFAULT_TEXT
 from qguard_edge.imatrix import make_imatrix
@@ -85,7 +85,7 @@ class Study:
         # Both kinds in turn, so that every size of the text has both.
         mixed = [pair for both in zip(self.data.repaired, self.data.kept, strict=False) for pair in both]
         self.matching = self._text("matching", mixed)
-        self.texts = {"matching": self.matching, "code": self._text("code", code), "self": None, "prose": DEFAULT_TEXT}
+        self.texts = {"matching": self.matching, "code": self._text("code", code), "self": SELF, "prose": DEFAULT_TEXT}
         self.texts["german"] = self._text("german", [german(number) for number in range(512)])
         ids = self.chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
         self.prose = [ids[start : start + 128] for start in range(0, len(ids), 128)]

@@ -11,7 +11,15 @@ CalibFlag = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Text for learned defenses: .txt, .jsonl or a folder. Default: the model writes its own.",
+        help="Text for learned defenses instead of the shipped mix: .txt, .jsonl, a folder, or 'self': the model writes it.",
+        rich_help_panel=PANEL,
+    ),
+]
+CalibAddFlag = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text that joins the shipped mix, about half and half: .txt, .jsonl or a folder.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -19,7 +27,7 @@ CalibSamplesFlag = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Texts to learn on at most. Default: as many as make 32768 tokens; 128 if the model writes them.",
+        help="Texts (of the mix: rows) to learn on at most. Default: as many as make 32768 tokens; 128 if self-written.",
         rich_help_panel=PANEL,
     ),
 ]

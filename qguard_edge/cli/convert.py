@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
+from qguard_edge.cli.calibration_flags import CalibAddFlag, CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import (
     ConsoleProgress,
     check_report_file,
@@ -107,6 +107,7 @@ def convert(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     calib: CalibFlag = None,
+    calib_add: CalibAddFlag = None,
     calib_samples: CalibSamplesFlag = None,
     calib_seqlen: CalibSeqlenFlag = 256,
     max_memory: MaxMemoryFlag = None,
@@ -260,7 +261,7 @@ def convert(
             double_quant=bnb_double_quant,
             overwrite=overwrite,
             check_loads=not no_load_check,
-            calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+            calibration=CalibrationOptions(calib, calib_samples, calib_seqlen, calib_add),
             max_memory=parse_size(max_memory) if max_memory else None,
         )
         if not (no_scan or dry_run):
@@ -319,7 +320,7 @@ def convert(
         overwrite=overwrite,
         allow_unprotected=allow_unprotected,
         check_loads=not no_load_check,
-        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen, calib_add),
         max_memory=parse_size(max_memory) if max_memory else None,
     )
     if moved:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
+from qguard_edge.cli.calibration_flags import CalibAddFlag, CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
 from qguard_edge.cli.convert_folder import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
@@ -48,6 +48,7 @@ def plan(
     seed: Annotated[int | None, typer.Option(min=0, help="Repeat a plan. Default: fresh, recorded.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     calib: CalibFlag = None,
+    calib_add: CalibAddFlag = None,
     calib_samples: CalibSamplesFlag = None,
     calib_seqlen: CalibSeqlenFlag = 256,
     max_memory: MaxMemoryFlag = None,
@@ -78,7 +79,7 @@ def plan(
         seed=seed,
         threads=threads,
         allow_unprotected=allow_unprotected,
-        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen, calib_add),
         max_memory=parse_size(max_memory) if max_memory else None,
     )
     with ConsoleProgress(quiet) as progress:

@@ -36,10 +36,10 @@ from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.calibration import SEED_PROMPTS
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts
+from qguard_edge.learned.calibration_self import SEED_PROMPTS
 from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding import coverage_of, harden
