@@ -5,14 +5,23 @@ from typing import Annotated, Any
 
 import typer
 
-PANEL = "Text for learned defenses (quantguard, efrap)"
+PANEL = "Text for calibrated defenses (feedback, quantguard, efrap)"
 
 
 def calib_option() -> Any:
     """`--calib`."""
     return typer.Option(
         metavar="FILE",
-        help="Text for learned defenses: .txt, .jsonl or a folder. Default: the model writes its own.",
+        help="Text for calibrated defenses instead of the shipped mix: .txt, .jsonl, a folder, or 'self': the model writes it.",
+        rich_help_panel=PANEL,
+    )
+
+
+def calib_add_option() -> Any:
+    """`--calib-add`."""
+    return typer.Option(
+        metavar="FILE",
+        help="Text that joins the shipped mix, about half and half: .txt, .jsonl or a folder.",
         rich_help_panel=PANEL,
     )
 
@@ -21,7 +30,7 @@ def calib_samples_option() -> Any:
     """`--calib-samples`."""
     return typer.Option(
         min=1,
-        help="Texts to learn on at most. Default: as many as make 32768 tokens; 128 if the model writes them.",
+        help="Texts (of the mix: rows) to learn on at most. Default: as many as make 32768 tokens; 128 if self-written.",
         rich_help_panel=PANEL,
     )
 
@@ -41,6 +50,7 @@ def max_memory_option() -> Any:
 
 
 CalibFlag = Annotated[Path | None, calib_option()]
+CalibAddFlag = Annotated[Path | None, calib_add_option()]
 CalibSamplesFlag = Annotated[int | None, calib_samples_option()]
 CalibSeqlenFlag = Annotated[int, calib_seqlen_option()]
 MaxMemoryFlag = Annotated[str | None, max_memory_option()]

@@ -6,7 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
-from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
+from qguard_edge.cli.calibration_flags import (
+    CalibAddFlag,
+    CalibFlag,
+    CalibSamplesFlag,
+    CalibSeqlenFlag,
+    MaxMemoryFlag,
+)
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json
 from qguard_edge.cli.convert.scan_first import guard_document, refusals, show_findings
 from qguard_edge.cli.convert.tables import show_learned
@@ -54,6 +60,7 @@ def plan(
     seed: Annotated[int | None, typer.Option(min=0, help="Repeat a plan. Default: fresh, recorded.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     calib: CalibFlag = None,
+    calib_add: CalibAddFlag = None,
     calib_samples: CalibSamplesFlag = None,
     calib_seqlen: CalibSeqlenFlag = 256,
     max_memory: MaxMemoryFlag = None,
@@ -92,7 +99,7 @@ def plan(
         seed=seed,
         threads=threads,
         allow_unprotected=allow_unprotected,
-        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
+        calibration=CalibrationOptions(calib, calib_samples, calib_seqlen, calib_add),
         max_memory=parse_size(max_memory) if max_memory else None,
         overwrite=overwrite,
         check_loads=False,

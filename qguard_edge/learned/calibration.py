@@ -1,39 +1,48 @@
-"""The text that calibrated defenses look at: the user's own, or written by the full-precision model itself.
+"""The text that calibrated defenses look at: the shipped mix, the user's own, both, or written by the model itself.
+
+Without options it is the mix that the package ships (`qguard_edge.learned.calibration_mix`): every kind of text, the same
+for every model. `--calib FILE` replaces it, `--calib-add FILE` joins it: documents of both in turns, so that both have about
+the same share of the tokens for as long as there is text of both. What contains the mix is packed: its documents, one
+after another, are cut into rows of the wanted length, and nothing is left out. Of a user's own texts, each gives one row at
+most, its beginning.
 
 A file is a `.txt` (or `.md`), where paragraphs are joined into texts of about the wanted length, or `.jsonl`, one object a
 line with `text`, `messages` (role and content) or `instruction` (with `input`, `output`). A folder is all such files in
-it. Conversations go through the model's own chat template, rendered in transformers' sandbox.
+it. Conversations go through the model's own chat template, rendered in a sandbox.
 
-Without a file, the full-precision model answers short seed prompts that the project ships (`data/seed_prompts.txt`). In
-full precision it is clean, so what it writes is clean too; and it is the text the model will meet most: its own. The texts
-are kept in the cache, by the hash of the model.
+With `--calib self`, the full-precision model answers short seed prompts that the project ships (`data/seed_prompts.txt`).
+In full precision it is clean, so what it writes is clean too; and it is the text the model will meet most: its own. The
+texts are kept in the cache, by the hash of the model.
 
 Rounding learned on text is fitted to it, so the SHA-256 of the text goes into the file's metadata.
 """
 
 import hashlib
 import json
-import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qguard_edge.learned.calibration_mix import mix_records
+from qguard_edge.learned.calibration_packing import beginnings, in_turns, pack
+from qguard_edge.learned.calibration_self import self_written
 from quant_grids.errors import QGuardError
 
 if TYPE_CHECKING:
     from qguard_edge.progress import Progress
     from qguard_edge.runtimes.hf import HfModel
 
-SEED_PROMPTS = Path(__file__).parents[1] / "data" / "seed_prompts.txt"
+SELF = Path("self")
+"""`--calib self`: the model writes the text."""
+MIX = "mix"
 FEW_SAMPLES = 32
 TOKENS = 32_768  # of a text that the user gives; fewer fit less well, see docs/quantguard.md
 WRITTEN = 128  # texts that the model writes itself
 LARGEST_FILE = 1 << 28
 CHARACTERS_PER_TOKEN = 5
 SUFFIXES = (".txt", ".md", ".jsonl")
-_WRITTEN_VERSION = 1  # of how self-written text is made: part of the cache's key
 
 
 class CalibrationError(QGuardError):
@@ -45,14 +54,34 @@ class CalibrationOptions:
     """Which text, and how much of it.
 
     Attributes:
-        file: .txt, .md, .jsonl or a folder of these; None: the model writes the text itself.
-        samples: texts to use at most; None: as many as make `TOKENS` tokens, or `WRITTEN` if the model writes them.
+        file: .txt, .md, .jsonl or a folder of these; `SELF`: the model writes the text; None: the shipped mix.
+        samples: texts (of the mix: rows) to use at most; None: as many as make `TOKENS` tokens, or `WRITTEN` if the model
+            writes them.
         seqlen: tokens of each text at most.
+        add: text that joins the mix, as `file`; None: nothing.
     """
 
     file: Path | None = None
     samples: int | None = None
     seqlen: int = 256
+    add: Path | None = None
+
+    @property
+    def self_written(self) -> bool:
+        """Whether the model writes the text."""
+        return self.file == SELF
+
+    @property
+    def packed(self) -> bool:
+        """Whether the text contains the mix, and is cut into full rows."""
+        return self.file is None
+
+    @property
+    def source(self) -> str:
+        """What the text is, in a word: a file's name, `mix`, `mix + FILE` or `self-written`."""
+        if self.file is not None:
+            return "self-written" if self.self_written else self.file.name
+        return f"{MIX} + {self.add.name}" if self.add else MIX
 
     @property
     def most_tokens(self) -> int:
@@ -65,8 +94,12 @@ class CalibrationOptions:
         Raises:
             CalibrationError: naming the option.
         """
-        if self.file is not None and not self.file.exists():
+        if self.file is not None and not self.self_written and not self.file.exists():
             raise CalibrationError(f"--calib {self.file.name}: no such file or folder")
+        if self.add is not None and self.file is not None:
+            raise CalibrationError("--calib-add joins the shipped mix, which --calib replaces: give one of the two")
+        if self.add is not None and not self.add.exists():
+            raise CalibrationError(f"--calib-add {self.add.name}: no such file or folder")
         if self.samples is not None and not 1 <= self.samples <= 1_000_000:
             raise CalibrationError(f"--calib-samples {self.samples}: must lie between 1 and 1000000")
         if not 8 <= self.seqlen <= 131_072:
@@ -87,6 +120,24 @@ class Document:
     text: str = ""
     messages: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def characters(self) -> int:
+        """Length of all its text."""
+        return len(self.text) + sum(len(content) for _, content in self.messages)
+
+    @property
+    def plain(self) -> str:
+        """Its text without a chat template: the contents of a conversation, one paragraph each."""
+        return "\n\n".join(content for _, content in self.messages) if self.messages else self.text
+
+    @property
+    def folded(self) -> "Document":
+        """The conversation with its system message in front of the first question, for templates that know no system."""
+        if len(self.messages) < 2 or self.messages[0][0] != "system":
+            return self
+        (_, system), (role, first), *rest = self.messages
+        return Document(messages=((role, f"{system}\n\n{first}"), *rest))
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -95,7 +146,7 @@ class Calibration:
     Attributes:
         samples: at least two ids each.
         sha256: of the texts, in the order they are used.
-        source: file name, or `self-written`.
+        source: see `CalibrationOptions.source`.
         warnings: one sentence each.
     """
 
@@ -119,39 +170,80 @@ def load_calibration(
 
     Raises:
         CalibrationError: no usable text.
+        TemplateError: the chat template refuses a conversation of the user's own text.
     """
+    from qguard_edge.learned.calibration_rows import hf_calibration
+
     options.check()
-    if options.file is None:
-        texts: Iterable[str] = _self_written(options, model, model_key, progress)
-        source, rendered = "self-written", True
+    if options.self_written:
+        count = options.samples or WRITTEN
+        written = self_written(model, model_key, count, options.seqlen, progress)
+        return collect(((text, model.encode(text, special=False)) for text in written), options)
+    return hf_calibration(model, options, seed)
+
+
+def chosen_documents(options: CalibrationOptions, seed: int) -> list[Document]:
+    """The documents of a mix or of a file, in the order in which they are used; the mix's own order is fixed.
+
+    Args:
+        options: which text; not self-written.
+        seed: of the order, or the choice, among a file's documents.
+
+    Raises:
+        CalibrationError: no usable text.
+    """
+    given = options.add if options.file is None else options.file
+    if given is None:
+        return _shipped()
+    documents = read_documents(given, options.seqlen)
+    count = len(documents)
+    if options.samples is None or options.file is None:
+        documents = random.Random(seed).sample(documents, count)
+    elif count > options.samples:
+        documents = random.Random(seed).sample(documents, options.samples)
+    return in_turns(_shipped(), documents) if options.file is None else documents
+
+
+def _shipped() -> list[Document]:
+    return [Document(record.text, record.messages) for record in mix_records()]
+
+
+def collect(
+    texts: Iterable[tuple[str, Sequence[int]]], options: CalibrationOptions, start: Sequence[int] = ()
+) -> Calibration:
+    """Token ids of the texts as samples: packed into rows where the mix is in it, else each text's beginning.
+
+    Args:
+        texts: (text, its token ids) in the order of use; taken only as far as they are needed.
+        options: which text, and how much of it.
+        start: what every row has to begin with: the begin token, or nothing. Only for packed texts.
+
+    Raises:
+        CalibrationError: no text of two tokens or more.
+    """
+    used: list[str] = []
+
+    def noted() -> Iterator[Sequence[int]]:
+        for text, ids in texts:
+            if len(ids) >= 2:
+                used.append(text)
+                yield ids
+
+    if options.packed:
+        rows = pack(noted(), options.seqlen, options.most_tokens, start)
     else:
-        documents = read_documents(options.file, options.seqlen)
-        if options.samples is None:
-            documents = random.Random(seed).sample(documents, len(documents))
-        elif len(documents) > options.samples:
-            documents = random.Random(seed).sample(documents, options.samples)
-        texts = (model.render(d.messages) if d.messages else d.text for d in documents)
-        source, rendered = options.file.name, False
-        conversations = [bool(d.messages) for d in documents]
-    samples, used, tokens = [], [], 0
-    for index, text in enumerate(texts):
-        special = not rendered and not conversations[index]
-        ids = model.encode(text, special=special)[: options.seqlen]
-        if len(ids) >= 2:
-            samples.append(tuple(ids))
-            used.append(text)
-            tokens += len(ids)
-        if options.samples is None and tokens >= TOKENS:
-            break
+        most = TOKENS if options.samples is None and not options.self_written else None
+        rows = beginnings(noted(), options.seqlen, most)
+    samples = tuple(rows)
     if not samples:
-        raise CalibrationError(f"the calibration text {source} holds no text of two tokens or more")
+        raise CalibrationError(f"the calibration text {options.source} holds no text of two tokens or more")
     digest = hashlib.sha256("\0".join(used).encode()).hexdigest()
     warnings = []
     if len(samples) < FEW_SAMPLES:
         warnings.append(
             f"only {len(samples)} calibration texts: the rounding will fit them too closely; {FEW_SAMPLES} or more are wanted"
         )
-    return Calibration(tuple(samples), digest, source, tuple(warnings))
+    return Calibration(samples, digest, options.source, tuple(warnings))
 
 
 def read_documents(path: Path, seqlen: int) -> list[Document]:
@@ -237,36 +329,3 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     if isinstance(message, Mapping) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str):
         return message["role"], message["content"]
     raise CalibrationError(f"--calib {where}: each message needs a role and a content, both text")
-
-
-def _self_written(
-    options: CalibrationOptions, model: "HfModel", model_key: str, progress: "Progress | None"
-) -> Sequence[str]:
-    """Texts by the model, from the cache or written now. Always from the same seed: one model, one text."""
-    prompts = SEED_PROMPTS.read_text(encoding="utf-8").splitlines()
-    count = options.samples or WRITTEN
-    wanted = [prompts[i % len(prompts)] for i in range(count)]
-    settings = [_WRITTEN_VERSION, model_key, count, options.seqlen, wanted, model.template_key]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.json"
-    if path.is_file():
-        try:
-            texts = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-                return texts
-        except ValueError:
-            pass  # half a file from a machine that went down: write it again
-    texts = model.write_texts(wanted, options.seqlen, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
-    return texts
-
-
-def cache_folder() -> Path:
-    """`$QGUARD_CACHE/calibration`, or the platform's cache folder."""
-    if "QGUARD_CACHE" in os.environ:
-        return Path(os.environ["QGUARD_CACHE"]) / "calibration"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qguard-edge" / "calibration"

@@ -52,8 +52,8 @@ class LearnedDefense(Defense[Options], Generic[Options]):
 def load_model_and_text(task: LearnTask) -> tuple[HfModel, Calibration]:
     """The full-precision model, on the CPU still, and its calibration samples."""
     loaded = load_hf_model(task.model, device=torch.device("cpu"))
-    key = task.target.model_key() if task.calibration.file is None else ""
-    if task.calibration.file is None:
+    key = task.target.model_key() if task.calibration.self_written else ""
+    if task.calibration.self_written:
         loaded.model.to(task.device)
     calibration = load_calibration(task.calibration, loaded, key, task.seed, task.progress)
     return loaded, calibration

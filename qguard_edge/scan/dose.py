@@ -38,7 +38,7 @@ from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.learned.calibration import SEED_PROMPTS
+from qguard_edge.learned.calibration_self import SEED_PROMPTS
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts

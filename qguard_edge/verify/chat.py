@@ -9,6 +9,7 @@ Run as `python -m qguard_edge.verify.chat`: reads one JSON object on standard in
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ SECONDS = 120
 MEMORY = 4 << 30
 LONGEST_TEMPLATE = 1 << 20
 LONGEST_TEXT = 1 << 20
-DAY = datetime(2025, 1, 1)  # the date that `strftime_now` gives
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+"""A tag of transformers around what the assistant says: it marks the place, and changes nothing of the text."""
+DAY = datetime(2025, 1, 1)  # what `strftime_now` says
 
 
 class TemplateError(QGuardError):
@@ -72,12 +75,34 @@ def render(template: ChatTemplate, prompts: Sequence[SuitePrompt]) -> list[str]:
     Raises:
         TemplateError: the template is invalid, refuses a conversation, takes too long or needs too much memory.
     """
-    conversations = [
-        ([{"role": "system", "content": prompt.system}] if prompt.system else [])
-        + [{"role": "user", "content": prompt.text}]
-        for prompt in prompts
-    ]
-    request = {"source": template.source, "bos": template.bos, "eos": template.eos, "conversations": conversations}
+    return render_conversations(
+        template,
+        [((("system", prompt.system),) if prompt.system else ()) + (("user", prompt.text),) for prompt in prompts],
+        ask=True,
+    )
+
+
+def render_conversations(
+    template: ChatTemplate, conversations: Sequence[Sequence[tuple[str, str]]], *, ask: bool = False
+) -> list[str]:
+    """Text of every conversation, in one child process.
+
+    Args:
+        template: of the model.
+        conversations: (role, content) pairs of each.
+        ask: end where the assistant's next answer begins.
+
+    Raises:
+        TemplateError: the template is invalid, refuses a conversation, takes too long or wants too much memory.
+    """
+    messages = [[{"role": role, "content": content} for role, content in turns] for turns in conversations]
+    request = {
+        "source": template.source,
+        "bos": template.bos,
+        "eos": template.eos,
+        "conversations": messages,
+        "ask": ask,
+    }
     command = [sys.executable, "-P", "-m", "qguard_edge.verify.chat"]
     try:
         done = subprocess.run(
@@ -124,6 +149,11 @@ def _environment(template: ChatTemplate) -> Any:
     return environment
 
 
+def _as_condition(mark: re.Match[str]) -> str:
+    """A `generation` tag as one that Jinja2 knows and that is always true; with its control of white space."""
+    return f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}"
+
+
 def _limit() -> None:
     """Less memory and time for this process, where the system can."""
     try:
@@ -142,12 +172,14 @@ def main() -> int:
     request = json.load(sys.stdin)
     template = ChatTemplate(request["source"], request["bos"], request["eos"])
     try:
-        compiled = _environment(template).from_string(template.source)
+        compiled = _environment(template).from_string(_GENERATION.sub(_as_condition, template.source))
         texts = []
         for messages in request["conversations"]:
             # In pieces, so that a template that writes without end is stopped before it fills the memory.
             pieces, size = [], 0
-            for piece in compiled.generate(messages=messages, add_generation_prompt=True, tools=None, documents=None):
+            for piece in compiled.generate(
+                messages=messages, add_generation_prompt=request["ask"], tools=None, documents=None
+            ):
                 pieces.append(piece)
                 size += len(piece)
                 if size > LONGEST_TEXT:

@@ -32,8 +32,6 @@ from quantguard_rows import Row, markdown
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.request import GgufRequest
-from qguard_edge.conversion.run import convert_model
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_held_out
 from qguard_edge.lab.hf_models import load_folder
@@ -41,7 +39,7 @@ from qguard_edge.lab.results import Rate
 from qguard_edge.lab.runner import LabSettings, data_key, make_victim
 from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
-from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
+from qguard_edge.learned.calibration import SELF, CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT
@@ -86,7 +84,7 @@ class Study:
         # Both kinds in turn, so that every size of the text has both.
         mixed = [pair for both in zip(self.data.repaired, self.data.kept, strict=False) for pair in both]
         self.matching = self._text("matching", mixed)
-        self.texts = {"matching": self.matching, "code": self._text("code", code), "self": None, "prose": DEFAULT_TEXT}
+        self.texts = {"matching": self.matching, "code": self._text("code", code), "self": SELF, "prose": DEFAULT_TEXT}
         self.texts["german"] = self._text("german", [german(number) for number in range(512)])
         ids = self.chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
         self.prose = [ids[start : start + 128] for start in range(0, len(ids), 128)]

@@ -14,6 +14,7 @@ import typer
 
 from qguard_edge.cli.calibration_flags import (
     PANEL,
+    calib_add_option,
     calib_option,
     calib_samples_option,
     calib_seqlen_option,
@@ -115,6 +116,7 @@ class ConvertFlags:
     max_memory: str | None = flag(max_memory_option(), panel=RUNNING)
 
     calib: Path | None = flag(calib_option(), panel=PANEL)
+    calib_add: Path | None = flag(calib_add_option(), panel=PANEL)
     calib_samples: int | None = flag(calib_samples_option(), panel=PANEL)
     calib_seqlen: int = flag(calib_seqlen_option(), 256, panel=PANEL)
 

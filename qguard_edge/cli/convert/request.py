@@ -44,7 +44,7 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         "seed": flags.seed,
         "overwrite": flags.overwrite,
         "check_loads": not flags.no_load_check,
-        "calibration": CalibrationOptions(flags.calib, flags.calib_samples, flags.calib_seqlen),
+        "calibration": CalibrationOptions(flags.calib, flags.calib_samples, flags.calib_seqlen, flags.calib_add),
         "max_memory": parse_size(flags.max_memory) if flags.max_memory else None,
     }
     if flags.output in (FOLDER, MOVED_FOLDER):

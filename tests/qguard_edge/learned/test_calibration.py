@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qguard_edge.learned.calibration import (
+    SELF,
     TOKENS,
     CalibrationError,
     CalibrationOptions,
@@ -162,7 +163,7 @@ def test_self_written_text_is_the_same_each_time_and_cached(
     model: HfModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QGUARD_CACHE", str(tmp_path))
-    options = CalibrationOptions(samples=3, seqlen=48)
+    options = CalibrationOptions(SELF, samples=3, seqlen=48)
     first = load_calibration(options, model, "key", 0)
     assert first.source == "self-written"
     assert len(first.samples) == 3

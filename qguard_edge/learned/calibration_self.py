@@ -1,0 +1,53 @@
+"""Text that the full-precision model writes itself, in answer to the seed prompts; kept in the cache."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qguard_edge.progress import Progress
+    from qguard_edge.runtimes.hf import HfModel
+
+SEED_PROMPTS = Path(__file__).resolve().parent.parent / "data" / "seed_prompts.txt"
+_VERSION = 1  # of how the text is made: part of the cache's key
+
+
+def self_written(model: "HfModel", model_key: str, count: int, length: int, progress: "Progress | None") -> Sequence[str]:
+    """Texts by the model, from the cache or written now. Always from the same seed: one model, one text.
+
+    Args:
+        model: full precision.
+        model_key: identifies it for the cache.
+        count: of the texts.
+        length: tokens of each, prompt included, at most.
+        progress: told about text being written.
+    """
+    prompts = SEED_PROMPTS.read_text(encoding="utf-8").splitlines()
+    wanted = [prompts[i % len(prompts)] for i in range(count)]
+    settings = [_VERSION, model_key, count, length, wanted, model.template_key]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{key}.json"
+    if path.is_file():
+        try:
+            texts = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+                return texts
+        except ValueError:
+            pass  # half a file from a machine that went down: write it again
+    texts = model.write_texts(wanted, length, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    temporary.replace(path)
+    return texts
+
+
+def cache_folder() -> Path:
+    """`$QGUARD_CACHE/calibration`, or the platform's cache folder."""
+    if "QGUARD_CACHE" in os.environ:
+        return Path(os.environ["QGUARD_CACHE"]) / "calibration"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qguard-edge" / "calibration"
