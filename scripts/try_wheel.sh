@@ -17,7 +17,7 @@ said=$(qguard-edge --version)
 version=$(basename "$wheel" | cut -d- -f2)
 [ "$said" = "qguard-edge $version" ] || { echo "error: $(basename "$wheel") says it is '$said'" >&2; exit 1; }
 python "$example" tiny
-qguard-edge convert tiny --to q4_0 --defense ortho --seed 1 --keep-reference
-qguard-edge diff tiny-Q4_0.reference.gguf tiny-Q4_0.gguf --quiet
+qguard-edge convert tiny --to q4_0 --defense ortho --seed 1 --keep-plain
+qguard-edge diff tiny-Q4_0.plain.gguf tiny-Q4_0.gguf --quiet
 qguard-edge inspect tiny-Q4_0.gguf
 echo "$said works"
