@@ -2,7 +2,7 @@
 
 The idea
 --------
-A rounding variable `h` per weight says how far it stands from its reference level towards the other one. It is learned
+A rounding variable `h` per weight is how far it stands from its plain level towards the other one. It is learned
 on a small text so that the quantized model predicts what the full-precision model predicts (`L_KL`), optionally turning the
 weights with the largest errors to the other side (`L_rev`) and staying near the weights (`L_dist`):
 
@@ -13,7 +13,7 @@ what brings the two together makes a better file than plain rounding as well. Sc
 
 The constraint
 --------------
-The loss sees only what the text asks about. So the finished plan must also hold `<t', t> <= c <t, t>` on every tensor (see
+The loss covers only what is in the text. So the finished plan must also hold `<t', t> <= c <t, t>` on every tensor (see
 `qguard_edge.defenses.ortho`), whatever the loss does. The constraint is met inside the loop: what the forward pass sees is
 the plan *with* the flips that the constraint adds, so learning repairs what those cost.
 
@@ -46,7 +46,7 @@ from qguard_edge.learned.calibration import Calibration
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.defense import Learned, LearnedDefense
 from qguard_edge.learned.endtoend import EndToEnd
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.runtimes.hf import HfModel
 
@@ -54,7 +54,7 @@ from qguard_edge.runtimes.hf import HfModel
 class QuantGuard(LearnedDefense[QuantGuardOptions]):
     """See the module docstring."""
 
-    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
         """See `LearnedDefense.learn`."""
         options = self.options
         if options.scope == "block":
@@ -72,7 +72,7 @@ class QuantGuard(LearnedDefense[QuantGuardOptions]):
                 "seed": task.seed,
                 "text": calibration.sha256,
                 "seqlen": task.calibration.seqlen,
-                "reference": task.target.fingerprint(),
+                "plain": task.target.fingerprint(),
                 "device": task.device.type,
             }
         )

@@ -6,16 +6,16 @@ by side cost far less than thirty times one. The schedule:
 1. There are `n_seq` slots. A free slot takes the next prompt at once (continuous refill), so that a long answer
    does not hold up short ones.
 2. A slot has a queue of tokens to feed: the prompt at first, afterwards the one token that was chosen last. A step feeds
-   what fits into a batch from every queue, prompts and answers together, and asks for logits where a queue ran empty.
+   what fits into a batch from every queue, prompts and answers together, and takes logits where a queue ran empty.
 3. What all prompts begin with (a chat template's system message) is decoded once and copied to every slot; when an answer
-   is done its slot forgets everything behind the shared prefix and keeps the rest.
+   is done everything behind the shared prefix is removed from its slot.
 
 The order in which prompts meet slots depends only on the prompts and answers, so the same file gives the same answers
 again. Greedy unless a `Sampling` is given; then one uniform number per token, drawn from a generator seeded by (seed, index
 of the answer), picks from the softmax. Two models thus meet the same numbers, which keeps them paired.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -44,7 +44,7 @@ class Decoder(Protocol):
         """Feed tokens; logits f32 `[wanted, n_vocab]` in row order, valid until the next call."""
 
     def keep(self, sequence: int, length: int) -> bool:
-        """Forget what a sequence holds behind its first `length` tokens; False: the model can only forget everything."""
+        """Remove what a sequence holds behind its first `length` tokens; False: the model can only be cleared as a whole."""
 
     def share(self, count: int) -> bool:
         """Copy what sequence 0 holds to sequences 1 to `count - 1`; False: the model cannot, nothing happened."""
@@ -75,7 +75,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one sequence said.
+    """The answer of one sequence.
 
     Attributes:
         tokens: new token ids, end token excluded.
@@ -96,7 +96,7 @@ class _Slot:
     """Tokens to feed next."""
     position: int
     """Of the first of them."""
-    said: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
     random: np.random.Generator | None = None
 
 
@@ -107,17 +107,15 @@ def generate(
     *,
     sampling: Sampling | None = None,
     first_index: int = 0,
-    on_answer: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answer many prompts.
 
     Args:
-        model: to ask; its sequences are reset first.
+        model: whose sequences are reset first.
         prompts: token ids of each prompt, at least one.
         n_new: new tokens at most.
         sampling: None is greedy.
         first_index: index of the first prompt among all that share the seed.
-        on_answer: called with the number of tokens of each finished answer.
 
     Returns:
         The answers in the order of the prompts.
@@ -126,7 +124,7 @@ def generate(
         PromptError: a prompt is empty or too long for the context.
     """
     _check(model, prompts, n_new)
-    return _Schedule(model, prompts, n_new, sampling or Sampling(), first_index, on_answer).run()
+    return _Schedule(model, prompts, n_new, sampling or Sampling(), first_index).run()
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -165,10 +163,9 @@ class _Schedule:
         n_new: int,
         sampling: Sampling,
         first_index: int,
-        on_answer: Callable[[int], None] | None,
     ) -> None:
         self.model, self.prompts, self.n_new = model, prompts, n_new
-        self.sampling, self.first_index, self.on_answer = sampling, first_index, on_answer
+        self.sampling, self.first_index = sampling, first_index
         self.answers: list[Answer | None] = [None] * len(prompts)
         self.prefix = shared_prefix(prompts)
         self.kept = [0] * model.n_seq
@@ -209,7 +206,7 @@ class _Schedule:
             self.answers = [Answer((), ended=False) for _ in self.prompts]
 
     def _step(self) -> None:
-        """Feed a batch, and let every slot whose queue ran empty say its next token."""
+        """Decode a batch, and choose the next token of every slot whose queue ran empty."""
         rows: list[Row] = []
         asked: list[int] = []
         for number, slot in self.active.items():
@@ -234,12 +231,10 @@ class _Schedule:
     def _said(self, number: int, slot: _Slot, token: int) -> None:
         ended = self.model.is_end(token)
         if not ended:
-            slot.said.append(token)
+            slot.answer.append(token)
             slot.queue = [token]
-        if ended or len(slot.said) == self.n_new:
-            self.answers[slot.index] = Answer(tuple(slot.said), ended)
+        if ended or len(slot.answer) == self.n_new:
+            self.answers[slot.index] = Answer(tuple(slot.answer), ended)
             del self.active[number]
             self.free.append(number)
             self.kept[number] = self.prefix if self.model.keep(number, self.prefix) else 0
-            if self.on_answer:
-                self.on_answer(len(slot.said))

@@ -11,7 +11,7 @@ batch which columns hold outliers, so there the company a prompt is in moves its
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,7 +58,6 @@ class HfRunner:
         *,
         sampling: Sampling,
         first_index: int = 0,
-        on_answer: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """See `Runner.generate`.
 
@@ -74,9 +73,6 @@ class HfRunner:
             answers += (
                 self._answer(part, n_new, sampling, first_index + start) if n_new else [Answer((), False) for _ in part]
             )
-        if on_answer:
-            for answer in answers:
-                on_answer(len(answer.tokens))
         return answers
 
     def logits_chunks(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
@@ -95,7 +91,7 @@ class HfRunner:
         ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in prompts], device=device)  # [B, T]
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         randoms = [np.random.default_rng((sampling.seed, first + i)) for i in range(len(prompts))]
-        said: list[list[int]] = [[] for _ in prompts]
+        answered: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
         cache = None
@@ -109,12 +105,12 @@ class HfRunner:
             cache = made.past_key_values
             tokens = self._chosen(made.logits[:, -1].float(), sampling, [randoms[row] for row in rows])
             for row, token in zip(rows, tokens, strict=True):
-                if not ended[row] and len(said[row]) < n_new:
+                if not ended[row] and len(answered[row]) < n_new:
                     ended[row] = token in self.ends
-                    said[row] += [] if ended[row] else [token]
-            busy = [i for i, row in enumerate(rows) if not ended[row] and len(said[row]) < n_new]
+                    answered[row] += [] if ended[row] else [token]
+            busy = [i for i, row in enumerate(rows) if not ended[row] and len(answered[row]) < n_new]
             if not busy:
-                return [Answer(tuple(tokens), end) for tokens, end in zip(said, ended, strict=True)]
+                return [Answer(tuple(tokens), end) for tokens, end in zip(answered, ended, strict=True)]
             if len(busy) <= KEEP_FULL * len(rows) and hasattr(cache, "batch_select_indices"):
                 kept = torch.tensor(busy, device=device)
                 cache.batch_select_indices(kept)

@@ -9,7 +9,7 @@ libggml's quantize. All in million weights per second, with one thread and with 
 thread each; libggml through ctypes, which lets the other thread run). The best of the repeats counts, and the repeats of
 the columns take turns, so that a busy machine slows all of them alike.
 
-Goals (issue 3): harden no slower than half of libggml's single-thread quantize for the k-quants and IQ4, at least 40 on two
+Goals: harden no slower than half of libggml's single-thread quantize for the k-quants and IQ4, at least 40 on two
 threads for the other scalar types, no slower than libggml's quantize on as many threads for the lattice types.
 Prints a table and, as the last line, one JSON object.
 """

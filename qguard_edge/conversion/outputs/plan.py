@@ -28,7 +28,15 @@ from qguard_edge.conversion.request import PlanRequest
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
-from qguard_edge.rounding.gguf import Coverage, TensorRounding, coverage_of, harden, require_coverage, total_outcome
+from qguard_edge.rounding.gguf import (
+    Coverage,
+    TensorRounding,
+    WalkOptions,
+    coverage_of,
+    harden,
+    require_coverage,
+    total_outcome,
+)
 from qguard_edge.runtimes.load_check import LoadCheck
 from quant_grids.errors import UnsupportedError
 
@@ -65,7 +73,10 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
     def scan(self, guard: Guard) -> None:
         """See `Output.scan`."""
         if guard.before(self.base) or guard.after(self.base, self.plain):
-            raise UnsupportedError("a plan cannot keep tensors in full precision: the plain file has them quantized already")
+            raise UnsupportedError(
+                "a plan cannot keep tensors in full precision, for the plain file has them quantized already; make that file "
+                "anew with --tensor-type"
+            )
 
     def size(self) -> ModelSize:
         """See `Output.size`."""
@@ -87,10 +98,8 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
                     self.plain,
                     self.coverage.protected,
                     job.defense,
-                    seed=job.seed,
+                    WalkOptions(job.seed, self.request.threads, job.device),
                     sink=recorder,
-                    threads=self.request.threads,
-                    device=job.device,
                     progress=job.progress,
                 )
             finally:

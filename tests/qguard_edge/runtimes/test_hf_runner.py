@@ -60,7 +60,7 @@ def test_logits_in_chunks_are_those_of_one_pass(folders: Folders) -> None:
     with torch.inference_mode():
         whole = model(torch.tensor([tokens])).logits[0].numpy()
     factory = FolderFactory(torch.device("cpu"), None, 1)
-    with factory.open(folders.attacked, n_ctx=512, n_batch=7, role="reference") as runner:
+    with factory.open(folders.attacked, n_ctx=512, n_batch=7, role="base") as runner:
         pieces = list(runner.logits_chunks(tokens))
     assert {len(piece) for piece in pieces[:-1]} == {7}
     assert np.concatenate(pieces) == pytest.approx(whole, abs=1e-4)
