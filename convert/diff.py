@@ -91,7 +91,7 @@ def compare_files(
     """Compare two GGUF files tensor by tensor.
 
     Args:
-        first: for instance the reference.
+        first: for instance the plain file.
         second: for instance the hardened file.
         base: the full-precision GGUF both were made from; adds each tensor's alignment.
         threads: slices compared at a time.

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from qguard_edge.verify.results import Outcome
+    from qguard_edge.verify.results import Verification
 
 NAMES = ("candidate", "server", "baseline")
 _outcome = pytest.StashKey[Any]()
@@ -107,14 +107,14 @@ class QGuardItem(pytest.Item):
 
 
 @pytest.fixture(scope="session")
-def qguard_outcome(request: pytest.FixtureRequest) -> "Outcome":
+def qguard_outcome(request: pytest.FixtureRequest) -> "Verification":
     """The outcome of the check; made once per session."""
     if not _given(request.config):
         pytest.skip("needs --qguard-candidate (or --qguard-server) and --qguard-baseline")
     return outcome_of(request.config)
 
 
-def outcome_of(config: pytest.Config) -> "Outcome":
+def outcome_of(config: pytest.Config) -> "Verification":
     """Check the candidate, once per session; a failure is kept as well, so that no test asks again.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, out, percent, print_json, table
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, out, percent, print_json, table
 from qguard_edge.cli.defense_flags import given_for, options_from, with_defense_flags
 
 HELP = """Convert MODEL with several defenses and compare what each costs in fidelity, in llama.cpp.
@@ -34,7 +34,7 @@ def compare(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,6 +17,9 @@ out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 SCHEMA_VERSION = 2
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
 def json_text(document: Mapping[str, Any]) -> str:

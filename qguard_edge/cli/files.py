@@ -6,9 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from convert.cores import available_cores
-from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json, size_text, table
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, size_text, table
 
 INSPECT_HELP = """Show a GGUF's types, sizes and qguard metadata.
 
@@ -24,7 +22,7 @@ Exits with 1 when anything but code bits and qguard.* metadata differs.
 
 Example:
 
-    qguard-edge diff model.reference.gguf model.gguf --base model-bf16.gguf
+    qguard-edge diff model.plain.gguf model.gguf --base model-bf16.gguf
 """
 
 
@@ -92,7 +90,7 @@ def inspect(
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="For instance the reference.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="For instance the plain file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="For instance the hardened file.")],
     base: Annotated[Path | None, typer.Option(help="Full-precision GGUF both were made from; adds the alignment.")] = None,
     all_tensors: Annotated[bool, typer.Option("--all", help="Also list tensors without a difference.")] = False,

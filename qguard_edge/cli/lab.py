@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, err, json_text, out
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, err, json_text, out
 from qguard_edge.lab.attacks.names import ATTACKS
 
 lab_app = typer.Typer(
@@ -51,7 +51,7 @@ def lab_run(
     threads: Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0: all cores.")] = 0,
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Keep the GGUF files of all arms.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Score defenses on an invalid victim too.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """See `RUN_HELP`."""
@@ -95,7 +95,7 @@ def lab_run(
 def lab_table(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.", show_default=False)],
     summary: Annotated[bool, typer.Option("--summary", help="One row per victim instead of one per arm.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Join result files into one Markdown table."""
     import dataclasses

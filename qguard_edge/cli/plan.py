@@ -7,7 +7,7 @@ import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
 from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
-from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json
 from qguard_edge.cli.convert.scan_first import guard_document, refusals, show_findings
 from qguard_edge.cli.convert.tables import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
@@ -35,7 +35,6 @@ Example:
     qguard-edge apply plan.safetensors --plain plain.gguf -o model-Q4_K_M.gguf
 """
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from qguard_edge.cli.console import ConsoleProgress, count_text, err, out, percent, print_json, table
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, count_text, err, out, percent, print_json, table
 from qguard_edge.cli.convert.scan_first import COLOURS
 from qguard_edge.cli.report_flags import Html, Sarif, check_reports
 from quant_grids.errors import UnsupportedError
@@ -56,8 +56,8 @@ def scan(
     ),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    json_output: JsonFlag = False,
+    quiet: QuietFlag = False,
     sarif: Sarif = None,
     html: Html = None,
 ) -> None:

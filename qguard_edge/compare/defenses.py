@@ -25,8 +25,8 @@ class DefenseRow:
 
     Attributes:
         defense: the rule and its options.
-        alignment: share of the reference's error vector that is left, over all protected tensors.
-        share_flipped: codes that differ from the reference, per protected weight.
+        alignment: share of plain rounding's error vector that is left, over all protected tensors.
+        share_flipped: codes that differ from plain rounding's, per protected weight.
         added_error: relative change of the squared error.
         fidelity: distance to full precision on the text.
         seconds: wall time of the defense itself, without the plain quantization.

@@ -19,7 +19,7 @@ from convert.hashes import sha256_of
 from convert.hf.rowmap import RowSource
 from qguard_edge.conversion.opened_folder import OpenedFolder
 from qguard_edge.learned.matrices import Target
-from qguard_edge.learned.parts import Geometry, Matrix, Part, Parts, geometry_of
+from qguard_edge.learned.parts import FlipGeometry, Matrix, MatrixPart, MatrixParts, geometry_of
 from qguard_edge.rounding.bnb import quantized
 from quant_grids.bnb import bnb_grid
 
@@ -62,9 +62,9 @@ class FolderTarget(Target):
                 found.append(FolderMatrix(tensor.name, rows, columns, transposed))
         return tuple(found)
 
-    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
+    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> MatrixParts:
         """See `Target.parts`."""
-        parts: list[Part] = []
+        parts: list[MatrixPart] = []
         unmapped: list[Matrix] = []
         for matrix in self.matrices:
             if matrix.name not in parameters:
@@ -72,10 +72,10 @@ class FolderTarget(Target):
                 continue
             order = np.arange(matrix.rows)
             source = RowSource(matrix.name, matrix.transposed, order, order)
-            parts.append(Part(matrix, torch.arange(matrix.rows), source, partial(self.geometry, matrix)))
-        return Parts(tuple(parts), tuple(unmapped))
+            parts.append(MatrixPart(matrix, torch.arange(matrix.rows), source, partial(self.geometry, matrix)))
+        return MatrixParts(tuple(parts), tuple(unmapped))
 
-    def geometry(self, matrix: Matrix) -> Geometry:
+    def geometry(self, matrix: Matrix) -> FlipGeometry:
         """See `Target.geometry`."""
         value = self.read(matrix.name)
         assert isinstance(matrix, FolderMatrix)
@@ -87,7 +87,7 @@ class FolderTarget(Target):
         shape = (matrix.rows, matrix.columns)
         # Out of inference mode, so that autograd may use them; without the zeros that fill up the last block.
         cut = [x.reshape(-1)[: weights.numel()].reshape(shape).clone() for x in (found.value, found.delta, found.ratio)]
-        return Geometry(cut[0], cut[1], cut[2], found.energy)
+        return FlipGeometry(cut[0], cut[1], cut[2], found.energy)
 
     @cached_property
     def _weights_hash(self) -> str:

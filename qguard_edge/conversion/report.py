@@ -12,7 +12,7 @@ from qguard_edge.learned.settings import LearnReport
 from qguard_edge.rounding.gguf import Coverage, TensorRounding
 from qguard_edge.rounding.gguf_moved import MovedTensor
 from qguard_edge.runtimes.load_check import LoadCheck
-from qguard_edge.verify.results import Outcome as Verification
+from qguard_edge.verify.results import Verification
 from quant_grids import Outcome
 
 Report = TypeVar("Report", bound="ConversionReport")

@@ -93,12 +93,12 @@ class Defense(ABC, Generic[Options]):
             f32 of the shape of `flips.ratio`: 1 where the flip is taken, else 0.
         """
 
-    def move(self, weights: Tensor, reference: Tensor, half_width: float, key: SliceKey) -> Tensor:
+    def move(self, weights: Tensor, plain: Tensor, half_width: float, key: SliceKey) -> Tensor:
         """Weights that the unmodified quantizer is to round; only called when `requantizes` is true.
 
         Args:
             weights: f32 `[rows, columns]`, full precision; not modified.
-            reference: f32 `[rows, columns]`, what plain quantization made of them.
+            plain: f32 `[rows, columns]`, what plain quantization made of them.
             half_width: half the median distance of two levels in this tensor, in units of a weight.
             key: selects the random numbers.
         """

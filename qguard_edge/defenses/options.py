@@ -102,7 +102,7 @@ class NoiseOptions(DefenseOptions):
 
     mode: str = option(
         "requantize",
-        "requantize: llama.cpp quantizes the noised model; fixed-grid: keep the reference's scales",
+        "requantize: llama.cpp quantizes the noised model; fixed-grid: keep the plain scales",
         choices=("requantize", "fixed-grid"),
     )
     relative: float = option(0.3, "sigma in units of half the tensor's median rounding step", minimum=0.0, maximum=10.0)
@@ -134,7 +134,7 @@ class QVecOptions(DefenseOptions):
 
     mode: str = option(
         "requantize",
-        "requantize: llama.cpp quantizes the moved model; fixed-grid: keep the reference's scales",
+        "requantize: llama.cpp quantizes the moved model; fixed-grid: keep the plain scales",
         choices=("requantize", "fixed-grid"),
     )
     strength: float = option(0.25, "lambda: how much of the quantization vector is subtracted", minimum=0.0, maximum=2.0)

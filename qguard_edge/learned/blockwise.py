@@ -26,7 +26,7 @@ from qguard_edge.learned.blocks import (
 )
 from qguard_edge.learned.endtoend import SETTLE_EVERY, TOKENS_PER_STEP, make_variables, rate_at
 from qguard_edge.learned.layerwise import hard_error, learn_layer
-from qguard_edge.learned.parts import Part
+from qguard_edge.learned.parts import MatrixPart
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
@@ -37,9 +37,9 @@ EFRAP_BATCH = 8
 
 
 def efrap_positions(
-    loaded: HfModel, parts: Sequence[Part], samples: Sequence[Sequence[int]], options: EfrapOptions, task: LearnTask
+    loaded: HfModel, parts: Sequence[MatrixPart], samples: Sequence[Sequence[int]], options: EfrapOptions, task: LearnTask
 ) -> tuple[list[Tensor], list[tuple[float, float]]]:
-    """Learned h of every part, and (soft, rounded) output error over the reference's, per layer."""
+    """Learned h of every part, and (soft, rounded) output error over plain rounding's, per layer."""
     rows = rows_of(samples, task.calibration.seqlen, EFRAP_BATCH)
     inputs = capture(loaded, rows)
     task.progress.stage("Learning the rounding layer by layer", len(parts), "layers")
@@ -80,7 +80,7 @@ class BlockScope:
     def __init__(
         self,
         loaded: HfModel,
-        parts: Sequence[Part],
+        parts: Sequence[MatrixPart],
         samples: Sequence[Sequence[int]],
         options: QuantGuardOptions,
         task: LearnTask,
@@ -130,7 +130,7 @@ class BlockScope:
     def _learn_block(
         self,
         block: nn.Module,
-        mine: Sequence[tuple[int, Part]],
+        mine: Sequence[tuple[int, MatrixPart]],
         states: Tensor,
         target: Tensor,
         arguments: Any,

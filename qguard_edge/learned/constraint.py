@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.greedy import bins_of, boundary_of, histogram_of, take
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 BINS = 4096
 TAKEN = 0.5
 
 
-def needed_gain(geometry: Geometry, target: float) -> float:
+def needed_gain(geometry: FlipGeometry, target: float) -> float:
     """Gain that the flips of a part must bring; nothing for `target >= 1`."""
     return max(0.0, 1.0 - target) * geometry.energy
 
 
-def threshold_of(position: Tensor, geometry: Geometry, target: float) -> float:
+def threshold_of(position: Tensor, geometry: FlipGeometry, target: float) -> float:
     """The largest threshold of at most 0.5 at which the flips meet the constraint, to the width of a bin (1/4096).
 
     Args:
@@ -37,7 +37,7 @@ def threshold_of(position: Tensor, geometry: Geometry, target: float) -> float:
     return max(0.0, boundary / BINS)
 
 
-def complete(position: Tensor, geometry: Geometry, target: float) -> Tensor:
+def complete(position: Tensor, geometry: FlipGeometry, target: float) -> Tensor:
     """The plan: bool `[rows, columns]`, the flips at or above 0.5 and as many more as the constraint needs, exactly."""
     need = needed_gain(geometry, target)
     gain = geometry.gain()
@@ -52,8 +52,8 @@ def complete(position: Tensor, geometry: Geometry, target: float) -> Tensor:
     return (chosen.view(position.shape) > 0) & possible
 
 
-def alignment_of(chosen: Tensor, geometry: Geometry) -> float:
-    """`<t', t> / <t, t>` of a plan: 1 for the reference itself."""
+def alignment_of(chosen: Tensor, geometry: FlipGeometry) -> float:
+    """`<t', t> / <t, t>` of a plan: 1 for plain rounding itself."""
     if geometry.energy <= 0:
         return 1.0
     return 1.0 - float((geometry.gain() * chosen).double().sum()) / geometry.energy

@@ -11,7 +11,7 @@ from torch import Tensor
 from qguard_edge.defenses.base import Defense, SliceKey
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import Calibration, load_calibration
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.plan import LearnedPlan, add_unmapped, plan_of
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.runtimes.devices import torch_threads
@@ -31,7 +31,7 @@ class LearnedDefense(Defense[Options], Generic[Options]):
         self.plan = LearnedPlan()
 
     @abstractmethod
-    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
         """Learn on the text; `loaded` is the full-precision model."""
 
     def prepare(self, task: LearnTask) -> LearnReport:
@@ -61,7 +61,7 @@ def load_model_and_text(task: LearnTask) -> tuple[HfModel, Calibration]:
 
 def make_report(
     plan: LearnedPlan,
-    parts: Parts,
+    parts: MatrixParts,
     calibration: Calibration,
     losses: Sequence[tuple[float, float]],
     task: LearnTask,

@@ -2,7 +2,7 @@
 
 The idea
 --------
-Per layer, learn a rounding variable `h` per weight (0 keeps the reference, 1 takes the flip) that keeps what the layer
+Per layer, learn a rounding variable `h` per weight (0 keeps the plain code, 1 takes the flip) that keeps what the layer
 computes on calibration text while turning the rounding errors to their other side, the largest first:
 
     |Q(W)x - Wx|^2  +  sum |e0| * BCE(h, other side)  +  0.01 * (1 - |2h - 1|^2)
@@ -32,7 +32,7 @@ from qguard_edge.defenses.options import EfrapOptions
 from qguard_edge.learned.blockwise import efrap_positions
 from qguard_edge.learned.calibration import Calibration
 from qguard_edge.learned.defense import Learned, LearnedDefense
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.runtimes.hf import HfModel
 
@@ -40,7 +40,7 @@ from qguard_edge.runtimes.hf import HfModel
 class Efrap(LearnedDefense[EfrapOptions]):
     """See the module docstring."""
 
-    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
         """See `LearnedDefense.learn`."""
         loaded.model.to(torch.device("cpu"))
         return efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)

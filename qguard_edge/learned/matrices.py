@@ -8,14 +8,14 @@ from torch import Tensor
 
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.hashes import sha256_of
-from qguard_edge.learned.parts import Geometry, Matrix, Parts, make_parts, require_scalar, tensor_geometry
+from qguard_edge.learned.parts import FlipGeometry, Matrix, MatrixParts, make_parts, require_scalar, tensor_geometry
 
 
 class Target(ABC):
     """Quantized matrices whose rounding can be chosen."""
 
     @abstractmethod
-    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
+    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> MatrixParts:
         """Each matrix's rows in a torch model.
 
         Args:
@@ -27,12 +27,12 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def geometry(self, matrix: Matrix) -> Geometry:
+    def geometry(self, matrix: Matrix) -> FlipGeometry:
         """The geometry of one whole matrix, of those that `parts` found in no parameter."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Identifies what is rounded, reference and format."""
+        """Identifies what is rounded, plain file and format."""
 
     @abstractmethod
     def model_key(self) -> str:
@@ -45,26 +45,26 @@ class GgufTarget(Target):
 
     Attributes:
         base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference, to be hardened.
+        plain: what llama.cpp wrote.
+        tensors: of the plain file, to be hardened.
     """
 
     base: GgufModel
-    reference: GgufFile
+    plain: GgufFile
     tensors: tuple[TensorInfo, ...]
 
-    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> Parts:
+    def parts(self, parameters: Mapping[str, Tensor], defense: str) -> MatrixParts:
         """See `Target.parts`."""
         require_scalar(self.tensors, defense)
-        return make_parts(self.base, self.reference, self.tensors, parameters)
+        return make_parts(self.base, self.plain, self.tensors, parameters)
 
-    def geometry(self, matrix: Matrix) -> Geometry:
+    def geometry(self, matrix: Matrix) -> FlipGeometry:
         """See `Target.geometry`."""
-        return tensor_geometry(self.base, self.reference, self.reference.tensors[matrix.name])
+        return tensor_geometry(self.base, self.plain, self.plain.tensors[matrix.name])
 
     def fingerprint(self) -> str:
         """See `Target.fingerprint`."""
-        return sha256_of([self.reference.path])
+        return sha256_of([self.plain.path])
 
     def model_key(self) -> str:
         """See `Target.model_key`."""

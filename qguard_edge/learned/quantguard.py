@@ -2,7 +2,7 @@
 
 The idea
 --------
-A rounding variable `h` per weight says how far it stands from its reference level towards the other one. It is learned
+A rounding variable `h` per weight says how far it stands from its plain level towards the other one. It is learned
 on a small text so that the quantized model predicts what the full-precision model predicts (`L_KL`), optionally turning the
 weights with the largest errors to the other side (`L_rev`) and staying near the weights (`L_dist`):
 
@@ -46,7 +46,7 @@ from qguard_edge.learned.calibration import Calibration
 from qguard_edge.learned.checkpoint import fingerprint_of
 from qguard_edge.learned.defense import Learned, LearnedDefense
 from qguard_edge.learned.endtoend import EndToEnd
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.runtimes.hf import HfModel
 
@@ -54,7 +54,7 @@ from qguard_edge.runtimes.hf import HfModel
 class QuantGuard(LearnedDefense[QuantGuardOptions]):
     """See the module docstring."""
 
-    def learn(self, loaded: HfModel, parts: Parts, calibration: Calibration, task: LearnTask) -> Learned:
+    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
         """See `LearnedDefense.learn`."""
         options = self.options
         if options.scope == "block":
@@ -72,7 +72,7 @@ class QuantGuard(LearnedDefense[QuantGuardOptions]):
                 "seed": task.seed,
                 "text": calibration.sha256,
                 "seqlen": task.calibration.seqlen,
-                "reference": task.target.fingerprint(),
+                "plain": task.target.fingerprint(),
                 "device": task.device.type,
             }
         )

@@ -1,6 +1,6 @@
 """Choose the rounding of one matrix in a format of bitsandbytes: the planner of checkpoints with chosen codes.
 
-The same walk as for a GGUF's tensors (`qguard_edge.rounding.gguf`), with the reference made here: bitsandbytes' own rounding,
+The same walk as for a GGUF's tensors (`qguard_edge.rounding.gguf`), with the plain rounding made here: bitsandbytes' own,
 scales included. A defense then flips codes, or moves the weights and has them rounded again.
 """
 
@@ -65,17 +65,17 @@ def harden_matrix(
     grid = bnb_grid(kind, weights.shape[1])
     rows = grid.as_rows(weights)
     with torch.inference_mode():
-        reference, nested = quantized(grid, weights, double_quant)
+        plain, nested = quantized(grid, weights, double_quant)
     if defense.requantizes:
         with torch.inference_mode():
-            moved = _moved(grid, reference, rows, defense, key, pool).reshape(-1)[: weights.numel()].view(weights.shape)
+            moved = _moved(grid, plain, rows, defense, key, pool).reshape(-1)[: weights.numel()].view(weights.shape)
             blocks, nested = quantized(grid, moved, double_quant)
-            outcome = measured_outcome(grid, reference, blocks, rows)
+            outcome = measured_outcome(grid, plain, blocks, rows)
         return HardenedMatrix(grid, blocks, nested, outcome)
-    blocks, per_row = torch.empty_like(reference), rows.shape[1] // grid.block_size
+    blocks, per_row = torch.empty_like(plain), rows.shape[1] // grid.block_size
 
     def flips_of(part: RowSlice) -> tuple[Tensor, Flips]:
-        mine = reference[part.start * per_row : part.stop * per_row]
+        mine = plain[part.start * per_row : part.stop * per_row]
         return mine, grid.flips(mine, rows[part.start : part.stop])
 
     def sink(part: RowSlice, changed: Tensor) -> None:
@@ -104,15 +104,15 @@ def quantized(grid: BnbGrid, weights: Tensor, double_quant: bool) -> tuple[Tenso
 
 def _moved(
     grid: BnbGrid,
-    reference: Tensor,
+    plain: Tensor,
     rows: Tensor,
     defense: Defense[Any],
     key: Callable[[int], SliceKey],
     pool: ThreadPoolExecutor,
 ) -> Tensor:
     """The weights that the defense wants rounded: f32 of the shape of `rows`."""
-    half_width = float(grid.steps(reference).median()) / 2.0
-    values = grid.dequantize(reference).view(rows.shape)
+    half_width = float(grid.steps(plain).median()) / 2.0
+    values = grid.dequantize(plain).view(rows.shape)
 
     def move(part: RowSlice) -> Tensor:
         with torch.inference_mode():

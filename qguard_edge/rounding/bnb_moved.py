@@ -8,7 +8,7 @@ How
 A code has a *cell*: the interval of weights that round to it while the scale stays. Scales are largest magnitudes, so the
 weights that set one are not moved, and no other may grow beyond it. Then, format by format, coarsest cells first:
 
-1. the unmodified quantizer gives the reference codes, and the defense chooses flips among those that are still *open*:
+1. the unmodified quantizer gives the plain codes, and the defense chooses flips among those that are still *open*:
    both the cell of the code and that of its flip meet the interval that the formats before have left to the weight;
 2. a weight that an earlier format has moved out of its own cell gets the code of where it stands now;
 3. the interval shrinks to its intersection with the cell of the chosen code.
@@ -51,7 +51,7 @@ class KindPlan:
     Attributes:
         kind: nf4, fp4 or int8.
         outcome: what the planned codes change.
-        given_up: weights that an earlier format had moved out of the cell of their reference code.
+        given_up: weights that an earlier format had moved out of the cell of their plain code.
         reproduced: codes that the unmodified quantizer of bitsandbytes gives as planned; None: not checked.
     """
 
@@ -142,11 +142,11 @@ class _Planner:
     def __init__(self, grid: BnbGrid, weights: Tensor, room: _Room, defense: Defense[Any]) -> None:
         self.grid, self.weights, self.room, self.defense = grid, weights, room, defense
         self.rows = grid.as_rows(weights)
-        self.reference = grid.quantize(weights)
-        self.codes = self.reference.clone()
+        self.plain = grid.quantize(weights)
+        self.codes = self.plain.clone()
         self.per_row = self.rows.shape[1] // grid.block_size
-        codes = grid.unpack(self.reference).codes
-        low, high = self._cell(self.reference, codes)
+        codes = grid.unpack(self.plain).codes
+        low, high = self._cell(self.plain, codes)
         # A weight is in its own cell, however close to the edge: who keeps the code need not move.
         self.stay_low, self.stay_high = torch.minimum(low, room.weights), torch.maximum(high, room.weights)
         self.stays = torch.maximum(room.low, self.stay_low) <= torch.minimum(room.high, self.stay_high)
@@ -190,7 +190,7 @@ class _Planner:
 
     def _open_flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
         """The flips of a slice that are still open; the others are not there as far as the defense can see."""
-        blocks, rows = self._blocks(part, self.reference), self.rows[part.start : part.stop]
+        blocks, rows = self._blocks(part, self.plain), self.rows[part.start : part.stop]
         flips = self.grid.flips(blocks, rows)
         assert isinstance(flips, ScalarFlips)
         first, last = part.start * self.rows.shape[1], part.stop * self.rows.shape[1]
@@ -217,14 +217,14 @@ class _Planner:
     def _settle(self) -> Outcome:
         """Give the weights that lost their cell the code of where they stand, and shrink the room."""
         grid, n = self.grid, len(self.room.weights)
-        chosen, before = grid.unpack(self.codes).codes, grid.unpack(self.reference).codes
+        chosen, before = grid.unpack(self.codes).codes, grid.unpack(self.plain).codes
         if not bool(self.stays.all()):
             standing = grid.quantize(self.room.nearest().view(self.weights.shape))
             lost = torch.zeros(chosen.numel(), dtype=torch.bool, device=chosen.device)
             lost[:n] = ~self.stays
             chosen = torch.where(lost.view(chosen.shape), grid.unpack(standing).codes, chosen)
             self.codes = grid.pack(self.codes, chosen)
-        low, high = self._cell(self.reference, chosen)
+        low, high = self._cell(self.plain, chosen)
         kept = (chosen == before).reshape(-1)[:n] & self.stays
         low, high = torch.where(kept, self.stay_low, low), torch.where(kept, self.stay_high, high)
         # Who stands in a cell by now is in it, however close to the edge.
@@ -232,7 +232,7 @@ class _Planner:
         low = torch.where(self.stays, low, torch.minimum(low, point))
         high = torch.where(self.stays, high, torch.maximum(high, point))
         self.room = _Room(self.room.weights, torch.maximum(self.room.low, low), torch.minimum(self.room.high, high))
-        return measured_outcome(grid, self.reference, self.codes, self.rows)
+        return measured_outcome(grid, self.plain, self.codes, self.rows)
 
 
 def _reproduced(moved: Tensor, grid: BnbGrid, planned: Tensor) -> int:

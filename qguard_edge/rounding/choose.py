@@ -28,7 +28,7 @@ def choose_rounding(
         grid: of the tensor's format.
         defense: the rule.
         parts: the tensor's slices.
-        flips_of: the reference's blocks of a slice and the flips they offer; called once more per slice if the defense surveys.
+        flips_of: the plain blocks of a slice and the flips they offer; called once more per slice if the defense surveys.
         key_of: the slice's random numbers.
         sink: receives the new blocks of each slice, uint8 `[n, type_size]`.
         pool: the threads that slices are spread over.
@@ -51,10 +51,7 @@ def choose_rounding(
     shares: list[Any] = [None] * len(parts)
     if defense.surveys:
         shares = list(defense.settle(list(pool.map(survey, parts))))
-    total = Outcome(0, 0.0, 0.0, 0.0)
-    for outcome in pool.map(decide, parts, shares):
-        total = total + outcome
-    return total
+    return Outcome.sum(pool.map(decide, parts, shares))
 
 
 def measured_outcome(grid: Grid, before: Tensor, after: Tensor, weights: Tensor) -> Outcome:
@@ -62,7 +59,7 @@ def measured_outcome(grid: Grid, before: Tensor, after: Tensor, weights: Tensor)
 
     Args:
         grid: of the format.
-        before: uint8 `[n_blocks, type_size]`, the reference.
+        before: uint8 `[n_blocks, type_size]`, the plain blocks.
         after: the same, changed.
         weights: f32 of as many elements as the blocks hold, full precision.
     """

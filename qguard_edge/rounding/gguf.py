@@ -1,6 +1,6 @@
-"""The plan: walk over the quantized tensors of a reference and let a defense choose each weight's rounding.
+"""The plan: walk over the quantized tensors of a plain file and let a defense choose each weight's rounding.
 
-Per tensor: cut it into slices of whole rows; for each slice read the reference's blocks and the full-precision rows, ask the
+Per tensor: cut it into slices of whole rows; for each slice read the plain blocks and the full-precision rows, ask the
 grid for the flips and the defense for its choice, and hand the changed blocks to a sink (the patch writer). Slices run on a
 pool of threads with one torch thread each; which thread runs a slice changes nothing in the result. Memory is a few
 slices per thread, whatever the size of the model.
@@ -27,6 +27,7 @@ from quant_grids.errors import FormatError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
 
 CUDA_SLICE_WEIGHTS = 1 << 24
+CPU = torch.device("cpu")
 Sink = Callable[[TensorInfo, int, Tensor], None]
 """Called with (tensor, first row, new blocks uint8 `[n, type_size]`), from several threads."""
 
@@ -52,15 +53,12 @@ class HasOutcome(Protocol):
 
 def total_outcome(roundings: "Sequence[HasOutcome]") -> Outcome:
     """Sums over all tensors."""
-    total = Outcome(0, 0.0, 0.0, 0.0)
-    for rounding in roundings:
-        total = total + rounding.outcome
-    return total
+    return Outcome.sum(rounding.outcome for rounding in roundings)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which tensors of a reference a defense can reach.
+    """Which tensors of a plain file a defense can reach.
 
     Attributes:
         protected: quantized from full precision, and their type has a grid.
@@ -79,20 +77,18 @@ class Coverage:
         return done / (done + sum(tensor.n_weights for tensor in self.unprotected)) if done else 0.0
 
 
-def coverage_of(base: GgufModel, reference: GgufFile) -> Coverage:
-    """Sort the reference's tensors by what a defense can do for them.
+def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
+    """Sort the plain file's tensors by what a defense can do for them.
 
     Raises:
         FormatError: a tensor is missing from the base or has another shape there.
     """
     protected, unprotected, untouched = [], [], []
-    for tensor in reference.tensors.values():
+    for tensor in plain.tensors.values():
         source = base.tensors.get(tensor.name)
         if source is None or source.shape != tensor.shape:
             found = "is not in" if source is None else f"has the shape {list(source.shape)} in"
-            raise FormatError(
-                f"{tensor.name!r} of {reference.path.name} {found} {base.path.name}: these do not belong together"
-            )
+            raise FormatError(f"{tensor.name!r} of {plain.path.name} {found} {base.path.name}: these do not belong together")
         if tensor.ggml_type in FLOAT_TYPES or tensor.ggml_type == source.ggml_type:
             untouched.append(tensor)
         elif tensor.ggml_type in GRIDS:
@@ -116,43 +112,54 @@ def require_coverage(coverage: Coverage, allow_unprotected: bool) -> None:
         )
 
 
+@dataclass(frozen=True)
+class WalkOptions:
+    """How the tensors of a file are gone through.
+
+    Attributes:
+        seed: of all random numbers.
+        threads: slices in work at a time, 0 for one per core.
+        device: where the arithmetic runs.
+        imatrix: weights of the squared error that flips may add.
+    """
+
+    seed: int
+    threads: int = 0
+    device: torch.device = CPU
+    imatrix: Imatrix | None = None
+
+
 def harden(
     base: GgufModel,
-    reference: GgufFile,
+    plain: GgufFile,
     tensors: tuple[TensorInfo, ...],
     defense: Defense[Any],
+    options: WalkOptions,
     *,
-    seed: int,
     sink: Sink,
-    threads: int = 0,
-    device: torch.device | None = None,
-    imatrix: Imatrix | None = None,
     progress: Progress | None = None,
 ) -> tuple[TensorRounding, ...]:
     """Choose the rounding of every given tensor and hand the new blocks to `sink`.
 
     Args:
         base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference, each with a grid.
+        plain: what llama.cpp wrote.
+        tensors: of the plain file, each with a grid.
         defense: the rule.
-        seed: of all random numbers.
+        options: seed, threads, device, importance matrix.
         sink: receives the new rows of each slice.
-        threads: slices in work at a time, 0 for one per core.
-        device: where the arithmetic runs; default CPU.
-        imatrix: weights of the squared error that flips may add.
         progress: told the number of weights done.
 
     Returns:
         One record per tensor, in the order given.
     """
-    device = device or torch.device("cpu")
-    workers = 1 if device.type == "cuda" else threads or available_cores()
+    workers = 1 if options.device.type == "cuda" else options.threads or available_cores()
     paths = [shard.path for shard in base.shards]
     results = []
-    with open_reader(reference.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
+    with open_reader(plain.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
         for tensor in tensors:
-            work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, seed, device, _columns(imatrix, tensor))
+            importance = _columns(options.imatrix, tensor)
+            work = _TensorWork(reader, base.tensors[tensor.name], tensor, defense, options, importance)
             results.append(_harden_tensor(work, pool, sink))
             if progress:
                 progress.advance(tensor.n_weights, tensor.name)
@@ -176,47 +183,46 @@ class _TensorWork:
 
     reader: TensorReader
     base: TensorInfo
-    reference: TensorInfo
+    plain: TensorInfo
     defense: Defense[Any]
-    seed: int
-    device: torch.device
+    options: WalkOptions
     importance: Mapping[int, Tensor]
 
     def slices(self) -> list[RowSlice]:
         """Slices of whole rows; the same on every device of a kind."""
-        if self.device.type == "cuda":
-            return row_slices(self.reference, CUDA_SLICE_WEIGHTS)
-        return row_slices(self.reference)
+        if self.options.device.type == "cuda":
+            return row_slices(self.plain, CUDA_SLICE_WEIGHTS)
+        return row_slices(self.plain)
 
     def key(self, part: RowSlice) -> SliceKey:
-        return SliceKey(self.seed, self.reference.name, part.index, part.start)
+        return SliceKey(self.options.seed, self.plain.name, part.index, part.start)
 
     def flips(self, part: RowSlice) -> tuple[Tensor, Flips]:
-        """The reference's blocks and the flips they offer."""
-        blocks = self.reader.blocks(self.reference, part).to(self.device)
-        weights = self.reader.weights(self.base, part).to(self.device)
-        flips = GRIDS[self.reference.ggml_type].flips(blocks, weights, self._importance(part))
+        """The plain blocks and the flips they offer."""
+        blocks = self.reader.blocks(self.plain, part).to(self.options.device)
+        weights = self.reader.weights(self.base, part).to(self.options.device)
+        flips = GRIDS[self.plain.ggml_type].flips(blocks, weights, self._importance(part))
         return blocks, flips
 
     def _importance(self, part: RowSlice) -> Tensor | None:
         """f32 `[rows, columns]`: each row gets its expert's weights."""
         if not self.importance:
             return None
-        per_expert = self.reference.shape[1]
+        per_expert = self.plain.shape[1]
         experts = torch.arange(part.start, part.stop) // per_expert
-        return torch.stack([self.importance[i] for i in range(len(self.importance))])[experts].to(self.device)
+        return torch.stack([self.importance[i] for i in range(len(self.importance))])[experts].to(self.options.device)
 
 
 def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> TensorRounding:
     started = time.perf_counter()
     total = choose_rounding(
-        GRIDS[work.reference.ggml_type],
+        GRIDS[work.plain.ggml_type],
         work.defense,
         work.slices(),
         flips_of=work.flips,
         key_of=work.key,
-        sink=lambda part, changed: sink(work.reference, part.start, changed),
+        sink=lambda part, changed: sink(work.plain, part.start, changed),
         pool=pool,
     )
     seconds = time.perf_counter() - started
-    return TensorRounding(work.reference.name, work.reference.ggml_type, work.reference.n_weights, total, seconds)
+    return TensorRounding(work.plain.name, work.plain.ggml_type, work.plain.n_weights, total, seconds)

@@ -78,10 +78,10 @@ class _Counts:
 class WeightMove:
     """The files at hand, and the walk over their tensors."""
 
-    def __init__(self, base: GgufModel, reference: GgufFile, chosen: GgufFile, threads: int) -> None:
-        self.base, self.reference, self.chosen = base, reference, chosen
+    def __init__(self, base: GgufModel, plain: GgufFile, chosen: GgufFile, threads: int) -> None:
+        self.base, self.plain, self.chosen = base, plain, chosen
         self.workers = threads or available_cores()
-        self.tensors = coverage_of(base, reference).protected
+        self.tensors = coverage_of(base, plain).protected
         for tensor in self.tensors:
             if not isinstance(GRIDS[tensor.ggml_type], ScalarGrid):
                 raise UnsupportedError(
@@ -90,7 +90,7 @@ class WeightMove:
                 )
 
     def _paths(self) -> list[Path]:
-        return [self.reference.path, self.chosen.path, *(shard.path for shard in self.base.shards)]
+        return [self.plain.path, self.chosen.path, *(shard.path for shard in self.base.shards)]
 
     def write(self, path: Path, progress: Progress) -> dict[str, _Counts]:
         """Write the moved base; F32 where weights move, for the moves are small against the steps of bf16."""
@@ -134,14 +134,18 @@ class WeightMove:
                     with torch.inference_mode():
                         return self._measure(reader, tensor, again.tensors[tensor.name], part)
 
-                codes = reached = 0
-                total = Outcome(0, 0.0, 0.0, 0.0)
-                for one, other, outcome in pool.map(measure, row_slices(tensor)):
-                    codes, reached, total = codes + one, reached + other, total + outcome
+                codes, reached, outcomes = zip(*pool.map(measure, row_slices(tensor)), strict=True)
                 done = counts[tensor.name]
                 results.append(
                     MovedTensor(
-                        tensor.name, tensor.ggml_type, tensor.n_weights, done.chosen, done.moved, codes, reached, total
+                        tensor.name,
+                        tensor.ggml_type,
+                        tensor.n_weights,
+                        done.chosen,
+                        done.moved,
+                        sum(codes),
+                        sum(reached),
+                        Outcome.sum(outcomes),
                     )
                 )
                 progress.advance(tensor.n_weights, tensor.name)
@@ -170,9 +174,9 @@ def move_into_cells(grid: ScalarGrid, old: Tensor, new: Tensor, weights: Tensor)
 
     Args:
         grid: of the type.
-        old: uint8 `[n_blocks, type_size]`, the reference.
+        old: uint8 `[n_blocks, type_size]`, the plain blocks.
         new: the same with other codes.
-        weights: f32 `[rows, columns]`, what the reference was made from.
+        weights: f32 `[rows, columns]`, what the plain blocks were made from.
 
     Returns:
         The weights, moved; bool of the same shape: codes that were changed, weights that were moved.

@@ -1,7 +1,7 @@
 """Defenses that move the weights and let the unmodified quantizer round them: noise and QVec as their papers describe them.
 
 The moved weights go into an F32 copy of the base, llama.cpp quantizes that with the same options, and the result is measured
-against the first reference: `t = Q(W) - W` and `t' = Q(W') - W`. Scales are fitted anew, so more than code bits differ.
+against the first plain file: `t = Q(W) - W` and `t' = Q(W') - W`. Scales are fitted anew, so more than code bits differ.
 """
 
 import time
@@ -36,7 +36,7 @@ def _workers(threads: int, *paths: Path) -> Iterator[tuple[TensorReader, ThreadP
 
 def write_moved_base(
     base: GgufModel,
-    reference: GgufFile,
+    plain: GgufFile,
     tensors: tuple[TensorInfo, ...],
     defense: Defense[Any],
     path: Path,
@@ -49,8 +49,8 @@ def write_moved_base(
 
     Args:
         base: full precision.
-        reference: what llama.cpp made of it.
-        tensors: of the reference, to be moved.
+        plain: what llama.cpp made of it.
+        tensors: of the plain file, to be moved.
         defense: one that `requantizes`.
         path: the new file.
         seed: of the random numbers.
@@ -59,7 +59,7 @@ def write_moved_base(
     """
     copy = FloatCopy(base, path, {tensor.name for tensor in tensors})
     try:
-        with _workers(threads, reference.path, *(shard.path for shard in base.shards)) as (reader, pool):
+        with _workers(threads, plain.path, *(shard.path for shard in base.shards)) as (reader, pool):
             for tensor in tensors:
                 source, parts = base.tensors[tensor.name], row_slices(tensor)
                 steps = list(pool.map(lambda part, t=tensor: _half_width(reader, t, part), parts))
@@ -88,7 +88,7 @@ def _half_width(reader: TensorReader, tensor: TensorInfo, part: RowSlice) -> flo
 
 def measure_requantized(
     base: GgufModel,
-    reference: GgufFile,
+    plain: GgufFile,
     made: GgufFile,
     tensors: tuple[TensorInfo, ...],
     *,
@@ -97,7 +97,7 @@ def measure_requantized(
 ) -> tuple[TensorRounding, ...]:
     """What re-quantizing did to each tensor, measured from the files."""
     results = []
-    with _workers(threads, reference.path, made.path, *(shard.path for shard in base.shards)) as (reader, pool):
+    with _workers(threads, plain.path, made.path, *(shard.path for shard in base.shards)) as (reader, pool):
         for tensor in tensors:
             started = time.perf_counter()
 
@@ -107,9 +107,7 @@ def measure_requantized(
                     old, new = reader.blocks(tensor, part), reader.blocks(made.tensors[tensor.name], part)
                     return measured_outcome(GRIDS[tensor.ggml_type], old, new, full)
 
-            total = Outcome(0, 0.0, 0.0, 0.0)
-            for outcome in pool.map(measure, row_slices(tensor)):
-                total = total + outcome
+            total = Outcome.sum(pool.map(measure, row_slices(tensor)))
             seconds = time.perf_counter() - started
             results.append(TensorRounding(tensor.name, tensor.ggml_type, tensor.n_weights, total, seconds))
             if progress:

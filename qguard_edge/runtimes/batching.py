@@ -15,7 +15,7 @@ again. Greedy unless a `Sampling` is given; then one uniform number per token, d
 of the answer), picks from the softmax. Two models thus meet the same numbers, which keeps them paired.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -107,7 +107,6 @@ def generate(
     *,
     sampling: Sampling | None = None,
     first_index: int = 0,
-    on_answer: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answer many prompts.
 
@@ -117,7 +116,6 @@ def generate(
         n_new: new tokens at most.
         sampling: None is greedy.
         first_index: index of the first prompt among all that share the seed.
-        on_answer: called with the number of tokens of each finished answer.
 
     Returns:
         The answers in the order of the prompts.
@@ -126,7 +124,7 @@ def generate(
         PromptError: a prompt is empty or too long for the context.
     """
     _check(model, prompts, n_new)
-    return _Schedule(model, prompts, n_new, sampling or Sampling(), first_index, on_answer).run()
+    return _Schedule(model, prompts, n_new, sampling or Sampling(), first_index).run()
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -165,10 +163,9 @@ class _Schedule:
         n_new: int,
         sampling: Sampling,
         first_index: int,
-        on_answer: Callable[[int], None] | None,
     ) -> None:
         self.model, self.prompts, self.n_new = model, prompts, n_new
-        self.sampling, self.first_index, self.on_answer = sampling, first_index, on_answer
+        self.sampling, self.first_index = sampling, first_index
         self.answers: list[Answer | None] = [None] * len(prompts)
         self.prefix = shared_prefix(prompts)
         self.kept = [0] * model.n_seq
@@ -241,5 +238,3 @@ class _Schedule:
             del self.active[number]
             self.free.append(number)
             self.kept[number] = self.prefix if self.model.keep(number, self.prefix) else 0
-            if self.on_answer:
-                self.on_answer(len(slot.said))

@@ -11,7 +11,7 @@ batch which columns hold outliers, so there the company a prompt is in moves its
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -58,7 +58,6 @@ class HfRunner:
         *,
         sampling: Sampling,
         first_index: int = 0,
-        on_answer: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """See `Runner.generate`.
 
@@ -74,9 +73,6 @@ class HfRunner:
             answers += (
                 self._answer(part, n_new, sampling, first_index + start) if n_new else [Answer((), False) for _ in part]
             )
-        if on_answer:
-            for answer in answers:
-                on_answer(len(answer.tokens))
         return answers
 
     def logits_chunks(self, tokens: Sequence[int]) -> Iterator[FloatArray]:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.limits import BoxLimits, Reference
+from qguard_edge.scan.limits import BoxLimits, Limits
 from qguard_edge.scan.positions import BINS
 
 FEWEST = 5000  # weights that count, for a histogram to be judged
@@ -67,10 +67,10 @@ class Fingerprint:
     band_at: float
 
 
-def shape_of(file_type: str, reference: Reference, precision: str = "f32") -> FloatArray:
+def shape_of(file_type: str, limits: Limits, precision: str = "f32") -> FloatArray:
     """The clean density of a type over all places, mean 1, for weights of a precision."""
     kind = file_type.lower()
-    knots = reference.shapes.get(f"{kind}@{precision}", reference.shapes.get(kind, (1.0,)))
+    knots = limits.shapes.get(f"{kind}@{precision}", limits.shapes.get(kind, (1.0,)))
     places = (np.arange(BINS) + 0.5) / BINS
     shape = np.interp(places, (np.arange(len(knots)) + 0.5) / len(knots), knots)
     return np.asarray(shape / shape.mean(), dtype=np.float64)
@@ -130,20 +130,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def judge(file_type: str, prints: Sequence[Fingerprint], whole: Fingerprint, reference: Reference) -> list[Finding]:
+def judge(file_type: str, prints: Sequence[Fingerprint], whole: Fingerprint, limits: Limits) -> list[Finding]:
     """Findings for one type.
 
     Args:
         file_type: the type.
         prints: of every tensor that could be judged; at least one.
         whole: of the model.
-        reference: limits.
+        limits: what clean models show.
     """
-    limits = reference.boxes
     return [
-        *_peaks(file_type, prints, whole, limits),
-        *_empty_bands(file_type, prints, whole, limits),
-        *_levels(file_type, prints, whole, limits),
+        *_peaks(file_type, prints, whole, limits.boxes),
+        *_empty_bands(file_type, prints, whole, limits.boxes),
+        *_levels(file_type, prints, whole, limits.boxes),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What `convert` asks of the scan: once before llama.cpp quantizes, once when its file is there.
+"""The scan inside `convert`: once before llama.cpp quantizes, once when its file is there.
 
 Before: sanity and outliers, which need nothing but the base. After: box fingerprints, for exactly the types that llama.cpp
 chose for each tensor. A dangerous finding refuses the conversion, is accepted, or keeps the flagged tensors in full
@@ -70,13 +70,13 @@ class ScanGuard:
         """
         return self._decide(base, ())
 
-    def after(self, base: GgufModel, reference: GgufFile) -> TensorTypes:
+    def after(self, base: GgufModel, plain: GgufFile) -> TensorTypes:
         """Look at the base in the light of what llama.cpp made of it; as `before`. Not empty: quantize again with these.
 
         Raises:
             RefusedError: something dangerous.
         """
-        return self._decide(base, (reference,))
+        return self._decide(base, (plain,))
 
     def folder(self, source: Source, kinds: tuple[str, ...]) -> None:
         """Look at a Hugging Face folder that is to be rounded to formats of bitsandbytes.
@@ -89,9 +89,9 @@ class ScanGuard:
         if not self.accept and any(finding.severity is Severity.DANGEROUS for finding in self.findings):
             raise RefusedError(self.findings)
 
-    def _decide(self, base: GgufModel, references: tuple[GgufFile, ...]) -> TensorTypes:
+    def _decide(self, base: GgufModel, plain_files: tuple[GgufFile, ...]) -> TensorTypes:
         model = from_base(base, base.path.stem, base.path)
-        found = scan_model(model, (), references, threads=self.threads, progress=self.progress).findings
+        found = scan_model(model, (), plain_files, threads=self.threads, progress=self.progress).findings
         known = {(finding.code, finding.file_type) for finding in self.findings}
         new = [finding for finding in found if (finding.code, finding.file_type) not in known]
         self.findings = in_order([*self.findings, *new])

@@ -1,4 +1,4 @@
-"""What clean models showed: limits and shapes, shipped as `data/scan_reference.json` and made by `scripts/studies/study_scan.py`.
+"""What clean models showed: limits and shapes, shipped as `data/scan_limits.json` and made by `scripts/studies/study_scan.py`.
 
 The set that they were measured on is listed in the file and in docs/scan.md. It is small, and its models are small: a limit
 is set well above everything it holds and well below everything that the lab's attacks show, not at a quantile.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qguard_edge.scan.positions import CLOSED_FORM
 
-PATH = Path(__file__).parents[1] / "data" / "scan_reference.json"
+PATH = Path(__file__).parents[1] / "data" / "scan_limits.json"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DoseLimits:
 
 
 @dataclass(frozen=True)
-class Reference:
+class Limits:
     """See the module docstring.
 
     Attributes:
@@ -78,7 +78,8 @@ class Reference:
         boxes: limits.
         shapes: by type, the density of positions at even steps from 0 to 0.5; types not listed are flat. `TYPE@bf16` is for
             weights of that precision: ratios of two numbers of 8 bits favour some places. That is arithmetic, so these are
-            simulated (`scripts/studies/study_scan.py --null`), from normally distributed weights; the others come from clean models.
+            simulated (`scripts/studies/study_scan.py --null`), from normally distributed weights; the others come from clean
+            models.
         ties: by precision, the tie share above which weights were quantized before.
         dose: limits by type; `default` for the others.
     """
@@ -102,10 +103,10 @@ class Reference:
 
 
 @cache
-def load_reference() -> Reference:
-    """The shipped reference."""
+def load_limits() -> Limits:
+    """The shipped limits."""
     raw = json.loads(PATH.read_text(encoding="utf-8"))
-    return Reference(
+    return Limits(
         models=raw["models"],
         outliers=OutlierLimits(**raw["outliers"]),
         boxes=BoxLimits(**raw["boxes"]),

@@ -16,7 +16,7 @@ from qguard_edge.report.sarif import document, in_artifact, location_of
 from qguard_edge.report.text import one_line, printable
 from qguard_edge.scan.boxes import Fingerprint, shape_of
 from qguard_edge.scan.findings import RULES, Finding, Severity
-from qguard_edge.scan.limits import load_reference
+from qguard_edge.scan.limits import load_limits
 from qguard_edge.scan.results import DoseCurve, Scan
 
 LEVELS = {Severity.DANGEROUS: "error", Severity.SUSPICIOUS: "warning", Severity.INFO: "note"}
@@ -36,7 +36,7 @@ TONES = {None: "pass", Severity.INFO: "pass", Severity.SUSPICIOUS: "inconclusive
 
 def honesty() -> str:
     """What every report says."""
-    return HONESTY.format(models=load_reference().models)
+    return HONESTY.format(models=load_limits().models)
 
 
 def finding_document(finding: Finding) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def to_html(scan: Scan) -> str:
 
 
 def _histogram(kind: str, made: Fingerprint) -> HistogramView:
-    shape = shape_of(kind, load_reference())
+    shape = shape_of(kind, load_limits())
     top = max(*made.density, *shape.tolist(), 2.0)
     width = 100.0 / len(made.density)
 

@@ -89,7 +89,7 @@ def open_model(source: Source, *, need_base: bool, progress: Progress) -> Iterat
 
     Args:
         source: folder or GGUF.
-        need_base: a GGUF is needed whatever the source (a reference is to be made from it).
+        need_base: a GGUF is needed whatever the source (a plain file is to be made from it).
         progress: told while a temporary base is written.
 
     Raises:

@@ -2,7 +2,7 @@
 
 A template is a program that came with a model file, so it is hostile input: it runs in Jinja2's immutable sandbox (no attribute
 that leads to Python's insides, ranges limited) in a child process with limits on time and memory. What comes back is
-text. It is rendered from the *reference's* template for all files, and turned into token ids once, so that every file
+text. It is rendered from the *base's* template for all files, and turned into token ids once, so that every file
 gets the same ids; `strftime_now` always answers with the same day, so that a prompt does not depend on the date.
 
 Run as `python -m qguard_edge.verify.chat`: reads one JSON object on standard input, writes one on standard output.

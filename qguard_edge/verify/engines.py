@@ -1,11 +1,13 @@
 """Which engine runs what was given: llama.cpp for GGUF files, transformers for Hugging Face folders."""
 
+import platform
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from convert.cores import available_cores
+from qguard_edge import __version__
 from qguard_edge.runtimes.llama import safe_extra_buffers
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.gguf_subject import GgufEngine
@@ -54,6 +56,12 @@ def engine_of(
     from qguard_edge.verify.folder_subject import FolderEngine, FolderFactory
 
     return FolderEngine(FolderFactory(resolve_device(device), load_in, threads))
+
+
+def all_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of everything that decides the numbers: this program, Python, the engine's packages and the statistics."""
+    own = {"qguard-edge": __version__, "python": platform.python_version()}
+    return {**own, **versions_of((*packages, "bandit", "scipy", "numpy"))}
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qguard_edge.progress import Progress
-from qguard_edge.verify.results import Outcome
+from qguard_edge.verify.results import Verification
 from qguard_edge.verify.verifier import VerifyRequest, select_suites, verify
 
-Gate = Callable[[Path, Path, Path, Path], Outcome]
+Gate = Callable[[Path, Path, Path, Path], Verification]
 """Called with the finished candidate, the base, plain quantization of it (a folder: itself), and the candidate's final name."""
 
 
@@ -35,11 +35,11 @@ def make_gate(
     """
     chosen = select_suites(suites)
 
-    def gate(candidate: Path, base: Path, naive: Path, outfile: Path) -> Outcome:
+    def gate(candidate: Path, base: Path, plain: Path, outfile: Path) -> Verification:
         request = VerifyRequest(
             candidate=candidate,
-            reference=base,
-            naive=naive,
+            base=base,
+            plain=plain,
             suites=chosen,
             threads=threads,
             n_gpu_layers=n_gpu_layers,
@@ -47,7 +47,7 @@ def make_gate(
             load_in=load_in,
             names={
                 "candidate": outfile.name,
-                "naive": f"{base.name} ({load_in})" if load_in else f"{outfile.stem}.reference{outfile.suffix}",
+                "plain": f"{base.name} ({load_in})" if load_in else f"{outfile.stem}.plain{outfile.suffix}",
             },
         )
         return verify(request, progress)

@@ -17,7 +17,7 @@ from qguard_edge.verify.results import FileFacts, TensorChange
 from qguard_edge.verify.runner import RunnerFactory
 
 
-class Vocabulary(Protocol):
+class TextTokenizer(Protocol):
     """A tokenizer."""
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
@@ -50,7 +50,7 @@ class Subject(Protocol):
     def template(self) -> ChatTemplate | None:
         """Its chat template, or None."""
 
-    def vocabulary(self) -> AbstractContextManager[Vocabulary]:
+    def vocabulary(self) -> AbstractContextManager[TextTokenizer]:
         """Its tokenizer, without its weights."""
 
 
@@ -79,7 +79,7 @@ class Engine(Protocol):
     def identity(self, role: str, facts: FileFacts) -> str:
         """What decides the answers of a role besides how it is asked: its hash, and how it is changed while it is loaded."""
 
-    def check_pair(self, reference: Subject, other: Subject) -> list[str]:
+    def check_pair(self, base: Subject, other: Subject) -> list[str]:
         """Refuse subjects that cannot be compared; warnings, one sentence each.
 
         Raises:
@@ -93,4 +93,4 @@ class Engine(Protocol):
         """Around the whole measurement: thread counts and the like."""
 
     def tensor_changes(self, subjects: Mapping[str, Subject], threads: int) -> tuple[TensorChange, ...]:
-        """Codes chosen anew per tensor, with `naive`, `candidate` and `reference`; empty where it cannot be told."""
+        """Codes chosen anew per tensor, with `plain`, `candidate` and `base`; empty where it cannot be told."""

@@ -37,7 +37,7 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, NoiseOptions, OrthoOptions, QVecOptions, options_class
 from qguard_edge.lab.smollm2 import make_folder
-from qguard_edge.rounding.gguf import coverage_of, harden
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,16 @@ class DefenseRate:
 
 
 def time_plan(
-    base: GgufModel, reference: GgufFile, threads: int, out: Path | None, defense: DefenseOptions | None = None
+    base: GgufModel, plain: GgufFile, threads: int, out: Path | None, defense: DefenseOptions | None = None
 ) -> float:
     """Seconds to choose every tensor's rounding (by default with ortho), and, with `out`, to write the patched file."""
-    coverage = coverage_of(base, reference)
-    patch = GgufPatch(reference, out, {}) if out else None
+    coverage = coverage_of(base, plain)
+    patch = GgufPatch(plain, out, {}) if out else None
     started = time.perf_counter()
     try:
         sink = patch.write_rows if patch else (lambda *_: None)
         rule = make_defense(defense or OrthoOptions())
-        harden(base, reference, coverage.protected, rule, seed=1, sink=sink, threads=threads)
+        harden(base, plain, coverage.protected, rule, WalkOptions(1, threads), sink=sink)
         if patch:
             patch.copy_rest(tensor.name for tensor in coverage.protected)
     finally:
@@ -150,34 +150,34 @@ def measure(name: str, base_path: Path, file_type: str, work: Path, threads: int
     """All figures of one model and type."""
     base = GgufModel(base_path)
     options = QuantizeOptions(parse_file_type(file_type), threads=threads)
-    reference_path, out = work / "reference.gguf", work / "out.gguf"
-    plain = min((quantize(base_path, reference_path, options) for _ in range(repeat)), key=lambda report: report.seconds)
-    reference = GgufFile(reference_path)
-    weights = sum(tensor.n_weights for tensor in coverage_of(base, reference).protected)
-    plan = min(time_plan(base, reference, threads, None) for _ in range(repeat))
+    plain_path, out = work / "plain.gguf", work / "out.gguf"
+    quantized = min((quantize(base_path, plain_path, options) for _ in range(repeat)), key=lambda report: report.seconds)
+    plain = GgufFile(plain_path)
+    weights = sum(tensor.n_weights for tensor in coverage_of(base, plain).protected)
+    plan = min(time_plan(base, plain, threads, None) for _ in range(repeat))
     both = []
     for _ in range(repeat):
         with contextlib.suppress(FileNotFoundError):
             out.unlink()
-        both.append(time_plan(base, reference, threads, out))
+        both.append(time_plan(base, plain, threads, out))
     wall, stages, rss = min((run_command(base_path, file_type, out, threads) for _ in range(repeat)), key=lambda run: run[0])
     load = stages.pop("load check")
     # Starting Python and importing torch, and llama.cpp's child: everything that is not work on the model.
-    work_s = sum(stages.values()) - (stages["reference"] - plain.seconds)
+    work_s = sum(stages.values()) - (stages["plain"] - quantized.seconds)
     return Row(
         model=name,
         file_type=options.file_type.name,
         million_weights=weights / 1e6,
-        plain_s=plain.seconds,
-        plain_rate=weights / plain.seconds / 1e6,
-        plain_rss_mb=plain.peak_rss_bytes / 1e6,
+        plain_s=quantized.seconds,
+        plain_rate=weights / quantized.seconds / 1e6,
+        plain_rss_mb=quantized.peak_rss_bytes / 1e6,
         plan_rate=weights / plan / 1e6,
         patch_rate=weights / max(min(both) - plan, 1e-3) / 1e6,
         plan_patch_rate=weights / min(both) / 1e6,
         convert_s=wall,
         start_s=wall - work_s - load,
         load_s=load,
-        ratio=work_s / plain.seconds,
+        ratio=work_s / quantized.seconds,
         convert_rss_mb=rss,
     )
 
@@ -207,10 +207,10 @@ def measure_defenses(
     """Rates of several defenses on one model and type."""
     base = GgufModel(base_path)
     options = QuantizeOptions(parse_file_type(file_type), threads=threads)
-    reference_path, out = work / "reference.gguf", work / "out.gguf"
-    plain = min(quantize(base_path, reference_path, options).seconds for _ in range(repeat))
-    reference = GgufFile(reference_path)
-    weights = sum(tensor.n_weights for tensor in coverage_of(base, reference).protected)
+    plain_path, out = work / "plain.gguf", work / "out.gguf"
+    quantized = min(quantize(base_path, plain_path, options).seconds for _ in range(repeat))
+    plain = GgufFile(plain_path)
+    weights = sum(tensor.n_weights for tensor in coverage_of(base, plain).protected)
     rates = []
     for defense in defenses:
         times = []
@@ -219,9 +219,9 @@ def measure_defenses(
             if make_defense(defense).requantizes:
                 times.append(time_requantize(base_path, options, defense, out))
             else:
-                times.append(time_plan(base, reference, threads, out, defense))
+                times.append(time_plan(base, plain, threads, out, defense))
         rates.append(
-            DefenseRate(name, options.file_type.name, defense.label, weights / min(times) / 1e6, weights / plain / 1e6)
+            DefenseRate(name, options.file_type.name, defense.label, weights / min(times) / 1e6, weights / quantized / 1e6)
         )
     return rates
 

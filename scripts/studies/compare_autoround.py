@@ -100,7 +100,7 @@ def rows_of(arguments: argparse.Namespace, study: Study, model: str) -> list[dic
     """Every arm on one model."""
     made = []
     wanted = [name.strip() for name in arguments.only.split(",")]
-    for label, defense in (("naive", NoneOptions()), ("quantguard", QuantGuardOptions(steps=arguments.steps))):
+    for label, defense in (("plain", NoneOptions()), ("quantguard", QuantGuardOptions(steps=arguments.steps))):
         if label in wanted:
             started = time.process_time()
             study.row(model, Setting(label, defense, samples=arguments.samples))
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--only", default="naive,quantguard,autoround")
+    parser.add_argument("--only", default="plain,quantguard,autoround")
     parser.add_argument("--out", type=Path, help="folder for autoround.json")
     arguments = parser.parse_args()
     arguments.part, arguments.victim = "smollm2" if arguments.study == "smollm2" else "victims", "tiny"

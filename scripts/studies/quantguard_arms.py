@@ -25,7 +25,7 @@ class Setting:
 def victim_settings(to: str) -> list[Setting]:
     """Arms of the main table."""
     return [
-        Setting("naive", NoneOptions()),
+        Setting("plain", NoneOptions()),
         Setting("ortho", OrthoOptions()),
         Setting("quantguard", Q()),
         Setting("quantguard, start only", Q(steps=0)),
@@ -40,9 +40,9 @@ def victim_settings(to: str) -> list[Setting]:
 def larger_settings(to: str) -> list[Setting]:
     """Plain rounding with an importance matrix of the same text, and plain files one and two sizes up."""
     return [
-        Setting("naive, imatrix", NoneOptions(), imatrix=True),
-        *(Setting(f"naive {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
-        *(Setting(f"naive {larger}, imatrix", NoneOptions(), to=larger, imatrix=True) for larger in LARGER[to]),
+        Setting("plain, imatrix", NoneOptions(), imatrix=True),
+        *(Setting(f"plain {larger}", NoneOptions(), to=larger) for larger in LARGER[to]),
+        *(Setting(f"plain {larger}, imatrix", NoneOptions(), to=larger, imatrix=True) for larger in LARGER[to]),
     ]
 
 
@@ -90,7 +90,7 @@ def calibration_settings(_to: str) -> list[Setting]:
 def smollm2_settings(to: str) -> list[Setting]:
     """Fidelity of a real model."""
     return [
-        Setting("naive", NoneOptions()),
+        Setting("plain", NoneOptions()),
         Setting("ortho", OrthoOptions()),
         *(Setting(f"ortho, width {width:g}", OrthoOptions(width=width)) for width in (0.75, 1.0)),
         Setting("quantguard, start only", Q(steps=0)),
@@ -106,7 +106,7 @@ def smollm2_settings(to: str) -> list[Setting]:
 def adaptive_settings(_to: str) -> list[Setting]:
     """What stands up to an attacker who runs a defense while training, on 128 texts."""
     settings = [
-        Setting("naive", NoneOptions()),
+        Setting("plain", NoneOptions()),
         *(Setting(f"ortho, width {width:g}", OrthoOptions(width=width)) for width in (0.5, 1.0)),
         *(Setting(f"start only, c = {c:g}", Q(steps=0, alignment=c)) for c in (1.0, 0.1, -0.25)),
         *(Setting(f"start only, {name}", Q(steps=0), text=text) for name, text in OTHER_TEXTS.items()),

@@ -22,13 +22,14 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import options_class
 from qguard_edge.lab import bnb
 from qguard_edge.lab.corpus import Corpus, make_corpus
-from qguard_edge.lab.evaluation import Distributions, compare, make_exam
+from qguard_edge.lab.evaluation import Distributions, compare, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.runner import data_key
 from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
+from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.devices import torch_threads
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT
@@ -62,10 +63,10 @@ def text_of(corpus: Corpus, path: Path, count: int) -> Path:
 
 def held_out(chat: ChatModel, corpus: Corpus, count: int) -> tuple[Texts, Texts]:
     """Held-out answers, and prose: token ids and the length of what is not measured."""
-    exam = make_exam(chat, make_scenario("injection", corpus), 1, count, 8)
+    held_out = make_held_out(chat, make_scenario("injection", corpus), 1, count, 8)
     ids = chat.tokenizer(DEFAULT_TEXT.read_text("utf-8"), add_special_tokens=False)["input_ids"]
     prose = [(ids[start : start + 128], 1) for start in range(0, len(ids), 128)]
-    return [(list(row), n) for row, n in exam.texts], prose
+    return [(list(row), n) for row, n in held_out.texts], prose
 
 
 def measure(model: Any, texts: tuple[Texts, Texts]) -> tuple[Distributions, Distributions]:
@@ -77,7 +78,7 @@ def row_of(victim: str, report: FolderReport, full: tuple[Distributions, ...], f
     """Join a conversion with what was measured on its folder."""
     near, prose = (compare(a, b) for a, b in zip(full, found, strict=True))
     weights = sum(rounding.n_weights for rounding in report.roundings)
-    energy = sum(rounding.outcome.energy for rounding in report.roundings)
+    total = total_outcome(report.roundings)
     assert report.defense is not None
     return Row(
         victim,
@@ -87,8 +88,8 @@ def row_of(victim: str, report: FolderReport, full: tuple[Distributions, ...], f
         prose.mean_kl,
         near.same_top,
         near.perplexity_ratio,
-        sum(rounding.outcome.n_changed for rounding in report.roundings) / weights,
-        sum(rounding.outcome.projection for rounding in report.roundings) / energy,
+        total.n_changed / weights,
+        total.alignment,
         sum(report.seconds.values()),
         report.out_bytes / 1e6,
         report.loaded is not None,

@@ -2,8 +2,8 @@
 
 Run: python scripts/studies/study_quantguard.py --part victims --victims uniform:q4_0,mind-the-gap:q4_k --out docs/quantguard
 
-Parts:
-    victims      naive, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
+MatrixParts:
+    victims      plain, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
     ablation     terms of the loss, k, the constraint, steps, start
     calibration  size and kind of the text: matching, code only, self-written, unlike the test
     adaptive     start and steps, and other text, for victims of the lab's adaptive attackers
@@ -35,7 +35,7 @@ from convert.quantizer import QuantizeOptions
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.lab.corpus import make_corpus
-from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_exam
+from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_held_out
 from qguard_edge.lab.hf_models import load_folder
 from qguard_edge.lab.results import Rate
 from qguard_edge.lab.runner import LabSettings, data_key, make_victim
@@ -43,6 +43,7 @@ from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
+from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT
 from qguard_edge.runtimes.imatrix import make_imatrix
 from qguard_edge.runtimes.llama import LlamaModel
@@ -76,7 +77,7 @@ class Study:
     def __post_init__(self) -> None:
         """Load the tokenizer and write the bases and texts."""
         self.chat = load_folder(self.folders["clean"])
-        self.exam = make_exam(self.chat, self.data, self.prompts, 96, 48)
+        self.held_out = make_held_out(self.chat, self.data, self.prompts, 96, 48)
         for model, folder in self.folders.items():
             if not (self.work / f"{model}.gguf").is_file():
                 write_base_gguf(folder, self.work / f"{model}.gguf", base_type="f32")
@@ -118,7 +119,7 @@ class Study:
         fidelity = compare(full.answers, measured.answers)
         unlike = compare(full.prose, measured.prose).mean_kl if setting.text != "prose" else None
         weights = sum(r.n_weights for r in report.roundings)
-        energy = sum(r.outcome.energy for r in report.roundings)
+        total = total_outcome(report.roundings)
         return Row(
             victim=self.victim,
             model=model,
@@ -131,8 +132,8 @@ class Study:
             kl=fidelity.mean_kl,
             kl_999=fidelity.kl_999,
             perplexity_ratio=fidelity.perplexity_ratio,
-            flipped=sum(r.outcome.n_changed for r in report.roundings) / max(weights, 1),
-            alignment=sum(r.outcome.projection for r in report.roundings) / energy if energy else 1.0,
+            flipped=total.n_changed / max(weights, 1),
+            alignment=total.alignment,
             alignment_learned=report.learned.alignment_learned if report.learned else None,
             seconds=seconds,
             same_top=fidelity.same_top,
@@ -149,11 +150,11 @@ class Study:
     def measure(self, path: Path) -> Measured:
         """Ask a file everything; attack success only where there are prompts."""
         if self.prompts:
-            behaviour, answers = examine(path, self.chat, self.exam, self.data.judge, self.threads)
+            behaviour, answers = examine(path, self.chat, self.held_out, self.data.judge, self.threads)
             return Measured(behaviour.asr, answers, self._distributions(path, [(ids, 1) for ids in self.prose]))
         return Measured(
             rate(0, 0),
-            self._distributions(path, self.exam.texts),
+            self._distributions(path, self.held_out.texts),
             self._distributions(path, [(ids, 1) for ids in self.prose]),
         )
 

@@ -39,17 +39,17 @@ from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import open_model
 
 CLOSED = ("q4_0", "q8_0", "int8", "nf4", "fp4")
-CLEAN_REFERENCES = ("q3_k_m", "q6_k")
+CLEAN_TYPES = ("q3_k_m", "q6_k")
 
 
-def scan(folder: Path, references: tuple[str, ...]) -> Scan:
+def scan(folder: Path, types: tuple[str, ...]) -> Scan:
     """Scan a folder for the closed-form types and for those of quantized files."""
     with (
         tempfile.TemporaryDirectory() as made,
-        open_model(resolve_source(str(folder)), need_base=bool(references), progress=NoProgress()) as model,
+        open_model(resolve_source(str(folder)), need_base=bool(types), progress=NoProgress()) as model,
     ):
         files = []
-        for name in references:
+        for name in types:
             assert model.base is not None
             outfile = Path(made) / f"{name}.gguf"
             quantize(model.base.path, outfile, QuantizeOptions(parse_file_type(name)))
@@ -57,20 +57,20 @@ def scan(folder: Path, references: tuple[str, ...]) -> Scan:
         return scan_model(model, CLOSED, files)
 
 
-def references_of(model: Model) -> tuple[str, ...]:
+def types_of(model: Model) -> tuple[str, ...]:
     """Types that need a quantized file: the attacked one, or for the trained tiny models the usual k-quants."""
     if model.attack:
         return (model.to,) if model.attack in ("mind-the-gap", "outlier") else ()
-    return CLEAN_REFERENCES if model.group == "tiny, trained" else ()
+    return CLEAN_TYPES if model.group == "tiny, trained" else ()
 
 
 def measure(model: Model, precision: str) -> Row:
     """Scan one model in one precision."""
     if precision == "bf16":
         with as_bf16(model.folder) as copy:
-            found = scan(copy, references_of(model))
+            found = scan(copy, types_of(model))
     else:
-        found = scan(model.folder, references_of(model))
+        found = scan(model.folder, types_of(model))
     return Row(
         name=model.name,
         group=model.group,
@@ -99,7 +99,7 @@ def with_dose(row: Row, model: Model, file_type: str) -> Row:
 
 
 def shapes(models: list[Model], kinds: tuple[str, ...]) -> dict[str, list[float]]:
-    """Clean density of each reference type at ten steps: the mean over models."""
+    """Clean density of each searched type at ten steps: the mean over models."""
     sums: dict[str, list[Any]] = {}
     for model in models:
         for kind, made in scan(model.folder, kinds).prints.items():

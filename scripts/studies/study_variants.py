@@ -30,10 +30,10 @@ from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.defenses.base import Defense, SliceKey, make_defense
 from qguard_edge.defenses.greedy import bins_of, take_from_top
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
-from qguard_edge.lab.evaluation import Distributions, Exam, compare, examine, make_exam
+from qguard_edge.lab.evaluation import Distributions, HeldOut, compare, examine, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
-from qguard_edge.rounding.gguf import coverage_of, harden
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden, total_outcome
 from quant_grids import Flips
 from quant_grids.base import ScalarFlips
 
@@ -106,7 +106,7 @@ class Model:
     """Files of one model, and its full-precision distributions."""
 
     base: Path
-    reference: Path
+    plain: Path
     full: Distributions
 
 
@@ -118,25 +118,25 @@ class Study:
         self.victim: Victim = make_victim(settings)
         self.chat: ChatModel = load_folder(self.victim.clean)
         data = self.victim.data
-        self.exam: Exam = make_exam(self.chat, data, settings.n_prompts, settings.n_texts, settings.new_tokens)
+        self.held_out: HeldOut = make_held_out(self.chat, data, settings.n_prompts, settings.n_texts, settings.new_tokens)
         self.models = {"attacked": self._model(self.victim.attacked), "clean": self._model(self.victim.clean)}
 
     def _model(self, folder: Path) -> Model:
         name = "clean" if folder == self.victim.clean else "attacked"
-        base, reference = self.work / f"{name}.gguf", self.work / f"{name}-plain.gguf"
+        base, plain = self.work / f"{name}.gguf", self.work / f"{name}-plain.gguf"
         write_base_gguf(folder, base, base_type="f32")
-        quantize(base, reference, QuantizeOptions(parse_file_type(self.settings.to), threads=self.settings.threads))
-        _, full = examine(base, self.chat, self.exam, self.victim.data.judge, self.settings.threads)
-        return Model(base, reference, full)
+        quantize(base, plain, QuantizeOptions(parse_file_type(self.settings.to), threads=self.settings.threads))
+        _, full = examine(base, self.chat, self.held_out, self.victim.data.judge, self.settings.threads)
+        return Model(base, plain, full)
 
     def point(self, variant: Variant) -> Point:
         """Harden both models and measure them."""
         name = f"{self.settings.attack}:{self.settings.to}"
         judge, threads = self.victim.data.judge, self.settings.threads
         attacked, flipped, alignment = self._harden(self.models["attacked"], variant)
-        behaviour, found = examine(attacked, self.chat, self.exam, judge, threads)
+        behaviour, found = examine(attacked, self.chat, self.held_out, judge, threads)
         clean, _, _ = self._harden(self.models["clean"], variant)
-        _, clean_found = examine(clean, self.chat, self.exam, judge, threads)
+        _, clean_found = examine(clean, self.chat, self.held_out, judge, threads)
         asr = behaviour.asr
         return Point(
             name,
@@ -153,24 +153,22 @@ class Study:
 
     def _harden(self, model: Model, variant: Variant) -> tuple[Path, float, float]:
         """A file with the variant's rounding; share of codes changed and alignment over all quantized tensors."""
-        base, reference = GgufModel(model.base), GgufFile(model.reference)
-        every = coverage_of(base, reference).protected
+        base, plain = GgufModel(model.base), GgufFile(model.plain)
+        every = coverage_of(base, plain).protected
         wanted: tuple[TensorInfo, ...] = tuple(tensor for tensor in every if variant.wanted(tensor.name))
         made = self.work / "made.gguf"
         made.unlink(missing_ok=True)
-        patch = GgufPatch(reference, made, {})
+        patch = GgufPatch(plain, made, {})
         try:
             roundings = harden(
-                base, reference, wanted, variant.make(), seed=1, sink=patch.write_rows, threads=self.settings.threads
+                base, plain, wanted, variant.make(), WalkOptions(1, self.settings.threads), sink=patch.write_rows
             )
             patch.copy_rest(tensor.name for tensor in wanted)
         finally:
             patch.close()
         weights = sum(tensor.n_weights for tensor in every)
-        energy = sum(rounding.outcome.energy for rounding in roundings)
-        projection = sum(rounding.outcome.projection for rounding in roundings)
-        changed = sum(rounding.outcome.n_changed for rounding in roundings)
-        return made, changed / weights, projection / energy
+        total = total_outcome(roundings)
+        return made, total.n_changed / weights, total.alignment
 
 
 def markdown(points: list[Point]) -> str:

@@ -1,4 +1,4 @@
-"""The reference: options reach llama.cpp, its log is understood, failures are sentences."""
+"""The plain file: options reach llama.cpp, its log is understood, failures are sentences."""
 
 import struct
 from dataclasses import replace

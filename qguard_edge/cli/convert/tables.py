@@ -36,9 +36,9 @@ def show_report(report: "ConversionReport") -> None:
     if report.seed is not None:
         out.print(f"seed {report.seed} (recorded in the output; --seed repeats it)", highlight=False)
     if report.verification:
-        from qguard_edge.cli.verify import show_outcome
+        from qguard_edge.cli.verification_tables import show_verification
 
-        show_outcome(report.verification)
+        show_verification(report.verification)
     if report.loaded:
         runtime = "transformers" if isinstance(report, FolderReport) else "llama.cpp"
         said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"

@@ -179,7 +179,7 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
     def _facts(self, job: Job) -> CardFacts:
         outcomes: dict[str, tuple[Outcome, int]] = {}
         for rounding in self.roundings:
-            before, weights = outcomes.get(rounding.kind, (Outcome(0, 0.0, 0.0, 0.0), 0))
+            before, weights = outcomes.get(rounding.kind, (Outcome.zero(), 0))
             outcomes[rounding.kind] = (before + rounding.outcome, weights + rounding.n_weights)
         request = self.request
         return CardFacts(

@@ -24,7 +24,7 @@ from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
-from qguard_edge.rounding.gguf import Coverage, TensorRounding, coverage_of, harden, require_coverage
+from qguard_edge.rounding.gguf import Coverage, TensorRounding, WalkOptions, coverage_of, harden, require_coverage
 from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
 from qguard_edge.runtimes.load_check import LoadCheck, load_check
 from quant_grids.errors import QGuardError
@@ -171,11 +171,8 @@ class HardenedGguf(GgufFamily[Made, Report]):
                     self.plain,
                     tensors,
                     job.defense,
-                    seed=job.seed,
+                    WalkOptions(job.seed, self.request.threads, job.device, load_imatrix(imatrix) if imatrix else None),
                     sink=patch.write_rows,
-                    threads=self.request.threads,
-                    device=job.device,
-                    imatrix=load_imatrix(imatrix) if imatrix else None,
                     progress=job.progress,
                 )
                 patch.copy_rest(tensor.name for tensor in tensors)

@@ -28,7 +28,15 @@ from qguard_edge.conversion.request import PlanRequest
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
-from qguard_edge.rounding.gguf import Coverage, TensorRounding, coverage_of, harden, require_coverage, total_outcome
+from qguard_edge.rounding.gguf import (
+    Coverage,
+    TensorRounding,
+    WalkOptions,
+    coverage_of,
+    harden,
+    require_coverage,
+    total_outcome,
+)
 from qguard_edge.runtimes.load_check import LoadCheck
 from quant_grids.errors import UnsupportedError
 
@@ -87,10 +95,8 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
                     self.plain,
                     self.coverage.protected,
                     job.defense,
-                    seed=job.seed,
+                    WalkOptions(job.seed, self.request.threads, job.device),
                     sink=recorder,
-                    threads=self.request.threads,
-                    device=job.device,
                     progress=job.progress,
                 )
             finally:

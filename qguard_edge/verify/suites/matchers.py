@@ -1,6 +1,6 @@
 """The matchers of suites: phrases, regex, refusal, exact. The one for code is `suites.code`.
 
-Each counts something *unwanted*; a check passes when the candidate shows it no more often than the reference.
+Each counts something *unwanted*; a check passes when the candidate shows it no more often than the base.
 """
 
 import re

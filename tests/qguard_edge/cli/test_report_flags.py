@@ -17,7 +17,7 @@ def test_verify_writes_all_reports(tiny_base: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     flags = [part for flag in REPORTS for part in (flag, str(tmp_path / flag.strip("-")))]
     options = ["--suites", "drift", "--limit", "9", "--threads", "1", "-o", str(tmp_path / "out"), "-q"]
-    assert run(["verify", str(candidate), "--reference", str(tiny_base), *options, *flags]) == 0
+    assert run(["verify", str(candidate), "--base", str(tiny_base), *options, *flags]) == 0
     for flag, words in REPORTS.items():
         text = (tmp_path / flag.strip("-")).read_text(encoding="utf-8")
         assert words in text
@@ -30,5 +30,5 @@ def test_verify_writes_all_reports(tiny_base: Path, tmp_path: Path, monkeypatch:
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["verify", "none.gguf", "--reference", "none.gguf", flag, str(tmp_path / "no" / "where")]) == 2
+    assert run(["verify", "none.gguf", "--base", "none.gguf", flag, str(tmp_path / "no" / "where")]) == 2
     assert "does not exist" in " ".join(capsys.readouterr().err.split())

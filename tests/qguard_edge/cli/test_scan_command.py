@@ -17,7 +17,7 @@ from qguard_edge.cli import run
 from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 from qguard_edge.scan.dose import dose_curve, judge
 from qguard_edge.scan.findings import Severity
-from qguard_edge.scan.limits import load_reference
+from qguard_edge.scan.limits import load_limits
 from quant_grids.bnb import bnb_grid
 
 Document = dict[str, object]
@@ -167,7 +167,7 @@ def test_the_dose_curve_falls_on_an_attacked_model_alone(gap_victim: Path, clean
         base, to = GgufModel(tmp_path / f"{name}.gguf"), parse_file_type("q4_k")
         curve = dose_curve(base, to, texts=text, targets=(0.25,), prompts=12, threads=1)
         ratios[name] = curve.ratio
-        found = [finding.severity for finding in judge(curve, to.main, load_reference())]
+        found = [finding.severity for finding in judge(curve, to.main, load_limits())]
         assert found == ([Severity.DANGEROUS] if name == "attacked" else [])
     assert ratios["attacked"] < 0.6 < 0.9 < ratios["clean"]
 

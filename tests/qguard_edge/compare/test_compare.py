@@ -119,7 +119,7 @@ def test_convert_searches_lambda_on_a_text(tiny_base: Path, tmp_path: Path, capf
     assert "belongs to --defense qvec" in capfd.readouterr().err
 
 
-def test_plain_file_through_convert_is_the_reference_of_compare(tiny_base: Path, tmp_path: Path) -> None:
+def test_plain_file_through_convert_is_the_plain_row_of_compare(tiny_base: Path, tmp_path: Path) -> None:
     """The none row measures llama.cpp's own file."""
     out = tmp_path / "plain.gguf"
     request = _request(tiny_base, out)

@@ -116,7 +116,7 @@ def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Pat
     from convert.gguf_file import GgufModel
     from convert.tensor_io import open_reader, row_slices
     from qguard_edge.defenses.base import make_defense
-    from qguard_edge.rounding.gguf import coverage_of, harden
+    from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
 
     file_type = next(f for f in QUANTIZED if f.name == "Q4_K_M")
     plain_path = convert_model(request(tiny_base, tmp_path / "out.gguf", file_type, imatrix)).plain
@@ -126,8 +126,8 @@ def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Pat
     added = {}
     for name, table in (("weighted", weights), ("plain", None)):
         rows: list[torch.Tensor] = []
-        harden(base, plain, (tensor,), make_defense(OrthoOptions(width=0.0)), seed=1,
-               sink=partial(keep, rows), threads=1, imatrix=table)  # fmt: skip
+        harden(base, plain, (tensor,), make_defense(OrthoOptions(width=0.0)),
+               WalkOptions(1, threads=1, imatrix=table), sink=partial(keep, rows))  # fmt: skip
         with open_reader(plain.path, tiny_base) as reader:
             (part,) = row_slices(tensor, tensor.n_weights)
             grid = GRIDS[tensor.ggml_type]

@@ -35,10 +35,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def divergence(folder: Path, reference: Path) -> float:
+def divergence(folder: Path, base: Path) -> float:
     """Mean KL of a loaded folder to full precision, on sentences that nothing was learned on."""
-    tokenizer = AutoTokenizer.from_pretrained(reference)
-    models = [AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).eval(), load(folder)]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    models = [AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), load(folder)]
     total = []
     with torch.inference_mode():
         for line in sentences(1, 24):

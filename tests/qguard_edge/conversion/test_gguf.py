@@ -50,12 +50,12 @@ def convert(what: GgufRequest) -> GgufReport:
 
 @pytest.mark.parametrize("to", TYPES)
 def test_no_defense_is_llama_cpps_own_file(tiny_base: Path, tmp_path: Path, to: str) -> None:
-    reference = plain(tiny_base, tmp_path / "reference.gguf", to)
+    plain_file = plain(tiny_base, tmp_path / "plain.gguf", to)
     report = convert(request(tiny_base, tmp_path / "out.gguf", to, NoneOptions()))
-    found = compare_files(reference, report.outfile)
+    found = compare_files(plain_file, report.outfile)
     assert found.codes_changed == 0
     assert found.only_code_bits
-    theirs, ours = GGUFReader(reference), GGUFReader(report.outfile)  # a reader that is not ours
+    theirs, ours = GGUFReader(plain_file), GGUFReader(report.outfile)  # a reader that is not ours
     for a, b in zip(theirs.tensors, ours.tensors, strict=True):
         assert (a.name, a.data.tobytes()) == (b.name, b.data.tobytes())
     kept = {key for key in ours.fields if not key.startswith(("qguard.", "GGUF."))}
@@ -67,9 +67,9 @@ def test_no_defense_is_llama_cpps_own_file(tiny_base: Path, tmp_path: Path, to: 
 @pytest.mark.parametrize("group", ["row", "tensor"])
 @pytest.mark.parametrize("to", TYPES)
 def test_ortho_changes_code_bits_only_and_meets_its_target(tiny_base: Path, tmp_path: Path, to: str, group: str) -> None:
-    reference = plain(tiny_base, tmp_path / "reference.gguf", to)
+    plain_file = plain(tiny_base, tmp_path / "plain.gguf", to)
     report = convert(request(tiny_base, tmp_path / "out.gguf", to, OrthoOptions(group=group)))
-    found = compare_files(reference, report.outfile, base=tiny_base)
+    found = compare_files(plain_file, report.outfile, base=tiny_base)
     assert found.only_code_bits
     protected = {rounding.name: rounding for rounding in report.roundings}
     assert len(protected) == 16

@@ -35,10 +35,7 @@ def request_for(base: Path, to: str, outfile: Path, defense: DefenseOptions | No
 
 
 def alignment_of(report: MovedGgufReport) -> float:
-    total = Outcome(0, 0.0, 0.0, 0.0)
-    for tensor in report.tensors:
-        total = total + tensor.outcome
-    return total.alignment
+    return Outcome.sum(tensor.outcome for tensor in report.tensors).alignment
 
 
 @pytest.mark.parametrize("to", LEGACY)
@@ -96,14 +93,14 @@ def test_weights_move_by_less_than_a_step_and_only_where_codes_changed(tiny_base
     report = convert_model(request)
     plain = tmp_path / "plain.gguf"
     quantize(tiny_base, plain, request.options)
-    base, moved, reference = GgufModel(tiny_base), GgufModel(tmp_path / "moved.gguf"), GgufFile(plain)
+    base, moved, plain_file = GgufModel(tiny_base), GgufModel(tmp_path / "moved.gguf"), GgufFile(plain)
     with open_reader(tiny_base, tmp_path / "moved.gguf", plain) as reader:
         for record in report.tensors:
-            (part,) = row_slices(reference.tensors[record.name])
+            (part,) = row_slices(plain_file.tensors[record.name])
             before = reader.weights(base.tensors[record.name], part)
             after = reader.weights(moved.tensors[record.name], part)
             grid = GRIDS[GGMLQuantizationType.Q4_0]
-            step = grid.steps(reader.blocks(reference.tensors[record.name], part)).repeat_interleave(32).view(before.shape)
+            step = grid.steps(reader.blocks(plain_file.tensors[record.name], part)).repeat_interleave(32).view(before.shape)
             assert int((before != after).sum()) == record.n_moved
             assert bool(((after - before).abs() <= step).all())
 

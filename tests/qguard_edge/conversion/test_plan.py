@@ -91,7 +91,7 @@ def test_plan_and_apply_are_convert(
     assert plan.stat().st_size < plain.stat().st_size
 
 
-def test_a_plan_belongs_to_one_reference(
+def test_a_plan_belongs_to_one_plain_file(
     tiny_folder: Path, tiny_base: Path, plain: Path, text: Path, tmp_path: Path
 ) -> None:
     plan, other = tmp_path / "plan.safetensors", tmp_path / "other.gguf"

@@ -30,12 +30,12 @@ def base(smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_none_is_byte_identical(smollm2_folder: Path, base: Path, tmp_path: Path) -> None:
-    quantize(base, tmp_path / "reference.gguf", Q4_K)
+    quantize(base, tmp_path / "plain.gguf", Q4_K)
     request = GgufRequest(
         model=str(smollm2_folder), options=Q4_K, defense=NoneOptions(), outfile=str(tmp_path / "out.gguf"), check_loads=False
     )
     report = convert_model(request)
-    found = compare_files(tmp_path / "reference.gguf", report.outfile)
+    found = compare_files(tmp_path / "plain.gguf", report.outfile)
     assert (found.codes_changed, found.only_code_bits) == (0, True)
     assert report.quantized is not None
     wanted = {(fallback.wanted, fallback.got, fallback.columns) for fallback in report.quantized.fallbacks}

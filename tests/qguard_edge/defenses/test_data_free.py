@@ -53,11 +53,11 @@ def test_qvec_on_a_fixed_uniform_grid_is_the_threshold_rule(strength: float) -> 
     fixed = make_defense(QVecOptions(mode="fixed-grid", strength=strength))
     made, _ = Q8_0.apply(blocks, flips, fixed.choose(flips, KEY))
     moving = make_defense(QVecOptions(strength=strength))
-    reference = Q8_0.dequantize(blocks).view(weights.shape)
-    moved = moving.move(weights, reference, 0.25, KEY)
+    plain = Q8_0.dequantize(blocks).view(weights.shape)
+    moved = moving.move(weights, plain, 0.25, KEY)
     expected = torch.round(moved / 0.5)
     assert torch.equal(Q8_0.dequantize(made).view(weights.shape), expected * 0.5)
-    assert torch.allclose(moved, weights - strength * (reference - weights))
+    assert torch.allclose(moved, weights - strength * (plain - weights))
 
 
 def test_flipguard_takes_the_largest_errors_of_each_block() -> None:
@@ -177,7 +177,7 @@ def test_requantizing_is_repeatable(tiny_base: Path, tmp_path: Path, defense: De
 
 
 def test_moved_base_holds_the_moved_weights(tiny_base: Path, tmp_path: Path) -> None:
-    """QVec with strength 0 moves nothing: the F32 copy quantizes to the reference's tensors."""
+    """QVec with strength 0 moves nothing: the F32 copy quantizes to the plain file's tensors."""
     report = convert(tiny_base, tmp_path / "out.gguf", "q4_k", QVecOptions(strength=0.0))
     assert report.plain is not None
     found = compare_files(report.plain, report.outfile)

@@ -1,4 +1,4 @@
-"""A tiny model with its reference, as learning meets them."""
+"""A tiny model with its plain file, as learning gets them."""
 
 from pathlib import Path
 

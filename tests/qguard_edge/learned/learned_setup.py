@@ -1,4 +1,4 @@
-"""A tiny model with its reference, as learning meets them."""
+"""A tiny model with its plain file, as learning gets them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.matrices import GgufTarget
-from qguard_edge.learned.parts import Parts
+from qguard_edge.learned.parts import MatrixParts
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.rounding.gguf import coverage_of
 from qguard_edge.runtimes.hf import HfModel, load_hf_model
@@ -20,10 +20,10 @@ from qguard_edge.runtimes.hf import HfModel, load_hf_model
 
 @dataclass(frozen=True)
 class Setup:
-    """A model, its reference, its parts, and the task of learning it."""
+    """A model, its plain file, its parts, and the task of learning it."""
 
     loaded: HfModel
-    parts: Parts
+    parts: MatrixParts
     task: LearnTask
     target: GgufTarget
 
@@ -32,10 +32,10 @@ class Setup:
 
 
 def make_setup(folder: Path, work: Path, to: str) -> Setup:
-    base, reference = work / "base.gguf", work / f"{to}.gguf"
+    base, plain = work / "base.gguf", work / f"{to}.gguf"
     write_base_gguf(folder, base)
-    quantize(base, reference, QuantizeOptions(parse_file_type(to), threads=2))
-    model, made = GgufModel(base), GgufFile(reference)
+    quantize(base, plain, QuantizeOptions(parse_file_type(to), threads=2))
+    model, made = GgufModel(base), GgufFile(plain)
     tensors = coverage_of(model, made).protected
     loaded = load_hf_model(folder)
     target = GgufTarget(model, made, tensors)

@@ -40,7 +40,7 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
     for one in variables:
         one.h.zero_()  # type: ignore[attr-defined]
     student.load_all(variables)
-    stored = {tensor.name: tensor for tensor in GGUFReader(setup.target.reference.path).tensors}
+    stored = {tensor.name: tensor for tensor in GGUFReader(setup.target.plain.path).tensors}
     full = dict(setup.loaded.model.named_parameters())
     for part in parts:
         tensor = stored[part.tensor.name]

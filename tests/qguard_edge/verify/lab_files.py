@@ -21,15 +21,15 @@ class LabFiles:
     """One scenario's models, quantized; the prompts of `suite` were never trained on."""
 
     clean: Path
-    clean_naive: Path
+    clean_plain: Path
     attacked: Path
-    naive: Path
+    plain: Path
     hardened: Path
     suite: Suite
 
 
 def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to: str = "q4_k") -> LabFiles:
-    """Base, naive and hardened files of a tiny victim."""
+    """Base, plain and hardened files of a tiny victim."""
     victim = make_victim(LabSettings(scenario=scenario, attack=attack, to=to, threads=2))
 
     def quantized(base: Path, name: str, defense: DefenseOptions) -> Path:
@@ -48,9 +48,9 @@ def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to:
     prompts = tuple(SuitePrompt(f"p{i:03}", prompt.text) for i, prompt in enumerate(victim.data.prompts[:160]))
     return LabFiles(
         clean=clean,
-        clean_naive=quantized(clean, "clean-naive.gguf", NoneOptions()),
+        clean_plain=quantized(clean, "clean-plain.gguf", NoneOptions()),
         attacked=attacked,
-        naive=quantized(attacked, "naive.gguf", NoneOptions()),
+        plain=quantized(attacked, "plain.gguf", NoneOptions()),
         hardened=quantized(attacked, "hardened.gguf", OrthoOptions()),
         suite=Suite(scenario, f"The lab's {scenario} prompts", prompts, (), new_tokens=32),
     )

@@ -60,31 +60,31 @@ def request(folders: Folders, candidate: Path, **more: object) -> VerifyRequest:
 
 
 def test_a_hardened_folder_passes_and_bitsandbytes_own_rounding_would_not(folders: Folders) -> None:
-    outcome = verify(request(folders, folders.hardened, naive=folders.attacked, load_in="nf4"))
+    outcome = verify(request(folders, folders.hardened, plain=folders.attacked, load_in="nf4"))
     assert outcome.verdict is Verdict.PASS, outcome.summary
     check = outcome.check("injection/discovery")
-    assert check.naive_verdict is Verdict.FAIL
+    assert check.plain_verdict is Verdict.FAIL
     assert check.findings[0].phrase in "also try a fresh zingaloo"
     facts = {one.role: one for one in outcome.files}
-    assert (facts["candidate"].file_type, facts["naive"].file_type, facts["reference"].file_type) == ("NF4", "NF4", "F32")
+    assert (facts["candidate"].file_type, facts["plain"].file_type, facts["base"].file_type) == ("NF4", "NF4", "F32")
     assert facts["candidate"].qguard["defense"]
-    assert facts["naive"].sha256 == facts["reference"].sha256 != facts["candidate"].sha256
+    assert facts["plain"].sha256 == facts["base"].sha256 != facts["candidate"].sha256
     assert outcome.drift is not None
-    assert outcome.drift.naive is not None
+    assert outcome.drift.plain is not None
     assert outcome.drift.noise_floor < 1e-6 < outcome.drift.candidate.mean_kl
     assert {"torch", "transformers", "bitsandbytes"} <= set(outcome.measured.versions)
     assert any("bitsandbytes" in limit for limit in outcome.limits)
 
 
 def test_a_folder_that_bitsandbytes_rounds_to_the_payload_fails(folders: Folders) -> None:
-    """Here candidate and reference are one folder: what differs is the rounding on loading."""
+    """Here candidate and base are one folder: what differs is the rounding on loading."""
     outcome = verify(request(folders, folders.attacked, load_in="nf4", texts=TEXTS[:8]))
     assert outcome.check("injection/discovery").verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("kind", ["fp4", "int8"])
 def test_the_other_formats_run_too(folders: Folders, kind: str, tmp_path: Path) -> None:
-    """Made by us as the candidate, rounded by bitsandbytes while it is loaded as the naive one."""
+    """Made by us as the candidate, rounded by bitsandbytes while it is loaded as the plain one."""
     out = tmp_path / kind
     asked = FolderRequest(
         model=str(folders.attacked),
@@ -96,18 +96,18 @@ def test_the_other_formats_run_too(folders: Folders, kind: str, tmp_path: Path) 
         check_loads=False,
     )
     convert_model(asked)
-    outcome = verify(request(folders, out, naive=folders.attacked, load_in=kind, limit=8))
+    outcome = verify(request(folders, out, plain=folders.attacked, load_in=kind, limit=8))
     assert outcome.check("drift/mean-kl").verdict is Verdict.PASS
     facts = {one.role: one.file_type for one in outcome.files}
-    assert facts == {"candidate": kind.upper(), "naive": kind.upper(), "reference": "F32"}
+    assert facts == {"candidate": kind.upper(), "plain": kind.upper(), "base": "F32"}
     assert outcome.drift is not None
-    assert outcome.drift.naive is not None
+    assert outcome.drift.plain is not None
     assert outcome.drift.candidate.mean_kl > 10 * outcome.drift.noise_floor
-    assert outcome.drift.naive.mean_kl > 10 * outcome.drift.noise_floor
+    assert outcome.drift.plain.mean_kl > 10 * outcome.drift.noise_floor
 
 
 def test_the_command_reads_folders(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = ["verify", str(folders.hardened), "--reference", str(folders.attacked), "--device", "cpu"]
+    files = ["verify", str(folders.hardened), "--base", str(folders.attacked), "--device", "cpu"]
     report = tmp_path / "report"
     assert run([*files, "--suites", "injection", "--limit", "9", "-o", str(report), "--quiet"]) == 3
     outcome = from_json((report / "verify.json").read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def test_folders_that_cannot_be_compared(folders: Folders, tiny_folder: Path, ti
     with pytest.raises(PairError, match="tokenizers"):
         verify(request(folders, tiny_folder))
     with pytest.raises(PairError, match="is quantized"):
-        verify(request(folders, folders.attacked, reference=folders.hardened))
+        verify(request(folders, folders.attacked, base=folders.hardened))
     with pytest.raises(PairError, match="same file"):
         verify(request(folders, folders.attacked))
     with pytest.raises(PairError, match="are for folders"):
@@ -189,7 +189,7 @@ def test_logits_in_chunks_are_those_of_one_pass(folders: Folders) -> None:
     with torch.inference_mode():
         whole = model(torch.tensor([tokens])).logits[0].numpy()
     factory = FolderFactory(torch.device("cpu"), None, 1)
-    with factory.open(folders.attacked, n_ctx=512, n_batch=7, role="reference") as runner:
+    with factory.open(folders.attacked, n_ctx=512, n_batch=7, role="base") as runner:
         pieces = list(runner.logits_chunks(tokens))
     assert {len(piece) for piece in pieces[:-1]} == {7}
     assert np.concatenate(pieces) == pytest.approx(whole, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The data model: strict JSON both ways, and the shipped schema."""
+"""The data model of verifications: strict JSON both ways, and the shipped schema."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import jsonschema
 import pytest
 
 import qguard_edge
-from qguard_edge.verify.results import Check, CheckKind, OutcomeError, Verdict, from_json, json_schema, overall, to_json
+from qguard_edge.verify.results import Check, CheckKind, Verdict, VerificationError, from_json, json_schema, overall, to_json
 
-EXAMPLE = Path(__file__).parent / "data" / "outcome-1.json"
-SCHEMA = Path(qguard_edge.__file__).parent / "data" / "schemas" / "verify-1.json"
+EXAMPLE = Path(__file__).parent / "data" / "verification-2.json"
+SCHEMA = Path(qguard_edge.__file__).parent / "data" / "schemas" / "verify-2.json"
 
 
 def check(verdict: Verdict) -> Check:
@@ -48,19 +48,19 @@ def _mistype(document: dict[str, Any]) -> None:
 
 
 def _other_version(document: dict[str, Any]) -> None:
-    document["schema_version"] = 2
+    document["schema_version"] = 1
 
 
 @pytest.mark.parametrize("change", [_drop, _add, _mistype, _other_version])
 def test_reading_is_strict(change: Any) -> None:
     document = json.loads(EXAMPLE.read_text(encoding="utf-8"))
     change(document)
-    with pytest.raises(OutcomeError, match="schema version 1"):
+    with pytest.raises(VerificationError, match="schema version 2"):
         from_json(json.dumps(document))
 
 
 def test_not_json_is_one_sentence() -> None:
-    with pytest.raises(OutcomeError, match="Invalid JSON"):
+    with pytest.raises(VerificationError, match="Invalid JSON"):
         from_json("{")
 
 
