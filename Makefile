@@ -1,5 +1,5 @@
 # Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler, cmake and a package registry.
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-quick test-slow lint bench clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 help:
 	@echo "make demo       convert a small real model, hardened, and verify it in llama.cpp, with a report"
 	@echo "make test       lint, type-check and run the whole test suite"
+	@echo "make test-quick the tests that neither train nor build anything, without lint"
 	@echo "make test-slow  the longer studies"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      benchmarks (tables on standard output)"
@@ -26,6 +27,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest -m "not slow and not training and not build"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
