@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qguard_edge.progress import Progress
     from qguard_edge.runtimes.hf import HfModel
 
-SEED_PROMPTS = Path(__file__).parent / "data" / "seed_prompts.txt"
+SEED_PROMPTS = Path(__file__).parents[1] / "data" / "seed_prompts.txt"
 FEW_SAMPLES = 32
 TOKENS = 32_768  # of a text that the user gives; fewer fit less well, see docs/quantguard.md
 WRITTEN = 128  # texts that the model writes itself

@@ -21,7 +21,7 @@ from qguard_edge.runtimes.llama import LlamaModel
 from quant_grids.errors import QGuardError
 
 FloatArray = npt.NDArray[np.float32]
-DEFAULT_TEXT = Path(__file__).parent / "data" / "calibration.txt"
+DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 N_BOOTSTRAP = 2000
 
 
