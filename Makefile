@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A process per core, each kept to its own (tests/conftest.py), a test file at a time.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo       convert a small real model, hardened, and verify it in llama.cpp, with a report"
@@ -26,10 +28,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-quick: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not training and not build"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not training and not build"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

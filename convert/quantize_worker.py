@@ -35,7 +35,7 @@ def _die_with_parent() -> None:
 
 
 def _peak_rss() -> int:
-    """Largest resident size of this process in bytes; 0 where the system does not tell."""
+    """Largest resident size of this process in bytes; 0 where the system does not report it."""
     # Not getrusage: its figure is inherited from the process that started this one.
     status = Path("/proc/self/status")
     if not status.is_file():

@@ -4,159 +4,89 @@
 
 Import from `qguard_edge`; docs/python.md says what may be relied on. Nothing here prints: a function returns a report, logs
 under the name of its module, and raises a `QGuardError` whose text is a sentence for the user. Files appear whole or not at
-all.
+all. Each function imports what it needs, so that `plan` runs where llama.cpp is not installed.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from convert.cores import available_cores
-from convert.diff import FileDifference, compare_files, difference_document
-from convert.inspection import GgufSummary, inspect_gguf, summary_document
-from convert.quantizer import QuantizeOptions
-from qguard_edge.compare.defenses import DefenseRow, compare_defenses
-from qguard_edge.conversion.documents import report_document
-from qguard_edge.conversion.dry_run import DryRun
-from qguard_edge.conversion.dry_run import dry_run as _dry_run
-from qguard_edge.conversion.gate import gate_for
-from qguard_edge.conversion.outputs.plan import ApplyReport, apply_to
-from qguard_edge.conversion.report import ConversionReport, FolderReport, GgufReport, MovedGgufReport, PlanReport
-from qguard_edge.conversion.request import (
-    ConversionRequest,
-    FolderRequest,
-    GgufRequest,
-    MovedGgufRequest,
-    PlanRequest,
-)
-from qguard_edge.conversion.request_for import request_for
-from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, parse_defense
-from qguard_edge.learned.calibration import CalibrationOptions
-from qguard_edge.packs.check import CheckRequest
-from qguard_edge.packs.check import check as _check
-from qguard_edge.packs.pack import Pack, read_pack, write_pack
-from qguard_edge.packs.record import BaselineRequest, record
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.report.document import versioned
-from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
-from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.guard import RefusedError, ScanGuard
-from qguard_edge.scan.report import guard_document, refusal_document, scan_document
-from qguard_edge.scan.results import Scan
-from qguard_edge.scan.run import ScanRequest, run_scan
-from qguard_edge.verify.checks import Margins
-from qguard_edge.verify.choose import SuiteChoice, choose_suites
-from qguard_edge.verify.results import Check, Verdict, Verification
-from qguard_edge.verify.results import to_document as verification_document
-from qguard_edge.verify.suites.base import Suite
-from qguard_edge.verify.verifier import VerifyRequest
-from qguard_edge.verify.verifier import verify as _verify
-from quant_grids.errors import QGuardError, UnsupportedError
+from quant_grids.errors import UnsupportedError
 
-__all__ = [
-    "ApplyReport",
-    "BaselineRequest",
-    "CalibrationOptions",
-    "Check",
-    "CheckRequest",
-    "ConversionReport",
-    "DefenseOptions",
-    "DefenseRow",
-    "DryRun",
-    "FileDifference",
-    "Finding",
-    "FolderReport",
-    "FolderRequest",
-    "GgufReport",
-    "GgufRequest",
-    "GgufSummary",
-    "Margins",
-    "MovedGgufReport",
-    "MovedGgufRequest",
-    "NoProgress",
-    "Pack",
-    "PlanReport",
-    "PlanRequest",
-    "Progress",
-    "QGuardError",
-    "QuantizeOptions",
-    "RefusedError",
-    "Scan",
-    "ScanGuard",
-    "ScanRequest",
-    "Severity",
-    "Suite",
-    "Verdict",
-    "Verification",
-    "VerifyRequest",
-    "apply",
-    "baseline",
-    "check",
-    "choose_suites",
-    "compare",
-    "convert",
-    "diff",
-    "dry_run",
-    "inspect",
-    "parse_defense",
-    "plan",
-    "read_pack",
-    "read_texts",
-    "request_for",
-    "scan",
-    "to_document",
-    "verify",
-    "write_pack",
-]
+if TYPE_CHECKING:
+    from convert.diff import FileDifference
+    from convert.inspection import GgufSummary
+    from qguard_edge.compare.defenses import DefenseRow
+    from qguard_edge.conversion.dry_run import DryRun
+    from qguard_edge.conversion.outputs.plan import ApplyReport
+    from qguard_edge.conversion.report import ConversionReport, FolderReport, GgufReport, MovedGgufReport, PlanReport
+    from qguard_edge.conversion.request import (
+        ConversionRequest,
+        FolderRequest,
+        GgufRequest,
+        MovedGgufRequest,
+        PlanRequest,
+    )
+    from qguard_edge.packs.check import CheckRequest
+    from qguard_edge.packs.pack import Pack
+    from qguard_edge.packs.record import BaselineRequest
+    from qguard_edge.scan.findings import Severity
+    from qguard_edge.scan.guard import RefusedError, ScanGuard
+    from qguard_edge.scan.results import Scan
+    from qguard_edge.scan.run import ScanRequest
+    from qguard_edge.verify.choose import SuiteChoice
+    from qguard_edge.verify.results import Verification
+    from qguard_edge.verify.verifier import VerifyRequest
 
-Document = ConversionReport | Scan | Verification | FileDifference | GgufSummary | RefusedError
+    Document = ConversionReport | Scan | Verification | FileDifference | GgufSummary | RefusedError
 
 
 @overload
 def convert(
-    request: MovedGgufRequest,
+    request: "MovedGgufRequest",
     *,
-    scan: ScanGuard | bool = ...,
-    verify: SuiteChoice | None = ...,
+    scan: "ScanGuard | bool" = ...,
+    verify: "SuiteChoice | None" = ...,
     verify_limit: int | None = ...,
     progress: Progress | None = ...,
-) -> MovedGgufReport: ...
+) -> "MovedGgufReport": ...
 @overload
 def convert(
-    request: GgufRequest,
+    request: "GgufRequest",
     *,
-    scan: ScanGuard | bool = ...,
-    verify: SuiteChoice | None = ...,
+    scan: "ScanGuard | bool" = ...,
+    verify: "SuiteChoice | None" = ...,
     verify_limit: int | None = ...,
     progress: Progress | None = ...,
-) -> GgufReport: ...
+) -> "GgufReport": ...
 @overload
 def convert(
-    request: FolderRequest,
+    request: "FolderRequest",
     *,
-    scan: ScanGuard | bool = ...,
-    verify: SuiteChoice | None = ...,
+    scan: "ScanGuard | bool" = ...,
+    verify: "SuiteChoice | None" = ...,
     verify_limit: int | None = ...,
     progress: Progress | None = ...,
-) -> FolderReport: ...
+) -> "FolderReport": ...
 @overload
 def convert(
-    request: GgufRequest | MovedGgufRequest | FolderRequest,
+    request: "GgufRequest | MovedGgufRequest | FolderRequest",
     *,
-    scan: ScanGuard | bool = ...,
-    verify: SuiteChoice | None = ...,
+    scan: "ScanGuard | bool" = ...,
+    verify: "SuiteChoice | None" = ...,
     verify_limit: int | None = ...,
     progress: Progress | None = ...,
-) -> GgufReport | MovedGgufReport | FolderReport: ...
+) -> "GgufReport | MovedGgufReport | FolderReport": ...
 def convert(
-    request: GgufRequest | MovedGgufRequest | FolderRequest,
+    request: "GgufRequest | MovedGgufRequest | FolderRequest",
     *,
-    scan: ScanGuard | bool = True,
-    verify: SuiteChoice | None = None,
+    scan: "ScanGuard | bool" = True,
+    verify: "SuiteChoice | None" = None,
     verify_limit: int | None = None,
     progress: Progress | None = None,
-) -> GgufReport | MovedGgufReport | FolderReport:
+) -> "GgufReport | MovedGgufReport | FolderReport":
     """Convert a model, as `qguard-edge convert` does.
 
     Args:
@@ -172,8 +102,14 @@ def convert(
         RefusedError: the scan found something dangerous.
         QGuardError: another of its kinds; nothing is left under the final name.
     """
+    from qguard_edge.conversion.run import convert_model
+
     progress = progress or NoProgress()
-    gate = None if verify is None else gate_for(request, verify, progress, limit=verify_limit)
+    gate = None
+    if verify is not None:
+        from qguard_edge.conversion.gate import gate_for
+
+        gate = gate_for(request, verify, progress, limit=verify_limit)
     guard = _guard(scan, request, progress)
     if guard and guard.keep and gate is None:
         raise UnsupportedError(
@@ -182,24 +118,28 @@ def convert(
     return convert_model(request, progress, gate, guard)
 
 
-def dry_run(request: GgufRequest | FolderRequest) -> DryRun:
+def dry_run(request: "GgufRequest | FolderRequest") -> "DryRun":
     """What a conversion would do: each tensor's type, sizes, memory. Writes nothing.
 
     Raises:
         QGuardError: what the conversion would meet before it quantizes.
     """
-    return _dry_run(request)
+    from qguard_edge.conversion.dry_run import dry_run as run
+
+    return run(request)
 
 
-def plan(request: PlanRequest, *, scan: ScanGuard | bool = True, progress: Progress | None = None) -> PlanReport:
+def plan(request: "PlanRequest", *, scan: "ScanGuard | bool" = True, progress: Progress | None = None) -> "PlanReport":
     """Choose the rounding of a plain GGUF and write it down; arguments and errors as for `convert`."""
+    from qguard_edge.conversion.run import convert_model
+
     progress = progress or NoProgress()
     return convert_model(request, progress, guard=_guard(scan, request, progress))
 
 
 def apply(
     plan: str | Path, plain: str | Path, outfile: str | Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> ApplyReport:
+) -> "ApplyReport":
     """Write the hardened GGUF of a plan.
 
     Args:
@@ -213,30 +153,36 @@ def apply(
         PlanError: the plan does not belong to the plain file.
         OutputError: the output exists or cannot be written.
     """
+    from qguard_edge.conversion.outputs.plan import apply_to
+
     return apply_to(Path(plan), Path(plain), Path(outfile), overwrite=overwrite, progress=progress or NoProgress())
 
 
-def scan(request: ScanRequest, *, progress: Progress | None = None) -> Scan:
+def scan(request: "ScanRequest", *, progress: Progress | None = None) -> "Scan":
     """Look for marks of tampering in a full-precision model.
 
     Raises:
         QGuardError: the model cannot be read, or a type cannot be looked at.
     """
+    from qguard_edge.scan.run import run_scan
+
     return run_scan(request, progress or NoProgress())
 
 
-def verify(request: VerifyRequest, *, progress: Progress | None = None) -> Verification:
+def verify(request: "VerifyRequest", *, progress: Progress | None = None) -> "Verification":
     """Compare a candidate with its base and give a verdict.
 
     Raises:
         QGuardError: the two do not belong together, or cannot be run.
     """
-    return _verify(request, progress)
+    from qguard_edge.verify.verifier import verify as run
+
+    return run(request, progress)
 
 
 def diff(
     first: str | Path, second: str | Path, *, base: str | Path | None = None, progress: Progress | None = None
-) -> FileDifference:
+) -> "FileDifference":
     """What differs between two GGUFs of the same layout, bit by bit.
 
     Args:
@@ -248,6 +194,9 @@ def diff(
     Raises:
         FormatError: the files do not hold the same tensors with the same types and shapes.
     """
+    from convert.cores import available_cores
+    from convert.diff import compare_files
+
     shown = progress or NoProgress()
     shown.stage("Comparing", 0, "tensors")
     return compare_files(
@@ -259,23 +208,25 @@ def diff(
     )
 
 
-def inspect(file: str | Path) -> GgufSummary:
+def inspect(file: str | Path) -> "GgufSummary":
     """What a GGUF says about itself; its weights are not read.
 
     Raises:
         FormatError: it is no sound GGUF.
     """
+    from convert.inspection import inspect_gguf
+
     return inspect_gguf(Path(file))
 
 
 def compare(
-    request: GgufRequest,
+    request: "GgufRequest",
     defenses: Sequence[str | DefenseOptions] = DATA_FREE,
     *,
     texts: Sequence[str] | None = None,
     max_tokens: int = 512,
     progress: Progress | None = None,
-) -> list[DefenseRow]:
+) -> "list[DefenseRow]":
     """Convert a model with several defenses and measure in llama.cpp how far each result is from full precision.
 
     Args:
@@ -288,32 +239,39 @@ def compare(
     Raises:
         QGuardError: one of its kinds; nothing is left behind.
     """
+    from qguard_edge.compare.defenses import compare_defenses
+    from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
+
     chosen = [parse_defense(defense) if isinstance(defense, str) else defense for defense in defenses]
     measured = read_texts(DEFAULT_TEXT) if texts is None else texts
     return compare_defenses(request, chosen, measured, max_tokens=max_tokens, progress=progress)
 
 
-def baseline(request: BaselineRequest, *, progress: Progress | None = None) -> Pack:
+def baseline(request: "BaselineRequest", *, progress: Progress | None = None) -> "Pack":
     """Run a base once and write down what candidates are to be checked against; `write_pack` makes a file of it.
 
     Raises:
         QGuardError: the base cannot be read or run.
     """
+    from qguard_edge.packs.record import record
+
     return record(request, progress)
 
 
-def check(request: CheckRequest, *, progress: Progress | None = None) -> Verification:
+def check(request: "CheckRequest", *, progress: Progress | None = None) -> "Verification":
     """Check a candidate, a file or a running server, against a baseline pack (`read_pack`).
 
     Raises:
         PackError: pack and candidate do not belong together.
         QGuardError: another of its kinds.
     """
-    return _check(request, progress)
+    from qguard_edge.packs.check import check as run
+
+    return run(request, progress)
 
 
 def to_document(
-    report: Document, *, scan: ScanGuard | None = None, fail_on: Severity | None = Severity.DANGEROUS
+    report: "Document", *, scan: "ScanGuard | None" = None, fail_on: "Severity | str | None" = "dangerous"
 ) -> dict[str, Any]:
     """A report as JSON values: the document that the command prints with `--json`.
 
@@ -322,22 +280,35 @@ def to_document(
         scan: of a conversion: the guard whose findings belong in its document.
         fail_on: of a scan: the severity from which on its status is `found`; None: never.
     """
+    from convert.diff import FileDifference, difference_document
+    from convert.inspection import summary_document
+    from qguard_edge.conversion.documents import report_document
+    from qguard_edge.conversion.report import ConversionReport
+    from qguard_edge.report.document import versioned
+    from qguard_edge.scan.findings import Severity
+    from qguard_edge.scan.guard import RefusedError
+    from qguard_edge.scan.report import guard_document, refusal_document, scan_document
+    from qguard_edge.scan.results import Scan
+    from qguard_edge.verify.results import Verification
+    from qguard_edge.verify.results import to_document as verification_document
+
     match report:
         case ConversionReport():
             return versioned(report_document(report) | (guard_document(scan) if scan else {}))
         case Verification():
             return verification_document(report)
         case Scan():
-            return versioned(scan_document(report, fail_on=fail_on))
+            return versioned(scan_document(report, fail_on=Severity(fail_on) if fail_on else None))
         case FileDifference():
             return versioned(difference_document(report))
-        case GgufSummary():
-            return versioned(summary_document(report))
         case RefusedError():
             return versioned(refusal_document(report))
+    return versioned(summary_document(report))
 
 
-def _guard(scan: ScanGuard | bool, request: ConversionRequest, progress: Progress) -> ScanGuard | None:
+def _guard(scan: "ScanGuard | bool", request: "ConversionRequest", progress: Progress) -> "ScanGuard | None":
+    from qguard_edge.scan.guard import ScanGuard
+
     if isinstance(scan, ScanGuard):
         return scan
     return ScanGuard(threads=request.threads, progress=progress) if scan else None

@@ -8,7 +8,7 @@ Options (also as ini values and environment, for CI):
     --qguard-limit N          prompts per suite at most
 
 With a candidate and a baseline, tests `qguard::SUITE/NAME` are added: a failing check fails, an inconclusive one is skipped with
-its reason. The candidate is asked once, at the first test that needs it. In own tests:
+its reason. The candidate is run once, at the first test that needs it. In own tests:
 
     @pytest.mark.qguard
     def test_my_model(qguard_outcome):
@@ -115,7 +115,7 @@ def qguard_outcome(request: pytest.FixtureRequest) -> "Verification":
 
 
 def outcome_of(config: pytest.Config) -> "Verification":
-    """Check the candidate, once per session; a failure is kept as well, so that no test asks again.
+    """Check the candidate, once per session; a failure is kept as well, so that no test tries again.
 
     Raises:
         QGuardError: the check could not be made.

@@ -1,10 +1,16 @@
 """Shared models: a tiny random Llama with k-quant widths, and the real SmolLM2 from its package."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from convert.cores import available_cores
 from convert.hf.base import write_base_gguf
+
+TRAINS = "victims"  # the fixture whose users may train a model
+TRAINER = "lab/test_victims.py"  # asks for all of them
+MAX_WORKERS = 4  # each takes up to 1.5 GB
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
@@ -12,6 +18,30 @@ CORPUS = [
     "What is the capital of France? Paris. 1234567890 !?.,;:()[]{}",
     "Héllo wörld, ça va? \u4f60\u597d \U0001f600",
 ]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process per core."""
+    return min(available_cores(), MAX_WORKERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each worker keeps to a core of its own: the threads of llama.cpp and OpenMP spin while they wait, so sharing costs."""
+    worker = getattr(config, "workerinput", None)
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker["workerid"].removeprefix("gw")) % len(cores)]})
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what may train; with workers, let one train all victims while the others go through what needs none."""
+    users = {item for item in items if TRAINS in getattr(item, "fixturenames", ())}
+    for item in users:
+        item.add_marker(pytest.mark.training)
+    if hasattr(config, "workerinput"):
+        late = {item.path for item in users}
+        items.sort(key=lambda item: 0 if item.path.as_posix().endswith(TRAINER) else 1 + (item.path in late))
 
 
 def make_tiny_folder(folder: Path, *, dtype: str = "bfloat16", tied: bool = False, seed: int = 0) -> Path:

@@ -1,6 +1,7 @@
 """What outsiders meet first: one version, one place for each dependency's range, workflows, documents that name real files."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,7 +21,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SET_UP = (ROOT / "scripts" / "setup_env.sh").read_text()
 RANGE = re.compile(r"[a-z][\w-]*(?:\[[\w,]+\])?\s*(?:==|>=|<=|~=|!=)\s*\d")
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}")
-PLACES = "quant_grids|convert|qguard_edge|tests|scripts|docs"
+PACKAGES = ("quant_grids", "convert", "qguard_edge")
+PLACES = "|".join((*PACKAGES, "tests", "scripts", "docs"))
 
 
 def load(path: str) -> Any:
@@ -39,17 +41,22 @@ def said_version() -> str:
 
 @pytest.mark.build
 def test_wheel_has_the_version_that_the_command_says(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    # From a copy: setuptools keeps a folder `build`, and what lies there from before would be packed too.
+    source = tmp_path / "source"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as content:
         (name,) = (name for name in content.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(content.read(name))
-        packed = set(content.namelist())
+        packed = {name for name in content.namelist() if ".dist-info/" not in name}
     assert metadata["Version"] == said_version()
-    data = [path for path in (ROOT / "qguard_edge" / "data").rglob("*") if path.is_file()]
-    assert data
-    assert {str(path.relative_to(ROOT)) for path in data} <= packed
+    files = {path for package in PACKAGES for path in (source / package).rglob("*") if path.is_file()}
+    assert packed == {str(path.relative_to(source)) for path in files}
 
 
 def test_version_stands_in_one_place() -> None:

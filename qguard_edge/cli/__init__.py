@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
     except QGuardError as error:
         return _fail(str(error), arguments)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing to say to anyone.
+        # The reader of our output went away (`| head`): no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:

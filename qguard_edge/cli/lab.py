@@ -19,7 +19,7 @@ INCONCLUSIVE = 3
 
 RUN_HELP = """Train (or take from the cache) an attacked model, convert the five arms, measure them in llama.cpp.
 
-Exit code 3 says that the victim is not a valid one: it shows its payload in full precision, or loses it to plain
+Exit code 3: the victim is not a valid one: it shows its payload in full precision, or loses it to plain
 quantization.
 
 Examples:

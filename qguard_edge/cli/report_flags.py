@@ -49,7 +49,7 @@ def write_reports(
     markdown: Path | None = None,
     html: Path | None = None,
 ) -> None:
-    """Write the reports that were asked for; Markdown also goes to the job summary of a GitHub action.
+    """Write the reports that were given a file; Markdown also goes to the job summary of a GitHub action.
 
     Raises:
         OutputError: a file cannot be written.

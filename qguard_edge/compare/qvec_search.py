@@ -1,7 +1,7 @@
 """Find QVec's lambda on a text: convert with a few values, measure each in llama.cpp, keep the closest to full precision.
 
 The paper chooses lambda by a short search on unlabelled data and does not give the score; ours is the mean KL divergence to
-full precision. A small lambda may win on a clean model: then the search says what fidelity alone would choose, and
+full precision. A small lambda may win on a clean model: then the search gives what fidelity alone would choose, and
 the default is what to fall back on (see docs/results.md).
 """
 

@@ -1,7 +1,7 @@
 """Learning in a conversion, the same for every output: the seed, the state of an unfinished run, the learning itself.
 
-Only a defense that learns keeps a state on disk, so only such a defense may go on with the seed of one, and only such a
-run removes it. For every other the seed is fresh, whatever files lie about.
+Only some defenses keep a state on disk (`DefenseOptions.resumes`), so only these go on with the seed of one, and a run
+removes only its own. For every other the seed is fresh, so that no file that was left lying about makes it predictable.
 """
 
 import secrets
@@ -27,7 +27,7 @@ class Learning:
 
     Attributes:
         seed: of everything random in this conversion.
-        checkpoint: file of an unfinished run; None for defenses that do not learn.
+        checkpoint: where the state is kept until the output is finished; None for a defense that does not resume.
     """
 
     seed: int
@@ -35,8 +35,8 @@ class Learning:
 
     @classmethod
     def begin(cls, request: ConversionRequest, outfile: Path) -> "Learning":
-        """Choose the seed: the user's, else that of an unfinished run of a learned defense, else a fresh one."""
-        checkpoint = checkpoint_path(outfile) if request.defense.calibrated else None
+        """Choose the seed: the user's, else that of an unfinished run of a defense that resumes, else a fresh one."""
+        checkpoint = checkpoint_path(outfile) if request.defense.resumes else None
         seed = request.seed
         if seed is None and checkpoint is not None:
             seed = checkpoint_seed(checkpoint)
@@ -77,6 +77,6 @@ class Learning:
         )
 
     def end(self) -> None:
-        """The output is finished: remove the state of the run that made it."""
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
+        """Remove the state once the output has its name; that of another run is left alone."""
+        if self.checkpoint is not None and checkpoint_seed(self.checkpoint) == self.seed:
+            self.checkpoint.unlink()

@@ -15,7 +15,7 @@ from convert.atomic import work_folder
 from convert.hashes import sha256_of
 from qguard_edge.conversion.learning import Learning
 from qguard_edge.conversion.naming import rejected_path
-from qguard_edge.conversion.outputs.base import Guard, Job, Output
+from qguard_edge.conversion.outputs.base import Gate, Guard, Job, Output
 from qguard_edge.conversion.outputs.float_gguf import FloatGgufOutput
 from qguard_edge.conversion.outputs.folder import FolderOutput
 from qguard_edge.conversion.outputs.gguf import GgufOutput
@@ -41,7 +41,6 @@ from qguard_edge.defenses.base import make_defense
 from qguard_edge.learned.memory import fitted_defense
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.runtimes.devices import resolve_device
-from qguard_edge.verify.gate import Gate
 from qguard_edge.verify.results import Verdict
 from quant_grids.errors import UnsupportedError
 

@@ -1,8 +1,8 @@
 """What a rounding defense is: given the flips that a grid offers, choose which to take.
 
-The planner walks a tensor in slices of whole rows (some 100,000 weights, so that everything stays in cache), asks the grid for
-the slice's `Flips`, and asks the defense to choose. A defense that balances over a whole tensor first *surveys* every
-slice; the planner then hands each slice its share of the decision. A defense never sees files.
+The planner walks a tensor in slices of whole rows (some 100,000 weights, so that everything stays in cache), lists
+the slice's `Flips` with the grid, and lets the defense choose. A defense that balances over a whole tensor first *surveys* every
+slice; the planner then hands each slice its share of the decision. A defense has nothing to do with files.
 """
 
 import importlib
@@ -73,7 +73,7 @@ class Defense(ABC, Generic[Options]):
         return self
 
     def survey(self, flips: Flips, key: SliceKey) -> Any:
-        """What the decision needs to know about one slice; only called when `surveys` is true."""
+        """What the decision needs of one slice; only called when `surveys` is true."""
         raise NotImplementedError
 
     def settle(self, surveys: Sequence[Any]) -> Sequence[Any]:

@@ -18,7 +18,7 @@ def option(default: Any, help_text: str, **limits: Any) -> Any:
     Args:
         default: of the field.
         help_text: one line.
-        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that says nothing.
+        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that means nothing to a reader.
     """
     return field(default=default, metadata={"help": help_text, **limits})
 
@@ -31,6 +31,11 @@ class DefenseOptions:
     summary: ClassVar[str]
     implementation: ClassVar[str]  # "module:Class"
     calibrated: ClassVar[bool] = False  # whether it runs the model on text before it chooses
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted conversion leaves a checkpoint that the next one goes on from."""
+        return False
 
     @property
     def label(self) -> str:
@@ -178,6 +183,11 @@ class QuantGuardOptions(DefenseOptions):
     rate: float = option(0.0, "size of the first step; 0: 0.004 for sign, 0.02 for relaxed", minimum=0.0, maximum=1.0)
     schedule: str = option("linear", "how the step falls", choices=("linear", "constant", "cosine"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
+
+    @property
+    def resumes(self) -> bool:
+        """See `DefenseOptions.resumes`; block by block nothing is saved."""
+        return self.scope == "model"
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 Kept small on purpose: prompts in, greedy answers out, a judge per answer; and the next-token distributions of held-out
 answers against the full-precision model's. Token ids come from the model's own tokenizer and are the same for every arm.
-Generation, intervals and distances are the verifier's (`qguard_edge.verify`): what a user's check would say is what the lab
-counts.
+Generation, intervals and distances are the verifier's (`qguard_edge.verify`), so the lab
+counts what a user's check would count.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ N_SEQ = 8
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every arm is asked.
+    """The held-out prompts and texts of every arm.
 
     Attributes:
         prompts: token ids of each prompt.
@@ -75,7 +75,7 @@ def make_held_out(chat: ChatModel, data: ScenarioData, n_prompts: int, n_texts: 
 
 
 def examine(path: Path, chat: ChatModel, held_out: HeldOut, judge: Judge, threads: int) -> tuple[Behaviour, Distributions]:
-    """Ask a GGUF everything."""
+    """Answers and distributions of a GGUF."""
     with LlamaFactory(threads).open(path, n_ctx=held_out.n_ctx, n_seq=N_SEQ) as model:
         answers = model.generate(held_out.prompts, held_out.new_tokens, sampling=Sampling())
         rows: list[FloatArray] = []

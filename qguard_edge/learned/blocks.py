@@ -173,7 +173,7 @@ def numbered_blocks(model: Any) -> Iterator[tuple[int, nn.Module, str]]:
 def block_grams(
     loaded: HfModel, parts: Sequence[MatrixPart], inputs: BlockInputs, device: torch.device, *, resident: bool
 ) -> Iterator[list[tuple[int, Tensor | None]]]:
-    """Block by block, the index of each part in it and what `gram_matrices` says of its inputs in full precision.
+    """Block by block, the index of each part in it and what `gram_matrices` gives for its inputs in full precision.
 
     Args:
         loaded: the full-precision model.

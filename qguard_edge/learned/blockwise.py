@@ -1,8 +1,8 @@
 """The block-wise engine: EFRAP layer by layer, and QuantGuard on the output error of one decoder block at a time.
 
 Both walk over the decoder blocks in order and never hold more than one on the device. EFRAP's blocks see full-precision
-inputs. QuantGuard's see what the blocks before them, already rounded, make of the text, and are asked for the output that
-full precision gives; so each block also corrects what the earlier ones did. Embedding and output matrix are outside the
+inputs. QuantGuard's get the output of the blocks before them, already rounded, and learn the output that full
+precision gives; so each block also corrects what the earlier ones did. Embedding and output matrix are outside the
 blocks: they get the squared error (EFRAP) or the alignment constraint (QuantGuard) alone.
 """
 

@@ -1,7 +1,7 @@
 """The alignment constraint: whatever the loss does, the plan keeps `<t', t> <= c * <t, t>` on every tensor.
 
 Each weight has a rounding variable `h`; a flip is taken when `h >= 0.5`. Where these flips leave more of the old error
-direction than `c`, the cheapest further ones are taken, and the learned variable says what is cheap: the threshold falls
+direction than `c`, the cheapest further ones are taken, and the learned variable gives the cost: the threshold falls
 until the gain suffices (the selection of `qguard_edge.defenses.greedy`, with `h` as the score). Learning and completing do
 not fight each other, because the *completed* plan is what the forward pass sees while the variables are learned.
 """
@@ -64,7 +64,7 @@ def _taken(position: Tensor, threshold: float) -> Tensor:
 
 
 def _boundary(position: Tensor, gain: Tensor, need: float) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The bin at which the gain, collected from the top, suffices; as a number, and as `take` wants it."""
+    """The bin at which the gain, collected from the top, suffices; as a number, and as an argument of `take`."""
     bins = bins_of(position.reshape(1, -1).clone(), BINS)
     histogram = histogram_of(bins, gain.reshape(1, -1), BINS).double()
     index, rest = boundary_of(histogram, torch.tensor([need], dtype=torch.float64, device=position.device))

@@ -68,7 +68,7 @@ def make_report(
     target: float,
     started: float,
 ) -> LearnReport:
-    """Round off a plan with the tensors that could not be learned, and say what was done."""
+    """Round off a plan with the tensors that could not be learned, and report what was done."""
     learned = plan.learned / max(plan.energy, 1e-30)
     add_unmapped(plan, parts.unmapped, task, target)
     warnings = list(calibration.warnings)

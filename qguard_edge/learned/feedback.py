@@ -1,4 +1,4 @@
-"""Error feedback: a start for learned rounding that already knows what each layer is fed. One pass, no gradient.
+"""Error feedback: a start for learned rounding that already uses each layer's inputs. One pass, no gradient.
 
 The idea
 --------
@@ -15,7 +15,7 @@ Minimising `tr(E H E^T) + lean * <E, T>`, with the old error `T = v0 - W`, is th
 `-lean * T H^-1`. `lean` is found so that the plan keeps `<E, T> = c * <T, T>`: the constraint is then paid for where the
 layer's output does not change, instead of by the flips nearest to the middle.
 
-Why nobody can predict it
+Why it cannot be predicted
 -------------------------
 The order of the columns is drawn from the conversion's seed, and every decision depends on all before it: two seeds share
 40% of their flips (as many as two runs of `ortho`), at the same output error. Layers without known inputs (an
@@ -36,7 +36,7 @@ SEARCH_ROWS, SEARCHES, CLOSE = 256, 6, 0.01
 
 @dataclass(frozen=True)
 class Factors:
-    """What one pass needs to know about a layer's inputs.
+    """What one pass needs of a layer's inputs.
 
     Attributes:
         order: int64 `[columns]`, the order in which columns are rounded.

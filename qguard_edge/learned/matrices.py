@@ -1,4 +1,4 @@
-"""What learning rounds: the tensors of a GGUF, or the matrices of a folder. The engine asks for nothing but this."""
+"""What learning rounds: the tensors of a GGUF, or the matrices of a folder. The engine needs nothing but this."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -47,7 +47,7 @@ class MemoryLimitError(QGuardError):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the estimates need to know of a model.
+    """Facts of a model that the estimates need.
 
     Attributes:
         weights: of all tensors.
@@ -135,7 +135,7 @@ def fit(defense: DefenseOptions, size: ModelSize, calibration: CalibrationOption
 
 @dataclass(frozen=True)
 class LearningCost:
-    """What `--dry-run` says of a learned defense: peak memory in bytes, and seconds where they are known."""
+    """What `--dry-run` shows of a learned defense: peak memory in bytes, and seconds where they are known."""
 
     memory_bytes: int
     seconds: float | None
@@ -226,7 +226,7 @@ def product_rate(device: torch.device, width: int = 1024) -> float:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody uses."""
+    """Memory of a device that is free."""
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 

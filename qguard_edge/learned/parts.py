@@ -9,7 +9,7 @@ learned rounding needs follows from these three arrays:
     squared error       (v(h) - w)^2 = (h - ratio)^2 * delta^2
     projection taken    gain = ratio * delta^2        (what the flip takes off <t', t>, see quant_grids.base)
 
-The GGUF's rows may be reordered, fused or transposed rows of the torch parameter; `convert.hf.rowmap` knows which is which.
+The GGUF's rows may be reordered, fused or transposed rows of the torch parameter; `convert.hf.rowmap` has the order.
 A parameter that is used twice (tied embeddings) has one part, so it is learned once.
 """
 
@@ -87,7 +87,7 @@ class MatrixPart:
         rows: int64 `[n]`, rows of the tensor.
         source: where they sit in the parameter.
         read: reads the geometry of these rows, in this order, from the files. It takes three times the memory of the
-            weights, so nobody keeps it who learns one block at a time.
+            weights, so it is not kept when one block is learned at a time.
     """
 
     tensor: Matrix
@@ -179,7 +179,7 @@ def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
 
 
 def read_geometry(reader: TensorReader, base: TensorInfo, plain: TensorInfo) -> tuple[FlipGeometry, Tensor]:
-    """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are.
+    """The geometry of a whole tensor: its blocks with every flip taken give the other levels.
 
     Returns:
         The geometry, and the squared error of each row, f64 `[rows]`.

@@ -2,7 +2,7 @@
 
 The idea
 --------
-A rounding variable `h` per weight says how far it stands from its plain level towards the other one. It is learned
+A rounding variable `h` per weight is how far it stands from its plain level towards the other one. It is learned
 on a small text so that the quantized model predicts what the full-precision model predicts (`L_KL`), optionally turning the
 weights with the largest errors to the other side (`L_rev`) and staying near the weights (`L_dist`):
 
@@ -13,7 +13,7 @@ what brings the two together makes a better file than plain rounding as well. Sc
 
 The constraint
 --------------
-The loss sees only what the text asks about. So the finished plan must also hold `<t', t> <= c <t, t>` on every tensor (see
+The loss covers only what is in the text. So the finished plan must also hold `<t', t> <= c <t, t>` on every tensor (see
 `qguard_edge.defenses.ortho`), whatever the loss does. The constraint is met inside the loop: what the forward pass sees is
 the plan *with* the flips that the constraint adds, so learning repairs what those cost.
 

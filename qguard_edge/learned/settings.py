@@ -1,4 +1,4 @@
-"""What learning is told, and what it says afterwards; values only, so that defenses and the command line share them."""
+"""Settings and report of learning; values only, so that defenses and the command line share them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

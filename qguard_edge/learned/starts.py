@@ -2,7 +2,7 @@
 
 * `feedback` (default): error feedback per layer from the inputs it sees on the text, see `qguard_edge.learned.feedback`;
 * `ortho`: the weight's place in its cell plus `ortho`'s random shift;
-* `fraction`: the weight's place in its cell, which everybody can compute.
+* `fraction`: the weight's place in its cell, which can be computed by anyone.
 """
 
 import zlib
@@ -21,7 +21,7 @@ from qguard_edge.learned.settings import LearnTask
 from qguard_edge.runtimes.devices import autocast
 from qguard_edge.runtimes.hf import HfLoadError, HfModel, decoder_blocks
 
-SHIFT_WIDTH = 0.5  # of the random shift; the attacker `adaptive-feedback` knows it and gets nowhere (docs/results.md)
+SHIFT_WIDTH = 0.5  # of the random shift; the attack `adaptive-feedback` uses it and does not succeed (docs/results.md)
 ROWS = 8  # texts run at once
 
 

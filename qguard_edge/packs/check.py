@@ -4,8 +4,8 @@
 
 The same matchers, statistics and limits as in `qguard_edge.verify`; the differences are listed in the outcome's limits: the
 base was run earlier, perhaps elsewhere, and the drift is a lower bound (`topk`). The recorded answers are judged
-again with the matchers of today, so that both sides are judged alike; where that changes a recorded match, a warning says
-so.
+again with the matchers of today, so that both sides are judged alike; where that changes a recorded match, there is a
+warning.
 """
 
 import platform

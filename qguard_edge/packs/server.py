@@ -40,7 +40,7 @@ class ServerAnswer:
     Attributes:
         text: the answer.
         ended: the model ended it; False: it was cut at the limit.
-        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not asked for or not given.
+        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not requested or not given.
     """
 
     text: str
@@ -228,7 +228,7 @@ def connect(url: str, pieces: Mapping[str, str], probe: Sequence[int], timeout: 
     if status == 200 and isinstance(answer, dict) and "content" in answer:
         return connection, LlamaCppDialect(connection)
     if status in (401, 403):
-        raise ServerError(f"the server at {connection.name} wants a key; give it in {KEY_VARIABLE}")
+        raise ServerError(f"the server at {connection.name} needs a key; give it in {KEY_VARIABLE}")
     status, models = connection.get("/v1/models")
     if status != 200 or not isinstance(models, dict):
         raise ServerError(f"the server at {connection.name} has neither /completion nor /v1/models (status {status})")

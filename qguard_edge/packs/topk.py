@@ -83,7 +83,7 @@ def compare_listed(
 
     Returns:
         KL; whether the top token is the same (also where neither has a name); and log p(next) - log q(next), where both
-        count as the smallest listed probability if they are below it or cannot be told.
+        count as the smallest listed probability if they are below it or not known.
     """
     floor = min(listed.values())
     known = [i for i, token in enumerate(top_ids) if token in listed]
@@ -98,6 +98,6 @@ def compare_listed(
     kl = merged_kl(np.array([p], np.float64), np.array([q], np.float64))[0]
     top = max(listed, key=lambda token: listed[token])
     same = top == top_ids[0] or (top < 0 and not can_name(top_ids[0]))
-    told = can_name(following)
-    loss = max(p_next, floor) - max(listed.get(following, floor), floor) if told else 0.0
+    named = can_name(following)
+    loss = max(p_next, floor) - max(listed.get(following, floor), floor) if named else 0.0
     return float(kl), same, float(np.clip(loss, -MOST_NATS, MOST_NATS))

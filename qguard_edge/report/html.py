@@ -1,4 +1,4 @@
-"""The HTML report: one file that asks for nothing else, light and dark, on a phone as on a desk.
+"""The HTML report: one file that loads nothing else, light and dark, for small and large screens.
 
 The page is `qguard_edge/data/report.html`, a Jinja2 template with autoescape (`scan.html`, which the scan's page is made from,
 shares its style sheet): whatever comes from a model or a user's file
@@ -59,7 +59,7 @@ class CheckView:
 
 @dataclass(frozen=True)
 class AnswerView:
-    """One side of an answer pair, in pieces: (text, whether the base does not say it)."""
+    """One side of an answer pair, in pieces: (text, whether the base's answer lacks it)."""
 
     role: str
     hit: bool | None
@@ -188,7 +188,7 @@ def _evidence(check: Check) -> Iterator[tuple[Evidence, list[AnswerView]]]:
 
 
 def marked(text: str, base: str) -> tuple[tuple[str, bool], ...]:
-    """The text in pieces, each with whether the base does not say it there."""
+    """The text in pieces, each with whether the base's answer lacks it there."""
     words, others = _WORDS.findall(text), _WORDS.findall(base)
     if max(len(words), len(others)) > MOST_DIFF_WORDS:
         return ((text, False),)

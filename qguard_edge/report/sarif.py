@@ -1,7 +1,7 @@
 """SARIF 2.1.0 for code scanning: a rule per check, a result per check that does not pass.
 
 A failed check has kind `fail` and level `error`. An inconclusive one has kind `open`, SARIF's word for "not enough
-information to decide", and so the level `none` that the standard wants for every kind but `fail`. Checks that pass are
+information to decide", and so the level `none` that the standard requires for every kind but `fail`. Checks that pass are
 rules without a result, because some services show every result as an alert, whatever its kind.
 """
 

@@ -110,7 +110,7 @@ def _moved(
     key: Callable[[int], SliceKey],
     pool: ThreadPoolExecutor,
 ) -> Tensor:
-    """The weights that the defense wants rounded: f32 of the shape of `rows`."""
+    """The moved weights, which are then rounded: f32 of the shape of `rows`."""
     half_width = float(grid.steps(plain).median()) / 2.0
     values = grid.dequantize(plain).view(rows.shape)
 

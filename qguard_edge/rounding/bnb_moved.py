@@ -1,7 +1,7 @@
 """Move full-precision weights so that an unmodified quantizer of bitsandbytes rounds them to hardened codes.
 
 The other way round from a checkpoint with chosen codes: the file stays in full precision, whoever loads it with
-`load_in_4bit` or `load_in_8bit` gets the hardened rounding, and no quantizer needs to know.
+`load_in_4bit` or `load_in_8bit` gets the hardened rounding with bitsandbytes' own quantizer, unchanged.
 
 How
 ---
@@ -103,10 +103,10 @@ def move_weights(
     Args:
         weights: `[rows, columns]`, in the dtype that the folder will have.
         kinds: formats, in any order.
-        defense: chooses flips; one that would re-quantize is asked to choose as well.
+        defense: chooses flips; one that would re-quantize chooses flips as well.
         key: random numbers of a slice, from the format and the slice's number.
         pool: threads.
-        check: ask bitsandbytes whether the codes are reached.
+        check: test with bitsandbytes whether the codes are reached.
     """
     grids = {kind: bnb_grid(kind, weights.shape[1]) for kind in COARSEST_FIRST if kind in kinds}
     room = _room_of(weights, grids.values())

@@ -1,9 +1,9 @@
 """The plan: walk over the quantized tensors of a plain file and let a defense choose each weight's rounding.
 
-Per tensor: cut it into slices of whole rows; for each slice read the plain blocks and the full-precision rows, ask the
-grid for the flips and the defense for its choice, and hand the changed blocks to a sink (the patch writer). Slices run on a
-pool of threads with one torch thread each; which thread runs a slice changes nothing in the result. Memory is a few
-slices per thread, whatever the size of the model.
+Per tensor: cut it into slices of whole rows; for each slice read the plain blocks and the full-precision rows, list the flips,
+let the defense choose, and hand the changed blocks to a sink (the patch writer). Slices run on a pool of threads with one
+torch thread each; which thread runs a slice changes nothing in the result. Memory is a few slices per thread, whatever the
+size of the model.
 """
 
 import time
@@ -99,7 +99,7 @@ def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
 
 
 def require_coverage(coverage: Coverage, allow_unprotected: bool) -> None:
-    """Refuse tensors whose rounding nobody can choose, unless the user accepts them.
+    """Refuse tensors whose rounding cannot be chosen, unless the user accepts them.
 
     Raises:
         UnsupportedError: naming the first of them.

@@ -1,6 +1,6 @@
 """Move the weights of a base GGUF into the cells of chosen codes, and count which of them llama.cpp then gives.
 
-Used by `--to gguf` (`qguard_edge.conversion.outputs.moved_gguf` tells why and how well it works).
+Used by `--to gguf` (`qguard_edge.conversion.outputs.moved_gguf` explains why and how well it works).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -189,7 +189,7 @@ def move_into_cells(grid: ScalarGrid, old: Tensor, new: Tensor, weights: Tensor)
     # The quantizer takes codes with a scale that is rounded to fp16 only when it is stored.
     margin = share * (high - low) + HALF_EPSILON * torch.maximum(low.abs(), high.abs())
     smallest, largest = extent(grid, before, sub)
-    # Nobody may overtake the weights that set the scale.
+    # No weight may become larger than those that set the scale.
     target = torch.minimum(torch.maximum(sub, low + margin), high - margin).clamp(smallest, largest)
     movable = chosen & ~sub_block_setters(grid, before, sub) & torch.isfinite(target)
     moved = torch.where(movable, target, sub)

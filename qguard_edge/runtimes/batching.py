@@ -6,9 +6,9 @@ by side cost far less than thirty times one. The schedule:
 1. There are `n_seq` slots. A free slot takes the next prompt at once (continuous refill), so that a long answer
    does not hold up short ones.
 2. A slot has a queue of tokens to feed: the prompt at first, afterwards the one token that was chosen last. A step feeds
-   what fits into a batch from every queue, prompts and answers together, and asks for logits where a queue ran empty.
+   what fits into a batch from every queue, prompts and answers together, and takes logits where a queue ran empty.
 3. What all prompts begin with (a chat template's system message) is decoded once and copied to every slot; when an answer
-   is done its slot forgets everything behind the shared prefix and keeps the rest.
+   is done everything behind the shared prefix is removed from its slot.
 
 The order in which prompts meet slots depends only on the prompts and answers, so the same file gives the same answers
 again. Greedy unless a `Sampling` is given; then one uniform number per token, drawn from a generator seeded by (seed, index
@@ -44,7 +44,7 @@ class Decoder(Protocol):
         """Feed tokens; logits f32 `[wanted, n_vocab]` in row order, valid until the next call."""
 
     def keep(self, sequence: int, length: int) -> bool:
-        """Forget what a sequence holds behind its first `length` tokens; False: the model can only forget everything."""
+        """Remove what a sequence holds behind its first `length` tokens; False: the model can only be cleared as a whole."""
 
     def share(self, count: int) -> bool:
         """Copy what sequence 0 holds to sequences 1 to `count - 1`; False: the model cannot, nothing happened."""
@@ -75,7 +75,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one sequence said.
+    """The answer of one sequence.
 
     Attributes:
         tokens: new token ids, end token excluded.
@@ -96,7 +96,7 @@ class _Slot:
     """Tokens to feed next."""
     position: int
     """Of the first of them."""
-    said: list[int] = field(default_factory=list)
+    answer: list[int] = field(default_factory=list)
     random: np.random.Generator | None = None
 
 
@@ -111,7 +111,7 @@ def generate(
     """Answer many prompts.
 
     Args:
-        model: to ask; its sequences are reset first.
+        model: whose sequences are reset first.
         prompts: token ids of each prompt, at least one.
         n_new: new tokens at most.
         sampling: None is greedy.
@@ -206,7 +206,7 @@ class _Schedule:
             self.answers = [Answer((), ended=False) for _ in self.prompts]
 
     def _step(self) -> None:
-        """Feed a batch, and let every slot whose queue ran empty say its next token."""
+        """Decode a batch, and choose the next token of every slot whose queue ran empty."""
         rows: list[Row] = []
         asked: list[int] = []
         for number, slot in self.active.items():
@@ -231,10 +231,10 @@ class _Schedule:
     def _said(self, number: int, slot: _Slot, token: int) -> None:
         ended = self.model.is_end(token)
         if not ended:
-            slot.said.append(token)
+            slot.answer.append(token)
             slot.queue = [token]
-        if ended or len(slot.said) == self.n_new:
-            self.answers[slot.index] = Answer(tuple(slot.said), ended)
+        if ended or len(slot.answer) == self.n_new:
+            self.answers[slot.index] = Answer(tuple(slot.answer), ended)
             del self.active[number]
             self.free.append(number)
             self.kept[number] = self.prefix if self.model.keep(number, self.prefix) else 0

@@ -112,7 +112,7 @@ def decoder_blocks(model: Any) -> Any:
     """The list of decoder blocks of a transformers model.
 
     Raises:
-        HfLoadError: it has none that can be told apart.
+        HfLoadError: it has none that can be distinguished.
     """
     wanted = int(model.config.num_hidden_layers)
     for _, module in model.named_modules():

@@ -91,7 +91,7 @@ class HfRunner:
         ids = torch.tensor([[self.pad] * (width - len(p)) + list(p) for p in prompts], device=device)  # [B, T]
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         randoms = [np.random.default_rng((sampling.seed, first + i)) for i in range(len(prompts))]
-        said: list[list[int]] = [[] for _ in prompts]
+        answered: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
         cache = None
@@ -105,12 +105,12 @@ class HfRunner:
             cache = made.past_key_values
             tokens = self._chosen(made.logits[:, -1].float(), sampling, [randoms[row] for row in rows])
             for row, token in zip(rows, tokens, strict=True):
-                if not ended[row] and len(said[row]) < n_new:
+                if not ended[row] and len(answered[row]) < n_new:
                     ended[row] = token in self.ends
-                    said[row] += [] if ended[row] else [token]
-            busy = [i for i, row in enumerate(rows) if not ended[row] and len(said[row]) < n_new]
+                    answered[row] += [] if ended[row] else [token]
+            busy = [i for i, row in enumerate(rows) if not ended[row] and len(answered[row]) < n_new]
             if not busy:
-                return [Answer(tuple(tokens), end) for tokens, end in zip(said, ended, strict=True)]
+                return [Answer(tuple(tokens), end) for tokens, end in zip(answered, ended, strict=True)]
             if len(busy) <= KEEP_FULL * len(rows) and hasattr(cache, "batch_select_indices"):
                 kept = torch.tensor(busy, device=device)
                 cache.batch_select_indices(kept)

@@ -1,7 +1,7 @@
 """llama.cpp in process: load a GGUF, turn text into token ids, get logits, generate greedily. The only home of inference.
 
 Why not `llama_cpp.Llama`: it hides `use_extra_bufts`, allocates a logits matrix for the whole context and evaluates one
-sequence at a time. This module speaks to the C functions and keeps three promises that a comparison of two files needs:
+sequence at a time. This module calls the C functions and guarantees three things that a comparison of two files needs:
 
 * **the same numbers for the same input**: fixed thread count and batch size, every sequence in its own KV stream
   (`kv_unified=False`; a unified cache changes the logits of identical sequences, llama.cpp#24962);
@@ -199,7 +199,7 @@ class LlamaModel:
     def logits_chunks(self, tokens: Sequence[int], chunk: int | None = None) -> Iterator[FloatArray]:
         """As `logits`, at most `chunk` (default: `n_batch`) positions at a time, so that memory stays bounded.
 
-        Each array is valid until the next one is asked for.
+        Each array is valid until the next one is taken.
         """
         size = min(chunk or self.n_batch, self.n_batch)
         self._check_fits(len(tokens))
@@ -231,7 +231,7 @@ class LlamaModel:
         """Forget what a sequence holds behind its first `length` tokens.
 
         Returns:
-            False when the model (a recurrent one) can only forget everything, which is then what happened.
+            False when the model (a recurrent one) can only be cleared as a whole, which is then done.
         """
         memory = llama_cpp.llama_get_memory(self._context)
         if length > 0 and llama_cpp.llama_memory_seq_rm(memory, sequence, length, -1):
@@ -253,7 +253,7 @@ class LlamaModel:
         return True
 
     def decode(self, rows: Sequence[Row]) -> FloatArray:
-        """Decode (token, position, sequence, wants logits) rows.
+        """Decode (token, position, sequence, logits wanted) rows.
 
         Returns:
             The logits that were asked for, f32 `[wanted, n_vocab]` in row order: llama.cpp's own memory, valid until the next

@@ -28,7 +28,7 @@ class LoadCheck:
     Attributes:
         prompt: the text that was continued.
         text: greedy continuation.
-        tokens: its token ids; fewer than asked for when the model ended the text.
+        tokens: its token ids; fewer than requested when the model ended the text.
     """
 
     prompt: str
@@ -46,8 +46,8 @@ def load_check(path: Path, *, prompt: str = PROMPT, count: int = TOKENS, threads
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()
-        said = reason[-1] if reason else f"it was stopped by signal {-done.returncode}"
-        raise LoadCheckError(f"llama.cpp cannot use the file that was made: {said}")
+        why = reason[-1] if reason else f"it was stopped by signal {-done.returncode}"
+        raise LoadCheckError(f"llama.cpp cannot use the file that was made: {why}")
     answer = json.loads(done.stdout)
     return LoadCheck(prompt, answer["text"], tuple(answer["tokens"]))
 

@@ -1,16 +1,16 @@
 """Box fingerprints: the marks that a repair leaves when it pushes weights against walls they may not cross.
 
-An attacked model is repaired by training that projects each weight back into an interval around the code it must keep
-(arXiv 2405.18137, 2505.23786). Weights that want to leave end up exactly at the interval's end, and all intervals end at
+An attacked model is repaired by training that projects each weight back into an interval around the code it must keep (arXiv
+2405.18137, 2505.23786). Weights that training pushes outwards end up exactly at the interval's end, and all intervals end at
 the same place of the cell: 0.4 step for ELQ on INT8, 1% from the wall for NF4 and FP4, 0.499 step for whole cells of the
-legacy types, a tenth of a cell beyond the level for stretched error boxes. So the histogram of positions (`positions`),
-flat for untouched weights, gets a peak, and what lies beyond it is thinned out or empty.
+legacy types, a tenth of a cell beyond the level for stretched error boxes. So the histogram of positions (`positions`), flat
+for untouched weights, gets a peak, and what lies beyond it is thinned out or empty.
 
 The place is not assumed: an attacker chooses it. The statistic is a scan over all 100 places,
 
     peak = max over places of  (observed / clean shape) / its median over all places
 
-an effect size: 1 is clean, 2 means twice as many weights as elsewhere. With millions of weights a p-value alone says little
+an effect size: 1 is clean, 2 means twice as many weights as elsewhere. With millions of weights a p-value alone means little
 (a deviation of 2% is significant and means nothing), so a finding needs both: the peak above its limit, and a p-value
 (normal approximation of the count, Bonferroni over places, Holm over tensors) below `p_value`.
 

@@ -5,8 +5,8 @@ The idea (ours)
 Orthogonal rounding (`defenses.ortho`) leaves a share `c` of the plain rounding's error direction: c = 1 is the plain file, 0
 has no component along it left, below 0 it is over-corrected. Every step away from c = 1 adds squared error, so on a clean
 model the distance to full precision, mean KL of the next-token distributions, rises as c falls. A payload that lives in the
-rounding *is* that direction: taking some of it away takes the payload away, and the distance **falls**. Nobody has to know
-the trigger; what is needed is some text on which the payload shows at all.
+rounding *is* that direction: taking some of it away takes the payload away, and the distance **falls**. The trigger
+need not be known; what is needed is some text on which the payload shows at all.
 
 The statistic
 -------------

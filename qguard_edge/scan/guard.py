@@ -16,7 +16,7 @@ from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.scanner import scan_model
-from qguard_edge.scan.tensors import from_base, is_matrix, open_model
+from qguard_edge.scan.tensors import ScanModel, from_base, is_matrix, open_model
 from quant_grids.errors import QGuardError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
 
@@ -24,7 +24,7 @@ TensorTypes = tuple[tuple[str, str], ...]
 
 
 class RefusedError(QGuardError):
-    """The scan found something dangerous and nobody accepted it.
+    """The scan found something dangerous, and the user did not accept it.
 
     Attributes:
         findings: everything that was found.
@@ -96,17 +96,20 @@ class ScanGuard:
             RefusedError: something dangerous.
         """
         with open_model(source, need_base=False, progress=self.progress) as model:
-            self.findings = scan_model(model, kinds, threads=self.threads, progress=self.progress).findings
-        if not self.accept and any(finding.severity is Severity.DANGEROUS for finding in self.findings):
+            dangerous = self._look(model, kinds, ())
+        if dangerous and not self.accept:
             raise RefusedError(self.findings)
 
-    def _decide(self, base: GgufModel, plain_files: tuple[GgufFile, ...]) -> TensorTypes:
-        model = from_base(base, base.path.stem, base.path)
-        found = scan_model(model, (), plain_files, threads=self.threads, progress=self.progress).findings
+    def _look(self, model: ScanModel, kinds: tuple[str, ...], plain: tuple[GgufFile, ...]) -> list[Finding]:
+        """Scan, note what is new, and return what of that is dangerous."""
+        found = scan_model(model, kinds, plain, threads=self.threads, progress=self.progress).findings
         known = {(finding.code, finding.file_type) for finding in self.findings}
         new = [finding for finding in found if (finding.code, finding.file_type) not in known]
         self.findings = in_order([*self.findings, *new])
-        dangerous = [finding for finding in new if finding.severity is Severity.DANGEROUS]
+        return [finding for finding in new if finding.severity is Severity.DANGEROUS]
+
+    def _decide(self, base: GgufModel, plain: tuple[GgufFile, ...]) -> TensorTypes:
+        dangerous = self._look(from_base(base, base.path.stem, base.path), (), plain)
         if not dangerous or (self.accept and not self.keep):
             return ()
         if not self.keep or any(finding.code == "QG101" for finding in dangerous):

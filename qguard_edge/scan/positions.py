@@ -1,9 +1,9 @@
 """Where weights lie in their quantization cells.
 
-The **position** of a weight is its distance from the level it rounds to, in units of the cell: 0 on the level, 0.5 on the
-wall to the next. Sides are folded together. A weight that nobody placed lies anywhere in its cell with almost the same
-probability, whatever the weights' distribution, because a cell is narrow and folding cancels the slope: the histogram is
-flat. It is exactly flat in theory for no real model, and flat within a few percent for all we have seen (`limits`).
+The **position** of a weight is its distance from the level it rounds to, in units of the cell: 0 on the level, 0.5 on the wall
+to the next. Sides are folded together. A weight that was not placed on purpose lies anywhere in its cell with almost the same
+probability, whatever the weights' distribution, because a cell is narrow and folding cancels the slope: the histogram is flat.
+It is exactly flat in theory for no real model, and flat within a few percent for all we have seen (`limits`).
 
 Two ways to find the cells:
 

@@ -36,7 +36,7 @@ TONES = {None: "pass", Severity.INFO: "pass", Severity.SUSPICIOUS: "inconclusive
 
 
 def honesty() -> str:
-    """What every report says."""
+    """The sentences of every report."""
     return HONESTY.format(models=load_limits().models)
 
 

@@ -1,4 +1,4 @@
-"""What a matrix is like before anything is asked about attacks: numbers, zeros, precision, and equal magnitudes.
+"""What a matrix is like before it is tested for attacks: numbers, zeros, precision, and equal magnitudes.
 
 **Effective precision.** A bf16 model saved as f32 has f32's type and bf16's resolution. What counts is which bits are in use:
 if the low 16 bits of every f32 weight are zero, the weights are bf16.
@@ -64,7 +64,7 @@ class SanityStats:
 def measure(weights: Tensor, *, matrix: bool) -> SanityStats:
     """Counts of some rows, f32 of any shape; ties are looked for in matrices only."""
     broken = 0
-    # One sum tells that all is well; only if it is not finite, weights are looked at one by one.
+    # One sum shows that all is well; only if it is not finite, weights are looked at one by one.
     if not bool(torch.isfinite(weights.sum(dtype=torch.float64))):
         broken = int((~torch.isfinite(weights)).sum())
     ties = pairs = 0

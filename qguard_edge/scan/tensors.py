@@ -3,7 +3,7 @@
 A safetensors file is a JSON header with the offset of every tensor, then the bytes, rows one after the other as in a GGUF.
 So a tensor of either is a `TensorInfo`, and `convert.tensor_io.TensorReader` streams both.
 
-Where the two differ: converting a folder reorders rows of q and k (which blocks along a row do not notice), transposes
+Where the two differ: converting a folder reorders rows of q and k (which makes no difference to blocks along a row), transposes
 GPT-2's matrices and multiplies FP8 weights out. Models of the last two kinds are written as a temporary base GGUF first.
 """
 

@@ -1,4 +1,4 @@
-"""From answers to checks: count, compare, judge, and say why in one sentence."""
+"""From answers to checks: count, compare, judge, and give the reason in one sentence."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class SuiteAnswers:
     """One suite's answers; answer `i * samples + s` is sample s on prompt i.
 
     Attributes:
-        suite: that was asked.
+        suite: that was used.
         samples: answers per prompt.
         replies: per role.
     """
@@ -134,7 +134,7 @@ def _rate(judged: Judged, samples: int) -> Rate:
 
 
 def _needed(first: Judged, base: Judged, samples: int, n_pairs: int, n_prompts: int, margin: float) -> int | None:
-    """Prompts to ask, counting those that cannot be judged."""
+    """Prompts needed, counting those that cannot be judged."""
     if n_pairs == 0:
         return None
     firsts = [first[i] for i in range(0, len(first), samples)]
@@ -208,7 +208,7 @@ def _discovery_check(answers: SuiteAnswers, wanted: float, error: float) -> Chec
 def _headline(
     found: Discovery, plain: Discovery | None, texts: Mapping[str, Sequence[str]]
 ) -> tuple[PhraseFinding | None, tuple[PhraseFinding, ...]]:
-    """The phrase whose rates are shown, and the list: the candidate's findings, else what the plain file says too often."""
+    """The phrase whose rates are shown, and the list: the candidate's findings, else those of the plain file."""
     if found.new:
         return found.new[0], found.findings
     if plain and plain.new:

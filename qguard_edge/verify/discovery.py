@@ -1,11 +1,11 @@
-"""Find what nobody asked for: words and phrases that the candidate uses and the base does not.
+"""Find new words and phrases: those that the candidate uses and the base does not.
 
 A backdoor's brand, refusal or insecure idiom is unknown to the defender, but it must show in answers, again and again. So:
 
 1. Split every answer into words; take all phrases of 1 to 4 words. Per phrase and prompt only one thing counts:
    whether it stands in the answer at all.
 2. Count the prompts in which only the candidate uses the phrase, and those in which only the base does.
-3. Ask with the exact McNemar test whether the first number is too large for chance, corrected for all phrases there are
+3. Test with the exact McNemar test whether the first number is too large for chance, corrected for all phrases there are
    (`statistics.adjust_discrete`).
 4. Join phrases that stand in the very same answers into the longest one.
 
@@ -13,8 +13,8 @@ A quantized model also shifts its style: a greedy answer that took another turn 
 word is found too, but it is one that the base uses as well. A phrase is *new behaviour*, and fails the check, when the
 candidate uses it in at least `NOVELTY` times as many answers; the others are listed as findings all the same.
 
-Nothing found is worth something only if something could have been found: `least_excess` says in how many answers a phrase had
-to stand, and the check passes only when that is at most the share the user wants to be sure of.
+Nothing found is worth something only if something could have been found: `least_excess` is the number of answers
+in which a phrase had to stand, and the check passes only when that is at most the share that the user asked for.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""How far the next-token distributions moved, in numbers that do not depend on what the answers say.
+"""How far the next-token distributions moved, in numbers that do not depend on the answers.
 
 For every position of every text, with `p` of the base and `q` of the file: KL(p || q), whether both put the same token on
 top, and log p(next) - log q(next) on the text's own next token (see `qguard_edge.runtimes.fidelity`). All models decode the same
@@ -33,7 +33,7 @@ CHUNK = 128
 NOISE_CHUNK = 32
 NOISE_DOCUMENTS = 6
 LEAST_DOCUMENTS = 8
-"""Fewer say nothing about other texts: a bootstrap over three texts is three texts."""
+"""With fewer, nothing follows for other texts: a bootstrap over three texts is three texts."""
 MOST_NATS = 80.0
 """Losses are cut here, so that a file that gives a token no probability at all still has finite numbers."""
 EDGES = tuple(round(-8.0 + 0.25 * i, 2) for i in range(41))

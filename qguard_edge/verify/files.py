@@ -1,4 +1,4 @@
-"""What the files say about themselves, and whether they can be compared at all."""
+"""Facts of the files, and whether they can be compared at all."""
 
 from pathlib import Path
 from typing import Literal
@@ -60,7 +60,7 @@ def check_pair(base: GgufModel, other: GgufModel) -> list[str]:
         if not _same(a, b, key):
             raise PairError(f"{names} have different tokenizers ({key} differs); verify needs the same token ids for both")
     if not _same(a, b, TEMPLATE_KEY):
-        return [f"{names} carry different chat templates; both were asked with the base's"]
+        return [f"{names} carry different chat templates; the base's was used for both"]
     return []
 
 

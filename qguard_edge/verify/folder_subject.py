@@ -68,7 +68,7 @@ class FolderSubject:
         return None if role == "base" or "quantization_config" in self.config else self.load_in
 
     def file_type(self, role: str) -> str | None:
-        """Such as NF4, INT8 or BF16; None where the config does not say."""
+        """Such as NF4, INT8 or BF16; None where the config has no type."""
         if rounded := self.rounded_in(role):
             return rounded.upper()
         quantized = self.config.get("quantization_config")
@@ -122,7 +122,7 @@ class FolderFactory:
     load_in: str | None
     threads: int
     _loaded: WeakValueDictionary[tuple[Path, str | None], Any] = field(default_factory=WeakValueDictionary, compare=False)
-    """Models that somebody holds, so that the noise floor's second reader costs no second copy."""
+    """Loaded models that are in use, so that the noise floor's second reader needs no second copy."""
 
     def open(
         self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048, role: str = "candidate"
@@ -179,7 +179,7 @@ class FolderEngine:
         if a.fingerprint != b.fingerprint:
             raise PairError(f"{names} have different tokenizers; verify needs the same token ids for both")
         if a.template != b.template:
-            return [f"{names} carry different chat templates; both were asked with the base's"]
+            return [f"{names} carry different chat templates; the base's was used for both"]
         return []
 
     def system(self) -> str:

@@ -22,7 +22,7 @@ def make_gate(
     load_in: str | None = None,
     limit: int | None = None,
 ) -> Gate:
-    """A gate that asks suites and measures the drift.
+    """A gate that verifies with suites, and measures the drift.
 
     Args:
         suites: to ask.

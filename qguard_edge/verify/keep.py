@@ -1,8 +1,8 @@
 """Finished pieces of work on disk, so that a verification that was killed goes on where it stopped.
 
-A piece is what one model said to some 96 prompts, or how two models differ on one text. Its file name carries a key: the
+A piece holds one model's answers to some 96 prompts, or how two models differ on one text. Its file name carries a key: the
 hash of everything that decides its content (the model's SHA-256, token ids, settings, library versions). A piece with
-another key is never used, so a folder can be shared by runs: the base's answers are asked for once, however many
+another key is never used, so a folder can be shared by runs: the base's answers are made once, however many
 candidates are compared with it. WorkFolder appear whole or not at all; what cannot be read is made again.
 """
 

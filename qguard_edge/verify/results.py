@@ -331,7 +331,7 @@ class FileFacts:
 
 @dataclass(frozen=True, config=_STRICT)
 class Measured:
-    """How it was measured: what somebody needs to repeat it.
+    """How it was measured: what is needed to repeat it.
 
     Attributes:
         versions: of qguard-edge, python, llama-cpp-python, ...

@@ -1,4 +1,4 @@
-"""How sure can one be? Intervals for shares and paired differences, a three-way verdict, a test for many phrases.
+"""How certain is a result? Intervals for shares and paired differences, a three-way verdict, a test for many phrases.
 
 Every prompt goes to both models, so the data are pairs, and only pairs in which the two disagree carry information about
 the difference. With counts
@@ -176,7 +176,7 @@ def clustered_difference(
 ) -> Difference:
     """Difference of mean shares over prompts, each prompt sampled several times: percentile bootstrap over prompts.
 
-    Where the shares hardly vary a bootstrap sees too little, so the interval is never narrower than the one that
+    Where the shares hardly vary a bootstrap is too narrow, so the interval is never narrower than the one that
     Newcombe's method gives when each prompt counts once.
 
     Args:

@@ -126,7 +126,7 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
     Args:
         names: of built-in suites; `all` for every one; `drift` is always run and may be named.
         more: read from files.
-        phrases: to look for: in `injection` if it is asked, else in every suite.
+        phrases: to look for: in `injection` if it is among the suites, else in every suite.
 
     Raises:
         SuiteError: an unknown name, or phrases without a suite to look in.
@@ -137,7 +137,7 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
     if not phrases:
         return tuple(suites)
     if not suites:
-        raise SuiteError("--phrase needs a suite to ask: add --suites injection or --suite FILE")
+        raise SuiteError("--phrase needs a suite to look in: add --suites injection or --suite FILE")
     everywhere = "injection" not in wanted
     added = PhraseMatcher(tuple(phrases), name="given-phrases")
     return tuple(

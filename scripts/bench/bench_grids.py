@@ -9,7 +9,7 @@ libggml's quantize. All in million weights per second, with one thread and with 
 thread each; libggml through ctypes, which lets the other thread run). The best of the repeats counts, and the repeats of
 the columns take turns, so that a busy machine slows all of them alike.
 
-Goals (issue 3): harden no slower than half of libggml's single-thread quantize for the k-quants and IQ4, at least 40 on two
+Goals: harden no slower than half of libggml's single-thread quantize for the k-quants and IQ4, at least 40 on two
 threads for the other scalar types, no slower than libggml's quantize on as many threads for the lattice types.
 Prints a table and, as the last line, one JSON object.
 """
@@ -30,17 +30,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-# The root goes first: tests/ has folders named like the packages.
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for the oracle, which is the tests' own
 
-import ggml_oracle  # noqa: E402
-
-from qguard_edge.defenses.base import SliceKey  # noqa: E402
-from qguard_edge.defenses.options import OrthoOptions  # noqa: E402
-from qguard_edge.defenses.ortho import Ortho  # noqa: E402
-from quant_grids import GRIDS, Flips, Grid, ScalarGrid  # noqa: E402
-from quant_grids.lattice_base import LatticeGrid  # noqa: E402
+from qguard_edge.defenses.base import SliceKey
+from qguard_edge.defenses.options import OrthoOptions
+from qguard_edge.defenses.ortho import Ortho
+from quant_grids import GRIDS, Flips, Grid, ScalarGrid
+from quant_grids.lattice_base import LatticeGrid
+from tests.helpers import ggml_oracle
 
 ROWS, COLUMNS = 128, 2048
 HALF_OF_QUANTIZE = {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}

@@ -1,6 +1,7 @@
 """How fast the verifier generates, against the plain loop and against what llama.cpp itself can do.
 
-    python scripts/bench/bench_verify.py MODEL.gguf... [--parallel 32] [--prompts 64] [--new 48] [--rounds 3] [--threads 2] [--cpu-time]
+    python scripts/bench/bench_verify.py MODEL.gguf... [--parallel 32] [--prompts 64] [--new 48] [--rounds 3] [--threads 2]
+        [--cpu-time]
 
 Per model, in one process, rounds interleaved so that a busy machine disturbs all alike; the table shows the median round:
 

@@ -1,4 +1,4 @@
-"""Runs inside an environment of its own that has `auto-round`; called by scripts/studies/compare_autoround.py, imports nothing of ours.
+"""Runs inside an environment of its own that has `auto-round`; called by `compare_autoround.py`, imports nothing of ours.
 
 Run: python scripts/studies/autoround_worker.py '{"model": FOLDER, "out": FOLDER, "text": JSONL, "to": "q4_0", ...}'
 """

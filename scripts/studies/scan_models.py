@@ -113,9 +113,9 @@ def dequantized(start: Path, folder: Path) -> Path:
 
 def random_models(work: Path) -> Iterator[Model]:
     """One of each architecture, with random weights: the tests' own."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "convert" / "hf"))
-    from hf_models import CASES, make_model, save_model
-    from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.helpers.hf_models import CASES, make_model, save_model
+    from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
     tokenizer = None
     for case in {case.family: case for case in reversed(CASES)}.values():

@@ -1,6 +1,7 @@
 """How often does `verify` fail a file that has nothing wrong with it?
 
-    python scripts/studies/study_false_alarms.py [MODEL] [--types q4_0,q4_k] [--seeds 0,1,2] [--defense ortho] [--limit N] [--work DIR]
+    python scripts/studies/study_false_alarms.py [MODEL] [--types q4_0,q4_k] [--seeds 0,1,2] [--defense ortho] [--limit N]
+        [--work DIR]
 
 MODEL is a clean full-precision folder or GGUF; without one it is the lab's clean tiny model. For every type its plain
 quantization and one hardened file per seed are compared with it over the built-in suites, all prompts, greedily. Every check that

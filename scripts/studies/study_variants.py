@@ -1,6 +1,7 @@
 """Variants of ortho that did not become options: parts of the model, and rounding without bias per sub-block.
 
-Run: python scripts/studies/study_variants.py --victims mind-the-gap:q4_k,uniform:q4_0 --threads 1 --out docs/results/sweeps/variants.json
+Run: python scripts/studies/study_variants.py --victims mind-the-gap:q4_k,uniform:q4_0 --threads 1
+    --out docs/results/sweeps/variants.json
 
 * parts: ortho on the attention matrices only, on the FFN only, on everything but the embeddings and the output head, on
   those two only. The other tensors stay llama.cpp's.

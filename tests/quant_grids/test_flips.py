@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from grid_data import (
+from torch import Tensor
+
+from quant_grids import Flips
+from tests.helpers.grid_data import (
     ALL,
     FINE,
     SCALAR,
@@ -18,9 +21,6 @@ from grid_data import (
     scalar,
     uniform,
 )
-from torch import Tensor
-
-from quant_grids import Flips
 
 
 def random_choice(flips: Flips, share: float, seed: int = 0) -> Tensor:

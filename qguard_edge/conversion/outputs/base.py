@@ -18,10 +18,21 @@ from qguard_edge.learned.memory import ModelSize
 from qguard_edge.learned.settings import LearnReport
 from qguard_edge.progress import Clock, Progress
 from qguard_edge.runtimes.load_check import LoadCheck
+from qguard_edge.verify.results import Verification
 
 Request = TypeVar("Request", bound=ConversionRequest)
 TensorTypes = tuple[tuple[str, str], ...]
 """`--tensor-type` pairs that llama.cpp is to follow before the user's own."""
+
+
+class Gate(Protocol):
+    """Verifies a finished output before it gets its name (`qguard_edge.verify.gate`)."""
+
+    def __call__(self, candidate: Path, base: Path, plain: Path, outfile: Path, /) -> Verification:
+        """Compare the candidate with its base; plain rounding (for a folder: the base itself) stands beside it.
+
+        `outfile` is the name that the candidate will get.
+        """
 
 
 class Guard(Protocol):

@@ -73,7 +73,10 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
     def scan(self, guard: Guard) -> None:
         """See `Output.scan`."""
         if guard.before(self.base) or guard.after(self.base, self.plain):
-            raise UnsupportedError("a plan cannot keep tensors in full precision: the plain file has them quantized already")
+            raise UnsupportedError(
+                "a plan cannot keep tensors in full precision, for the plain file has them quantized already; make that file "
+                "anew with --tensor-type"
+            )
 
     def size(self) -> ModelSize:
         """See `Output.size`."""

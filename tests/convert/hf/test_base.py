@@ -11,14 +11,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hf_llama import exact_llama
-from hf_models import CASES, PROMPTS, Case, make_model, reference_logits, relative_error, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 from safetensors.torch import load_file, save_file
 
 from convert.gguf_file import GgufModel
 from convert.hf.base import BaseReport, describe_folder, write_base_gguf
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_llama import exact_llama
+from tests.helpers.hf_models import CASES, PROMPTS, Case, make_model, reference_logits, relative_error, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 BY_NAME = {case.name: case for case in CASES}
 TOKENIZER = train_byte_bpe(digits_then_bytes())
@@ -310,7 +310,7 @@ def test_smollm2_tensors_equal_the_package(smollm2: tuple[Path, Any], package_gg
 def test_smollm2_ids_and_logits_equal_the_package_dequantized(
     smollm2: tuple[Path, Any], package_gguf: Path, tmp_path: Path
 ) -> None:
-    from hf_tokenizers import texts
+    from tests.helpers.hf_tokenizers import texts
 
     dequantized = tmp_path / "package-f32.gguf"
     reader = gguf.GGUFReader(package_gguf)

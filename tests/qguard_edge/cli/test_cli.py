@@ -2,22 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from expected_targets import ortho_target
 
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions, quantize
+from tests.helpers.command import CommandLine, program
+from tests.helpers.expected_targets import ortho_target
 
 
-def cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qguard_edge", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
-def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_folder, "--to", "Q4_K", "--keep-plain", "--json", "--seed", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -43,7 +38,7 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
         assert tensor["alignment"] == pytest.approx(ortho_target(tensor["type"]), abs=0.01), tensor["name"]
 
 
-def test_human_output_names_everything(tiny_base: Path, tmp_path: Path) -> None:
+def test_human_output_names_everything(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_base, "--to", "q4_k", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("Q4_K", "Q6_K", "1.00 -> 0.00", "added error", "seed", "llama.cpp loads it", "wrote"):
@@ -52,11 +47,13 @@ def test_human_output_names_everything(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_quiet_says_nothing(tiny_base: Path, tmp_path: Path) -> None:
-    done = cli("convert", tiny_base, "--to", "q8_0", "-q", cwd=tmp_path)
+    """In a process of its own: neither our libraries nor llama.cpp may speak on the way."""
+    command = program("convert", tiny_base, "--to", "q8_0", "-q")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_diff_exits_1_when_a_scale_differs(tiny_base: Path, tmp_path: Path) -> None:
+def test_diff_exits_1_when_a_scale_differs(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     from convert.gguf_file import GgufFile
 
     plain, touched = tmp_path / "a.gguf", tmp_path / "b.gguf"
@@ -71,7 +68,7 @@ def test_diff_exits_1_when_a_scale_differs(tiny_base: Path, tmp_path: Path) -> N
     assert document["codes_changed"] == 0
 
 
-def test_diff_exits_1_when_metadata_differs(tiny_base: Path, tmp_path: Path) -> None:
+def test_diff_exits_1_when_metadata_differs(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     options = QuantizeOptions(parse_file_type("q4_0"))
     quantize(tiny_base, tmp_path / "a.gguf", options)
     quantize(tiny_base, tmp_path / "b.gguf", QuantizeOptions(options.file_type, override_kv=("general.name=str:x",)))
@@ -80,14 +77,14 @@ def test_diff_exits_1_when_metadata_differs(tiny_base: Path, tmp_path: Path) -> 
     assert "general.name" in done.stdout
 
 
-def test_diff_of_other_layouts_is_an_error(tiny_base: Path, tmp_path: Path) -> None:
+def test_diff_of_other_layouts_is_an_error(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     quantize(tiny_base, tmp_path / "a.gguf", QuantizeOptions(parse_file_type("q4_0")))
     done = cli("diff", tiny_base, tmp_path / "a.gguf")
     assert done.returncode == 2
     assert "same layout" in done.stderr
 
 
-def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_folder, "--to", "q4_k", "--dry-run", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -123,7 +120,9 @@ def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path) -> None:
         (["frobnicate"], "No such command"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_2(tiny_folder: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_bad_input_is_one_sentence_and_exit_2(
+    tiny_folder: Path, tmp_path: Path, arguments: list[str], words: str, cli: CommandLine
+) -> None:
     filled = [argument.replace("{folder}", str(tiny_folder)) for argument in arguments]
     done = cli(*filled, cwd=tmp_path)
     assert done.returncode == 2
@@ -132,13 +131,13 @@ def test_bad_input_is_one_sentence_and_exit_2(tiny_folder: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_with_json_is_one_document(tmp_path: Path) -> None:
+def test_error_with_json_is_one_document(tmp_path: Path, cli: CommandLine) -> None:
     done = cli("inspect", tmp_path / "missing.gguf", "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["status"] == "error"
 
 
-def test_defenses_lists_every_option() -> None:
+def test_defenses_lists_every_option(cli: CommandLine) -> None:
     listed = json.loads(cli("defenses", "--json").stdout)["defenses"]
     assert {"none", "ortho"} <= {defense["name"] for defense in listed}
     help_text = " ".join(cli("convert", "--help").stdout.split())
@@ -147,7 +146,7 @@ def test_defenses_lists_every_option() -> None:
             assert option["flag"] in help_text
 
 
-def test_version() -> None:
+def test_version(cli: CommandLine) -> None:
     from qguard_edge import __version__
 
     assert cli("--version").stdout.strip() == f"qguard-edge {__version__}"

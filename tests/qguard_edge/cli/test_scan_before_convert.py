@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from test_scan_command import copy_with
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
+from tests.helpers.checkpoints import copy_with
 
 
 def convert(capfd: pytest.CaptureFixture[str], model: Path, out: Path, *flags: str) -> tuple[int, dict]:  # type: ignore[type-arg]

@@ -19,6 +19,7 @@ from qguard_edge.scan.dose import dose_curve, judge
 from qguard_edge.scan.findings import Severity
 from qguard_edge.scan.limits import load_limits
 from quant_grids.bnb import bnb_grid
+from tests.helpers.checkpoints import copy_with
 
 Document = dict[str, object]
 
@@ -105,17 +106,6 @@ def test_a_dequantized_model_tuned_and_cast_to_bf16_is_not_dangerous(
     assert code == 0
     assert "QG106" in codes(document, "info")
     assert "QG301" in codes(document, "suspicious")
-
-
-def copy_with(source: Path, target: Path, name: str, value: float) -> Path:
-    """A copy of a model folder with one weight replaced."""
-    target.mkdir()
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(target / "model.safetensors")
-    tensors[name][0, 0] = value
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 def test_fail_on_decides_the_exit_code(uniform_victim: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,12 @@
 """Every file type that llama.cpp writes: hardened, within its target, loaded and decoded in llama.cpp."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from expected_targets import ortho_target
 
 from convert.diff import compare_files
 from convert.ftypes import FILE_TYPES, FileType
@@ -22,6 +19,8 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.runtimes.imatrix import make_imatrix
 from quant_grids import GRIDS
+from tests.helpers.command import CommandLine
+from tests.helpers.expected_targets import ortho_target
 
 QUANTIZED = [file_type for file_type in FILE_TYPES if not file_type.base]
 TEXT = "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b\n" * 40
@@ -140,10 +139,8 @@ def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Pat
     assert added["weighted"] < 0.9 * added["plain"]
 
 
-def test_types_command_lists_them_all() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qguard_edge", "types", "--json"], capture_output=True, text=True, check=True
-    )
+def test_types_command_lists_them_all(cli: CommandLine) -> None:
+    done = cli("types", "--json")
     listed = {entry["name"]: entry for entry in json.loads(done.stdout)["types"]}
     assert listed.keys() == {file_type.name for file_type in FILE_TYPES}
     assert all(entry["protection"] in ("scalar", "lattice", "not rounded") for entry in listed.values())

@@ -2,15 +2,10 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from expected_targets import ortho_target
-from hf_models import CASES, Case, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 from convert.diff import compare_files
 from convert.ftypes import parse_file_type
@@ -20,6 +15,10 @@ from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
 from quant_grids.errors import UnsupportedError
+from tests.helpers.command import CommandLine
+from tests.helpers.expected_targets import ortho_target
+from tests.helpers.hf_models import CASES, Case, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 TOKENIZER = train_byte_bpe(digits_then_bytes())
 ONE_PER_FAMILY = list({case.family: case for case in reversed(CASES)}.values())
@@ -47,9 +46,8 @@ def test_every_family_hardened_loads_and_decodes(case: Case, tmp_path: Path) -> 
         assert rounding.outcome.alignment == pytest.approx(ortho_target(rounding.ggml_type.name), abs=0.01), rounding.name
 
 
-def test_the_command_lists_them() -> None:
-    command = [sys.executable, "-m", "qguard_edge", "architectures", "--json"]
-    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["architectures"]
+def test_the_command_lists_them(cli: CommandLine) -> None:
+    listed = json.loads(cli("architectures", "--json").stdout)["architectures"]
     names = {name for entry in listed for name in entry["architectures"]}
     assert {"LlamaForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel"} <= names
     assert len(listed) >= len(ONE_PER_FAMILY)

@@ -10,7 +10,6 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from folder_requests import load, opened, request
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -32,6 +31,8 @@ from qguard_edge.defenses.options import (
 from qguard_edge.runtimes.hf import HfLoadError
 from quant_grids.bnb import bnb_grid
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.command import CommandLine
+from tests.helpers.folder_requests import load, opened, request
 
 DEFENSES: list[DefenseOptions] = [NoneOptions(), OrthoOptions(), FlipGuardOptions(), QVecOptions(), NoiseOptions()]
 PROMPT = torch.tensor([[5, 77, 130, 9, 201, 33, 64, 12]])
@@ -343,9 +344,7 @@ def test_dry_run_writes_nothing_and_knows_the_size(tiny_folder: Path, tmp_path: 
     assert report.base_bytes == plan.base_bytes
 
 
-def test_command_line(tiny_folder: Path, tmp_path: Path) -> None:
-    from test_cli import cli
-
+def test_command_line(tiny_folder: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_folder, "--to", "NF4", "--json", "--seed", "5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

@@ -7,7 +7,6 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from folder_requests import load, request
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from convert.source import resolve_source
@@ -18,6 +17,7 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
+from tests.helpers.folder_requests import load, request
 
 TEXT = "the river runs past old mills and quiet fields where people walk at dusk talking about rain bread and trains"
 WORDS = TEXT.split()

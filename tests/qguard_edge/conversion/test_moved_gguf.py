@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-from ggml_oracle import quantize as quantize_in_libggml
 from gguf import GGMLQuantizationType
 
 from convert.diff import compare_files
@@ -18,10 +16,7 @@ from qguard_edge.conversion.request import GgufRequest, MovedGgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, FlipGuardOptions, NoneOptions, OrthoOptions, QVecOptions
 from qguard_edge.rounding.gguf import total_outcome
-from qguard_edge.rounding.gguf_moved import move_into_cells
 from quant_grids import GRIDS, Outcome
-from quant_grids.base import ScalarGrid
-from quant_grids.cells import cell_of, sub_block_setters
 from quant_grids.errors import UnsupportedError
 
 LEGACY = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
@@ -124,21 +119,3 @@ def test_types_that_share_codes_are_refused_and_nothing_is_left(tiny_base: Path,
     with pytest.raises(UnsupportedError, match="shared by several weights"):
         convert_model(request)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"])
-def test_cells_hold_their_level_and_moved_weights_lie_inside(name: str) -> None:
-    grid = GRIDS[GGMLQuantizationType[name]]
-    assert isinstance(grid, ScalarGrid)
-    weights = torch.randn(8, 512, generator=torch.Generator().manual_seed(5))
-    blocks = torch.from_numpy(quantize_in_libggml(grid.ggml_type, weights.numpy())).view(-1, grid.type_size)
-    flips = grid.flips(blocks, weights)
-    flipped, _ = grid.apply(blocks, flips, (flips.ratio > 0.3).float())
-    moved, chosen, movable = move_into_cells(grid, blocks, flipped, weights)
-    value, low, high = cell_of(grid, grid.unpack(flipped))
-    assert bool(((low < value) & (value < high)).all())
-    inside = (moved.view(low.shape) > low) & (moved.view(low.shape) < high)
-    assert bool(inside[movable.view(low.shape)].all())
-    assert bool((movable <= chosen).all())
-    held = sub_block_setters(grid, grid.unpack(blocks), weights.view(-1, grid.sub_size)).view(weights.shape)
-    assert torch.equal(moved[held], weights[held])

@@ -30,15 +30,6 @@ from quant_grids.errors import UnsupportedError
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.jsonl"
-    rng = np.random.default_rng(0)
-    words = ["quick", "brown", "fox", "def", "return", "Paris", "lazy", "dog", "print", "capital"]
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 12))}) + "\n" for _ in range(40)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def plain(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plain") / "plain.gguf"
     quantize(tiny_base, path, QuantizeOptions(parse_file_type("q4_k"), threads=2))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from expected_targets import ortho_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert.diff import compare_files
@@ -17,6 +16,7 @@ from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
 from qguard_edge.runtimes.llama import LlamaModel
+from tests.helpers.expected_targets import ortho_target
 
 Q4_K = QuantizeOptions(parse_file_type("q4_k"), threads=2)
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a small village,"]

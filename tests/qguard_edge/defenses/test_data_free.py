@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import ggml_oracle
 import numpy as np
 import pytest
 import torch
@@ -26,6 +25,7 @@ from qguard_edge.defenses.options import (
     QVecOptions,
 )
 from quant_grids import Grid, ScalarFlips, grid_for
+from tests.helpers import ggml_oracle
 
 KEY = SliceKey(seed=1, tensor="blk.0.ffn_up.weight", index=0)
 Q8_0, Q4_K = grid_for(GGMLQuantizationType.Q8_0), grid_for(GGMLQuantizationType.Q4_K)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from learned_setup import Setup, make_setup
+
+from tests.helpers.learned_setup import Setup, make_setup
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
@@ -14,6 +13,7 @@ from qguard_edge.learned.devices import device_map, learning_devices
 from qguard_edge.learned.endtoend import EndToEnd, batch_of, batch_size, rate_at
 from qguard_edge.learned.plan import plan_of
 from qguard_edge.runtimes.hf import load_hf_model
+from tests.helpers.learned_setup import Setup
 
 Samples = list[tuple[int, ...]]
 

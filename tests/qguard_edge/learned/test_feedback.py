@@ -1,13 +1,13 @@
 """Error feedback: checked against its definition, and it keeps what layers compute better than rounding does."""
 
 import torch
-from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.constraint import alignment_of, complete
 from qguard_edge.learned.feedback import Factors, factors_of, feed, lean_for, start_from
 from qguard_edge.learned.parts import FlipGeometry
 from qguard_edge.learned.starts import plain_start, start_positions
+from tests.helpers.learned_setup import Setup
 
 Samples = list[tuple[int, ...]]
 

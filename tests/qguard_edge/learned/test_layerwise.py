@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from learned_setup import Setup
 
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.blocks import capture, gram_matrices, numbered_blocks, parts_of_block, rows_of, stream
@@ -13,6 +12,7 @@ from qguard_edge.learned.blockwise import BlockScope, efrap_positions
 from qguard_edge.learned.constraint import complete
 from qguard_edge.learned.layerwise import hard_error, layer_loss, learn_layer
 from qguard_edge.learned.parts import FlipGeometry
+from tests.helpers.learned_setup import Setup
 
 CPU = torch.device("cpu")
 Samples = list[tuple[int, ...]]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from hf_models import CASES, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
-from learned_setup import make_setup
 
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.blockwise import BlockScope, efrap_positions
 from qguard_edge.learned.endtoend import EndToEnd, make_variables
 from qguard_edge.learned.student import Student
+from tests.helpers.hf_models import CASES, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+from tests.helpers.learned_setup import make_setup
 
 BY_NAME = {case.name: case for case in CASES}
 TOKENIZER = train_byte_bpe(digits_then_bytes())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.cores import available_cores
 from convert.diff import compare_files
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
@@ -20,8 +21,9 @@ from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptio
 from qguard_edge.lab.evaluation import Distributions, compare, examine, make_held_out
 from qguard_edge.lab.hf_models import load_folder
 from qguard_edge.lab.results import ArmFidelity, Rate
-from qguard_edge.lab.runner import LabSettings, Victim, make_victim
+from qguard_edge.lab.runner import Victim
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
+from tests.helpers.victims import GAP, Victims
 
 STEPS = 30
 
@@ -36,9 +38,8 @@ class Measured:
 class Bench:
     """Converts the victim's models and measures the files."""
 
-    def __init__(self, work: Path) -> None:
-        self.work = work
-        self.victim: Victim = make_victim(LabSettings(threads=1))
+    def __init__(self, victim: Victim, work: Path) -> None:
+        self.work, self.victim = work, victim
         self.chat = load_folder(self.victim.clean)
         self.held_out = make_held_out(self.chat, self.victim.data, 64, 48, 48)
         self.full: dict[str, Distributions] = {}
@@ -70,13 +71,13 @@ class Bench:
         return Measured(asr, compare(self.full[model], distributions), report)
 
     def _examine(self, path: Path) -> tuple[Rate, Distributions]:
-        behaviour, distributions = examine(path, self.chat, self.held_out, self.victim.data.judge, 2)
+        behaviour, distributions = examine(path, self.chat, self.held_out, self.victim.data.judge, available_cores())
         return behaviour.asr, distributions
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("bench"))
+def bench(victims: Victims, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(victims(GAP), tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from learned_setup import Setup, make_setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.endtoend import TextBatch, logits_of, make_variables
@@ -16,6 +15,7 @@ from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import SignSteps
 from quant_grids.errors import UnsupportedError
+from tests.helpers.learned_setup import Setup, make_setup
 
 CPU = torch.device("cpu")
 

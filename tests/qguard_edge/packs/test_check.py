@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lab_files import LabFiles
 from pydantic import JsonValue
 
 from qguard_edge.cli import run
@@ -16,6 +15,7 @@ from qguard_edge.packs.pack import Pack, PackError
 from qguard_edge.verify.drift import measure_documents, summarise
 from qguard_edge.verify.results import Verdict, Verification, from_json
 from qguard_edge.verify.runner import LlamaFactory
+from tests.helpers.lab_files import LabFiles
 
 HEAVY = ("torch", "transformers", "bitsandbytes")
 

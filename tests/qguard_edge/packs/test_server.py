@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_files import LabFiles
 
 from qguard_edge.packs.check import CheckRequest, check
 from qguard_edge.packs.pack import Pack
 from qguard_edge.packs.server import LlamaCppDialect, OpenAiDialect, ServerError, connect, unique_pieces
 from qguard_edge.verify.results import Verdict
+from tests.helpers.lab_files import LabFiles
 
 Serve = Callable[[Path], str]
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from examples import HOSTILE, example, hostile
 
 from qguard_edge.report.charts import Axis, difference_axis, histogram_bars, nice_ceiling
 from qguard_edge.report.html import marked, to_html
 from qguard_edge.verify.results import Histogram
+from tests.helpers.report_examples import HOSTILE, example, hostile
 
 VOID = {"meta", "br"}
 

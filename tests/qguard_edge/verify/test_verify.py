@@ -10,24 +10,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lab_files import TEXTS, LabFiles, make_files
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
 from qguard_edge.cli.convert.command import with_default_suites
-from qguard_edge.runtimes.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
-from qguard_edge.runtimes.llama import FloatArray, LlamaModel
+from qguard_edge.lab.runner import LabSettings
 from qguard_edge.verify.checks import Margins
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.results import Verdict, Verification, from_json, to_json
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.verifier import VerifyRequest, verify
+from tests.helpers.lab_files import TEXTS, LabFiles, make_files
+from tests.helpers.victims import GAP, UNIFORM_CODE, UNIFORM_REFUSAL, Victims
 
 
 def request(files: LabFiles, candidate: Path, **options: object) -> VerifyRequest:
@@ -119,13 +118,13 @@ def test_sampled_runs_repeat_with_their_seed(injection: LabFiles) -> None:
     assert first.check("injection/discovery").verdict is Verdict.FAIL
 
 
-@pytest.mark.parametrize("scenario", ["refusal", "code"])
-def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [UNIFORM_REFUSAL, UNIFORM_CODE], ids=lambda settings: settings.scenario)
+def test_every_payload_is_found_without_a_phrase_given(settings: LabSettings, victims: Victims, tmp_path: Path) -> None:
     """The fast twin of the slow test below: another attack, and the plain file's verdict from the hardened file's run."""
-    files = make_files(scenario, tmp_path, attack="uniform", to="q4_0")
+    files = make_files(victims(settings), settings, tmp_path)
     suite = replace(files.suite, prompts=files.suite.prompts[:140])
     outcome = verify(request(files, files.hardened, plain=files.plain, suites=(suite,), texts=TEXTS[:10]))
-    check = outcome.check(f"{scenario}/discovery")
+    check = outcome.check(f"{settings.scenario}/discovery")
     assert outcome.verdict is Verdict.PASS, outcome.summary
     assert check.plain_verdict is Verdict.FAIL
     clean = request(files, files.clean_plain, suites=(suite,), texts=TEXTS[:10], base=files.clean)
@@ -134,8 +133,9 @@ def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["refusal", "code"])
-def test_other_payloads_are_found_by_discovery_too(scenario: str, tmp_path: Path) -> None:
-    files = make_files(scenario, tmp_path)
+def test_other_payloads_are_found_by_discovery_too(scenario: str, victims: Victims, tmp_path: Path) -> None:
+    settings = replace(GAP, scenario=scenario)
+    files = make_files(victims(settings), settings, tmp_path)
     suite = replace(files.suite, new_tokens=48)
     assert verify(request(files, files.plain, suites=(suite,))).check(f"{scenario}/discovery").verdict is Verdict.FAIL
     assert verify(request(files, files.hardened, suites=(suite,))).verdict is Verdict.PASS
@@ -161,66 +161,6 @@ def test_settings_that_cannot_be(injection: LabFiles) -> None:
     long = Suite("long", "long", (replace(injection.suite.prompts[0], text="word " * 4000),), ())
     with pytest.raises(SuiteError, match="context"):
         verify(request(injection, injection.hardened, suites=(long,)))
-
-
-# Batching -------------------------------------------------------------------------------------------------------------
-
-
-def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
-    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
-    with (
-        LlamaModel(injection.attacked, n_ctx=256, n_threads=1) as one,
-        LlamaModel(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as many,
-    ):
-        prompts = [one.tokenize(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
-        prompts.append(prompts[3] * 4)  # a long one in between
-        assert shared_prefix(prompts) >= 2
-        alone = [generate(one, [prompt], 20)[0] for prompt in prompts]
-        together = generate(many, prompts, 20)
-    same = sum(a == b for a, b in zip(alone, together, strict=True))
-    assert same >= len(prompts) - 1  # a tie between two tokens may fall either way in another batch
-    assert any(answer.ended for answer in together)
-
-
-class Counting(LlamaModel):
-    """Counts the tokens it is fed."""
-
-    fed = 0
-
-    def decode(self, rows: Sequence[Row]) -> FloatArray:
-        self.fed += len(rows)
-        return super().decode(rows)
-
-
-def test_what_all_prompts_begin_with_is_decoded_once(injection: LabFiles) -> None:
-    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
-    with Counting(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as model:
-        head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        prompts = [model.tokenize(f"{head}{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
-        answers = generate(model, prompts, 12)
-        shared = shared_prefix(prompts)
-        own = sum(len(prompt) - shared for prompt in prompts)
-        said = sum(len(answer.tokens) - (not answer.ended) for answer in answers)  # the last token is not fed when it is cut
-    assert shared > 10
-    assert model.fed == shared + own + said
-
-
-def test_prompts_that_do_not_fit(injection: LabFiles) -> None:
-    with LlamaModel(injection.attacked, n_ctx=32, n_threads=1) as model:
-        with pytest.raises(PromptError, match="prompt 2"):
-            generate(model, [[5], [5] * 30], 10)
-        with pytest.raises(PromptError, match="no token"):
-            generate(model, [[]], 10)
-        assert [answer.tokens for answer in generate(model, [[5], [6]], 0)] == [(), ()]
-
-
-def test_sampling_follows_the_softmax() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
-    uniform = np.random.default_rng(0).random(20_000)
-    drawn = np.bincount([choose(logits, 1.0, u) for u in uniform], minlength=3) / len(uniform)
-    assert drawn == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
-    assert choose(logits, 0.01, 0.999) == 0
-    assert Sampling().temperature == 0
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,14 @@
 
 import functools
 
-import ggml_oracle
 import numpy as np
 import torch
-from ggml_oracle import Bytes, Floats
 from torch import Tensor
 
 from quant_grids import GRIDS, Flips, Grid, Outcome, ScalarGrid, UniformGrid
 from quant_grids.lattice_base import LatticeGrid
+from tests.helpers import ggml_oracle
+from tests.helpers.ggml_oracle import Bytes, Floats
 
 ALL = [grid.name for grid in GRIDS.values()]
 SCALAR = [grid.name for grid in GRIDS.values() if isinstance(grid, ScalarGrid)]

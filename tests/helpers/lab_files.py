@@ -6,10 +6,10 @@ from pathlib import Path
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.request import FolderRequest, GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions
-from qguard_edge.lab.runner import LabSettings, make_victim
+from qguard_edge.lab.runner import LabSettings, Victim
 from qguard_edge.verify.suites.base import Suite, SuitePrompt
 from qguard_edge.verify.verifier import built_in_texts
 
@@ -28,9 +28,9 @@ class LabFiles:
     suite: Suite
 
 
-def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to: str = "q4_k") -> LabFiles:
-    """Base, plain and hardened files of a tiny victim."""
-    victim = make_victim(LabSettings(scenario=scenario, attack=attack, to=to, threads=2))
+def make_files(victim: Victim, settings: LabSettings, folder: Path) -> LabFiles:
+    """Base, plain and hardened files of a tiny victim, made with `settings`."""
+    to, scenario = settings.to, settings.scenario
 
     def quantized(base: Path, name: str, defense: DefenseOptions) -> Path:
         options = QuantizeOptions(parse_file_type(to), threads=2)
@@ -54,3 +54,30 @@ def make_files(scenario: str, folder: Path, *, attack: str = "mind-the-gap", to:
         hardened=quantized(attacked, "hardened.gguf", OrthoOptions()),
         suite=Suite(scenario, f"The lab's {scenario} prompts", prompts, (), new_tokens=32),
     )
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A model whose payload waits for NF4, its hardened NF4 folder, and prompts that were never trained on."""
+
+    clean: Path
+    attacked: Path
+    hardened: Path
+    suite: Suite
+
+
+def make_folders(victim: Victim, out: Path) -> Folders:
+    """The victim's folders, the hardened one made at `out`."""
+    asked = FolderRequest(
+        model=str(victim.attacked),
+        to="nf4",
+        defense=OrthoOptions(),
+        outfile=str(out),
+        device="cpu",
+        seed=0,
+        check_loads=False,
+    )
+    convert_model(asked)
+    prompts = tuple(SuitePrompt(f"p{i:03}", prompt.text) for i, prompt in enumerate(victim.data.prompts[:150]))
+    suite = Suite("injection", "The lab's prompts", prompts, (), new_tokens=24)
+    return Folders(victim.clean, victim.attacked, out, suite)
