@@ -221,7 +221,7 @@ def inspect(file: str | Path) -> "GgufSummary":
 
 def compare(
     request: "GgufRequest",
-    defenses: Sequence[str | DefenseOptions] = DATA_FREE,
+    defenses: Sequence[str | DefenseOptions] | None = None,
     *,
     texts: Sequence[str] | None = None,
     max_tokens: int = 512,
@@ -231,7 +231,8 @@ def compare(
 
     Args:
         request: model, type and options; its output name and defense are not used; a seed of None means 0, for all the same.
-        defenses: names, names with options (`ortho:width=1`) or the options themselves, in this order.
+        defenses: names, names with options (`ortho:width=1`) or the options themselves, in this order; None: all that need
+            no text.
         texts: to measure on (`read_texts` reads a file of them); None: a short built-in set.
         max_tokens: of each text.
         progress: told about each stage.
@@ -242,7 +243,8 @@ def compare(
     from qguard_edge.compare.defenses import compare_defenses
     from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 
-    chosen = [parse_defense(defense) if isinstance(defense, str) else defense for defense in defenses]
+    given = DATA_FREE if defenses is None else defenses
+    chosen = [parse_defense(defense) if isinstance(defense, str) else defense for defense in given]
     measured = read_texts(DEFAULT_TEXT) if texts is None else texts
     return compare_defenses(request, chosen, measured, max_tokens=max_tokens, progress=progress)
 

@@ -2,10 +2,13 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from types import FunctionType
 from typing import assert_type, get_args
 
 import pytest
@@ -116,6 +119,22 @@ def test_other_names_are_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'convrt'"):
         _ = qguard_edge.convrt  # type: ignore[attr-defined]
     assert set(qguard_edge.__all__) <= set(dir(qguard_edge))
+
+
+def test_the_table_of_functions_is_true() -> None:
+    """Every public function stands in docs/python.md, with its parameters and defaults."""
+    text = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    table = dict(re.findall(r"^\| `(\w+)\((.*?)\)` \|", text, re.MULTILINE))
+    functions = {name for name in qguard_edge.__all__ if isinstance(getattr(qguard_edge, name), FunctionType)}
+    helpers = {name for name in functions if getattr(qguard_edge, name).__module__ != "qguard_edge.api"} | {"to_document"}
+    assert set(table) == functions - helpers
+    for name, written in table.items():
+        parameters = signature(getattr(qguard_edge, name)).parameters.values()
+        shown = [f"{one.name}={one.default!r}" if one.default is not one.empty else one.name for one in parameters]
+        assert [part for part in shown if not part.startswith("progress")] == written.split(", ")
+    assert all(f"`{name}" in text for name in helpers)
+    classes = re.findall(r"\b[A-Z][a-z]+[A-Z]\w*(?:Request|Report|Error|Guard|Difference|Summary|Row)\b", text)
+    assert set(classes) <= set(qguard_edge.__all__)
 
 
 # Requests -------------------------------------------------------------------------------------------------------------
