@@ -32,6 +32,8 @@ from quantguard_rows import Row, markdown
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_held_out
 from qguard_edge.lab.hf_models import load_folder
