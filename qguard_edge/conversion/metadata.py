@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from qguard_edge.conversion.activations import ActivationReport
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.settings import LearnReport
 from qguard_edge.rounding.gguf import TensorRounding, total_outcome
@@ -16,6 +17,7 @@ def qguard_entries(
     hashes: Mapping[str, str],
     roundings: Sequence[TensorRounding],
     learned: LearnReport | None = None,
+    activations: ActivationReport | None = None,
 ) -> dict[str, bool | int | float | str]:
     """Metadata entries without their prefix; the length of each value does not depend on the results.
 
@@ -26,12 +28,21 @@ def qguard_entries(
         hashes: SHA-256 of `base` and `plain`.
         roundings: per protected tensor.
         learned: what a learned defense reported; adds the hash of its text.
+        activations: what was seen of the inputs of matrices; adds the hash of its text, and the entropy of the draws.
     """
     total = total_outcome(roundings)
     weights = sum(rounding.n_weights for rounding in roundings)
-    calibrated: dict[str, str | int] = {}
+    calibrated: dict[str, str | int | float] = {}
     if learned:
         calibrated = {"calibration.sha256": learned.calibration_sha256, "calibration.samples": learned.samples}
+    if activations:
+        bits = sum(rounding.bits for rounding in roundings)
+        calibrated = {
+            "calibration.sha256": activations.calibration_sha256,
+            "calibration.tokens": activations.tokens,
+            "entropy.bits": float(bits),
+            "entropy.bits_per_weight": float(bits / weights) if weights else 0.0,
+        }
     return {
         "version": version,
         "defense": defense.name,

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from convert.ftypes import FileType
 from convert.quantizer import QuantizeReport
+from qguard_edge.conversion.activations import ActivationReport
 from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.settings import LearnReport
 from qguard_edge.rounding.gguf import Coverage, TensorRounding
@@ -34,6 +35,9 @@ class ConversionReport:
         loaded: the load check's answer.
         verification: what `--verify` found.
         learned: what a learned defense reports.
+        activations: what was seen of the inputs of matrices, for a defense that wants it.
+        entropy_bits: of the random choices, over all matrices, where the rule measures it: what cannot be known of the codes
+            without the seed.
     """
 
     outfile: Path
@@ -47,6 +51,8 @@ class ConversionReport:
     loaded: LoadCheck | None = None
     verification: Verification | None = None
     learned: LearnReport | None = None
+    activations: ActivationReport | None = None
+    entropy_bits: float = 0.0
 
     def extended(self, kind: type[Report], **more: Any) -> Report:
         """The same facts as a report of another kind, with what it adds; a field that is given replaces the old one."""
@@ -99,6 +105,7 @@ class MatrixRounding:
         outcome: what the chosen codes change.
         given_up: `hf` only: weights that another format had moved out of the cell of their plain code.
         reproduced: `hf` only: codes that the unmodified quantizer gives as planned; None: not checked.
+        bits: entropy of the random choices, where the rule measures it.
     """
 
     name: str
@@ -107,6 +114,7 @@ class MatrixRounding:
     outcome: Outcome
     given_up: int = 0
     reproduced: int | None = None
+    bits: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The main job, written once for every output.
 
-    open -> base -> scan -> memory -> plain -> learn and choose -> check -> load -> verify -> name
+    open -> base -> scan -> memory -> activations -> plain -> learn and choose -> check -> load -> verify -> name
 
 An *output* (`qguard_edge.conversion.outputs`) fills in what differs: a hardened GGUF, a full-precision one, one whose weights
 are moved, a folder for bitsandbytes, a rounding plan. Everything before the last step happens in a hidden work folder beside
@@ -13,6 +13,7 @@ from typing import Any, overload
 
 from convert.atomic import work_folder
 from convert.hashes import sha256_of
+from qguard_edge.conversion.activations import forget_activations
 from qguard_edge.conversion.learning import Learning
 from qguard_edge.conversion.naming import rejected_path
 from qguard_edge.conversion.outputs.base import Gate, Guard, Job, Output
@@ -38,6 +39,7 @@ from qguard_edge.conversion.request import (
     PlanRequest,
 )
 from qguard_edge.defenses.base import make_defense
+from qguard_edge.learned.defense import LearnedDefense
 from qguard_edge.learned.memory import fitted_defense
 from qguard_edge.progress import Clock, NoProgress, Progress
 from qguard_edge.runtimes.devices import resolve_device
@@ -113,8 +115,11 @@ def run(output: Output[Any, Report], progress: Progress, gate: Gate | None, guar
         job = Job(
             work, progress, clock, learning.seed, make_defense(request.defense), resolve_device(request.device), base_hash
         )
+        if output.rounds and job.defense.wants_inputs:
+            with clock.stage("activations"):
+                job.activations = output.see_activations(job)
         output.make_plain(job, guard)
-        if output.rounds and (target := output.target()) and request.defense.calibrated:
+        if output.rounds and isinstance(job.defense, LearnedDefense) and (target := output.target()):
             with clock.stage("learn"):
                 job.learned = learning.learn(request, job.defense, output.model_path(), target, job.device, progress)
         made = output.write(job)
@@ -132,6 +137,9 @@ def run(output: Output[Any, Report], progress: Progress, gate: Gate | None, guar
             hashes = output.hashes(job, made)
             output.name(made, outfile)
     learning.end()
+    forget_activations(output.outfile)
+    seen = job.activations.report if job.activations else None
+    warnings += seen.warnings if seen else ()
     warnings += [*output.late_warnings(), *(job.learned.warnings if job.learned else ())]
     report = ConversionReport(
         outfile=outfile,
@@ -145,5 +153,7 @@ def run(output: Output[Any, Report], progress: Progress, gate: Gate | None, guar
         loaded=job.loaded,
         verification=verification,
         learned=job.learned,
+        activations=seen,
+        entropy_bits=output.entropy_bits(),
     )
     return output.report(report)

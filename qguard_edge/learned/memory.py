@@ -22,7 +22,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from convert.gguf_file import GgufModel
-from qguard_edge.defenses.options import DefenseOptions, QuantGuardOptions
+from qguard_edge.defenses.options import DefenseOptions, FeedbackOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.endtoend import TOKENS_PER_STEP
 from qguard_edge.runtimes.devices import autocast, resolve_device
@@ -35,6 +35,7 @@ LOGIT_COPIES = 5  # f32 arrays of tokens x vocabulary: two logits, their log-sof
 ACTIVATION_FLOATS = 40  # f32 per token, layer and hidden unit that the backward pass needs, f32 and bf16 ones together
 STEP_PRODUCTS = 8  # multiplications and additions per weight and token: teacher 2, student 2, backward 4
 OVERHEAD = 1.9  # time of a step over that of its matrix products, measured on a CPU
+GRAPH_TOKENS = 512  # tokens of one graph while activations are seen
 FEEDBACK_SECONDS = 4e-7  # per weight: error feedback of one weight on one core, measured
 FEEDBACK_PRODUCTS = 4  # per weight and token of the text: the layer 2, its inputs' Gram matrix about 2
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -90,6 +91,8 @@ def bytes_needed(size: ModelSize, defense: DefenseOptions, calibration: Calibrat
     """Estimated peak resident size of learning on one device; 0 for a defense that does not learn."""
     if not defense.calibrated:
         return 0
+    if isinstance(defense, FeedbackOptions):
+        return TORCH_BYTES + 4 * LOGIT_COPIES * GRAPH_TOKENS * size.vocabulary + _gram_bytes(size)
     if isinstance(defense, QuantGuardOptions) and defense.scope == "model":
         tokens = tokens_per_step(defense, calibration)
         kept = 2 if defense.checkpointing else size.layers
@@ -98,6 +101,13 @@ def bytes_needed(size: ModelSize, defense: DefenseOptions, calibration: Calibrat
         return TORCH_BYTES + MODEL_BYTES * size.weights + (activations + logits if defense.steps else 0)
     states = 4 * calibration.most_tokens * size.width
     return TORCH_BYTES + BLOCK_BYTES * size.weights + MODEL_BYTES * size.block + 3 * states
+
+
+def _gram_bytes(size: ModelSize) -> int:
+    """Gram matrices of a decoder whose blocks have four matrices of its width and a feed-forward part of three."""
+    width = max(1, size.width)
+    inner = max(0, size.block - 4 * width * width) // (3 * width)
+    return 4 * (size.layers * (3 * width * width + inner * inner) + width * width)
 
 
 def tokens_per_step(defense: QuantGuardOptions, calibration: CalibrationOptions) -> int:
@@ -175,8 +185,8 @@ def fitted_defense(request: LearningRequest, size: ModelSize, warnings: list[str
         MemoryLimitError: see `fit`.
     """
     defense = request.defense
-    if not defense.calibrated:
-        return defense
+    if not defense.calibrated or isinstance(defense, FeedbackOptions):
+        return defense  # seeing activations keeps to the limit by itself, in several passes over the text
     if request.max_memory is not None:
         defense, note = fit(defense, size, request.calibration, request.max_memory)
         warnings += [note] if note else []
@@ -195,15 +205,19 @@ def dry_cost(request: LearningRequest, size: ModelSize, warnings: list[str]) -> 
     if not request.defense.calibrated:
         return None
     defense, device = fitted_defense(request, size, warnings), resolve_device(request.device)
-    return LearningCost(
-        bytes_needed(size, defense, request.calibration), seconds_needed(size, defense, request.calibration, device)
-    )
+    need = bytes_needed(size, defense, request.calibration)
+    if isinstance(defense, FeedbackOptions) and request.max_memory is not None:
+        need = min(need, request.max_memory)
+    return LearningCost(need, seconds_needed(size, defense, request.calibration, device))
 
 
 def seconds_needed(
     size: ModelSize, defense: DefenseOptions, calibration: CalibrationOptions, device: torch.device
 ) -> float | None:
     """Rough time of learning on this machine, from a short test of its matrix products; None where it is not known."""
+    if isinstance(defense, FeedbackOptions):
+        products = FEEDBACK_PRODUCTS * calibration.most_tokens * size.weights / product_rate(device)
+        return products + FEEDBACK_SECONDS * size.weights
     if not isinstance(defense, QuantGuardOptions) or defense.scope != "model":
         return None
     products = STEP_PRODUCTS * tokens_per_step(defense, calibration) * defense.steps

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from convert.tensor_io import SLICE_WEIGHTS, RowSlice
-from qguard_edge.defenses.base import Defense, SliceKey
+from qguard_edge.defenses.base import Defense, Inputs, SliceKey
+from qguard_edge.rounding.by_inputs import Matrix, round_matrices
 from qguard_edge.rounding.choose import choose_rounding, measured_outcome
 from quant_grids import Flips, Outcome
 from quant_grids.bnb import BnbGrid, bnb_grid
@@ -29,12 +30,14 @@ class HardenedMatrix:
         blocks: uint8 `[n_blocks, type_size]`, scales as a loaded model computes with them.
         nested: the compressed scales, with double quantization.
         outcome: what the change did.
+        bits: entropy of the random choices, where the rule measures it.
     """
 
     grid: BnbGrid
     blocks: Tensor
     nested: NestedScales | None
     outcome: Outcome
+    bits: float = 0.0
 
 
 def slices_of_rows(rows: Tensor) -> list[RowSlice]:
@@ -51,6 +54,7 @@ def harden_matrix(
     key: Callable[[int], SliceKey],
     pool: ThreadPoolExecutor,
     double_quant: bool = False,
+    inputs: Inputs | None = None,
 ) -> HardenedMatrix:
     """Quantize one matrix as bitsandbytes does and let a defense choose the codes.
 
@@ -61,6 +65,7 @@ def harden_matrix(
         key: random numbers of a slice, from its number.
         pool: threads.
         double_quant: compress the scales first, so that the codes are chosen against the scales that will be used.
+        inputs: Gram matrices of the matrices' inputs, for a rule that wants them.
     """
     grid = bnb_grid(kind, weights.shape[1])
     rows = grid.as_rows(weights)
@@ -81,6 +86,22 @@ def harden_matrix(
     def sink(part: RowSlice, changed: Tensor) -> None:
         blocks[part.start * per_row : part.stop * per_row] = changed
 
+    if defense.wants_inputs:
+        matrix = Matrix(
+            name=key(0).tensor,
+            expert=0,
+            grid=grid,
+            columns=rows.shape[1],
+            first=0,
+            rows=len(rows),
+            read=lambda part: (plain[part.start * per_row : part.stop * per_row], rows[part.start : part.stop]),
+            key=lambda part: replace(key(part.index), row=part.start),
+            sink=sink,
+        )
+        # Rows that are no multiple of the block are cut anew: their columns are not those of the inputs.
+        known = inputs if rows.shape == weights.shape else None
+        (found,) = round_matrices([matrix], defense, known, pool, weights.device)
+        return HardenedMatrix(grid, blocks, nested, found.outcome, found.bits)
     outcome = choose_rounding(
         grid,
         defense,

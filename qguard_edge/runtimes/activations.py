@@ -32,6 +32,7 @@ class LlamaGramSource:
         products: Gram matrices; False: sums of squares alone, at a fraction of the cost.
         gpu_layers: layers that llama.cpp offloads.
         batch: tokens of one graph.
+        identity: of the model, such as its SHA-256, for sums that an interrupted run has left; empty: its files' names and times.
         way_out: ends the message when the model cannot be run; may be empty.
         exact: keep keys and values in f32 and use plain attention, to compare with other programs.
         copy: fetch inputs through their backend even where they lie in the host's memory, as a GPU's must be.
@@ -41,6 +42,7 @@ class LlamaGramSource:
     products: bool = True
     gpu_layers: int = 0
     batch: int = BATCH
+    identity: str = ""
     way_out: str = WAY_OUT
     exact: bool = False
     copy: bool = False
@@ -59,7 +61,8 @@ class LlamaGramSource:
         rows = tuple(tuple(map(int, text)) for text in texts if len(text))
         if not rows or not weights:
             raise GramError("there is no text to see activations on" if weights else "there is no weight to see inputs of")
-        key = job_key(self.base, weights, rows, self.products, self.batch, self.gpu_layers, self.exact)
+        named = None if self.identity else self.base
+        key = job_key(named, weights, rows, self.identity, self.products, self.batch, self.gpu_layers, self.exact)
         job = Job(
             key, str(self.base.path), str(folder), tuple(weights), rows, self.products, threads or available_cores(),
             self.batch, max_memory, self.gpu_layers, self.exact, self.copy,

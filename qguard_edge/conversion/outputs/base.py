@@ -10,6 +10,7 @@ import torch
 
 from convert.gguf_file import GgufFile, GgufModel
 from convert.source import Source, resolve_source
+from qguard_edge.conversion.activations import Activations
 from qguard_edge.conversion.report import ConversionReport, Report
 from qguard_edge.conversion.request import ConversionRequest
 from qguard_edge.defenses.base import Defense
@@ -61,6 +62,7 @@ class Job:
         device: where arithmetic runs.
         base_hash: SHA-256 of the base, being computed.
         learned: what a learned defense reported.
+        activations: what is known of the inputs of matrices, for a defense that wants it.
         loaded: the load check's answer.
     """
 
@@ -72,6 +74,7 @@ class Job:
     device: torch.device
     base_hash: "Future[str]"
     learned: LearnReport | None = None
+    activations: Activations | None = None
     loaded: LoadCheck | None = None
 
 
@@ -120,6 +123,10 @@ class Output(ABC, Generic[Request, Report]):
     def size(self) -> ModelSize:
         """Of the model, for the estimates of learning."""
 
+    def see_activations(self, job: Job) -> Activations | None:
+        """The inputs of the matrices, for a defense that wants them; None where no such defense is offered."""
+        return None
+
     def make_plain(self, job: Job, guard: Guard | None) -> None:
         """Have llama.cpp's own quantization at hand."""
 
@@ -150,6 +157,10 @@ class Output(ABC, Generic[Request, Report]):
     @abstractmethod
     def name(self, made: Path, outfile: Path) -> None:
         """Give the output its name, in one step."""
+
+    def entropy_bits(self) -> float:
+        """Entropy of the random choices, over all matrices, where the rule measures it."""
+        return 0.0
 
     def late_warnings(self) -> list[str]:
         """What became clear on the way, one sentence each."""

@@ -18,6 +18,7 @@ from convert.cores import available_cores
 from convert.hashes import sha256_of
 from convert.hf_folder import CONFIG_NAME, ShardWriter, copy_side_files, write_json
 from convert.tensor_io import single_threaded_torch
+from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.folder_matrices import FolderTarget
 from qguard_edge.conversion.model_card import CardFacts, write_card
 from qguard_edge.conversion.naming import from_template
@@ -26,11 +27,15 @@ from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, FolderReport, MatrixRounding
 from qguard_edge.conversion.request import DTYPES, FolderRequest
 from qguard_edge.defenses.base import SliceKey
+from qguard_edge.learned.calibration import load_calibration
 from qguard_edge.learned.matrices import Target
 from qguard_edge.learned.memory import ModelSize
 from qguard_edge.progress import Progress
 from qguard_edge.rounding.bnb import harden_matrix
 from qguard_edge.runtimes.bnb import continue_text
+from qguard_edge.runtimes.gram_files import WantedWeight
+from qguard_edge.runtimes.hf import load_hf_model
+from qguard_edge.runtimes.hf_grams import TransformersGramSource
 from qguard_edge.runtimes.load_check import PROMPT, TOKENS, LoadCheck
 from quant_grids import Outcome
 from quant_grids.errors import FormatError
@@ -85,6 +90,22 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
     def size(self) -> ModelSize:
         """See `Output.size`."""
         return self.opened.size()
+
+    def see_activations(self, job: Job) -> Activations | None:
+        """See `Output.see_activations`: in transformers, whose names the matrices have."""
+        loaded = load_hf_model(self.source.path, device=job.device)
+        matrices = FolderTarget(self.opened, self.request.to, self.request.double_quant, self._read).matrices
+        return see_activations(
+            TransformersGramSource(loaded),
+            tuple(WantedWeight(matrix.name, matrix.columns) for matrix in matrices),
+            lambda: load_calibration(
+                self.request.calibration, loaded, job.base_hash.result(), CALIBRATION_SEED, job.progress
+            ),
+            activations_folder(self.outfile),
+            max_memory=self.request.max_memory,
+            threads=self.request.threads,
+            progress=job.progress,
+        )
 
     def target(self) -> Target | None:
         """See `Output.target`."""
@@ -155,8 +176,9 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
             key=lambda index: SliceKey(job.seed, name, index),
             pool=pool,
             double_quant=self.request.double_quant,
+            inputs=job.activations.grams if job.activations else None,
         )
-        self.roundings.append(MatrixRounding(name, kind, weights.numel(), made.outcome))
+        self.roundings.append(MatrixRounding(name, kind, weights.numel(), made.outcome, bits=made.bits))
         shape = (weights.shape[0], weights.shape[1])
         stored = stored_tensors(name, made.grid, made.blocks, shape, weights.dtype, made.nested)
         return {key: tensor.cpu() for key, tensor in stored.items()}
@@ -215,6 +237,10 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
     def out_bytes(self, outfile: Path) -> int:
         """See `Output.out_bytes`: tensor data alone."""
         return self.written_bytes
+
+    def entropy_bits(self) -> float:
+        """See `Output.entropy_bits`."""
+        return sum(rounding.bits for rounding in self.roundings)
 
     def report(self, common: ConversionReport) -> FolderReport:
         """See `Output.report`."""

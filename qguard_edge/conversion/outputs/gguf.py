@@ -16,16 +16,22 @@ from convert.patch import GgufPatch
 from convert.quantizer import QuantizeReport, quantize
 from convert.source import open_base
 from qguard_edge import __version__
+from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import check_output, from_template, input_files, plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
+from qguard_edge.learned.calibration import Calibration, load_calibration
+from qguard_edge.learned.calibration_rows import gguf_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
 from qguard_edge.rounding.gguf import Coverage, TensorRounding, WalkOptions, coverage_of, harden, require_coverage
 from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
+from qguard_edge.runtimes.activations import LlamaGramSource
+from qguard_edge.runtimes.grams import wanted_weights
+from qguard_edge.runtimes.hf import load_hf_model
 from qguard_edge.runtimes.load_check import LoadCheck, load_check
 from quant_grids.errors import QGuardError
 
@@ -118,6 +124,27 @@ class HardenedGguf(GgufFamily[Made, Report]):
         """See `Output.scan`."""
         self.request = self.request.with_types(guard.before(self.base))
 
+    def see_activations(self, job: Job) -> Activations:
+        """See `Output.see_activations`: in llama.cpp, on the base itself."""
+        request, identity = self.request, job.base_hash.result()
+        return see_activations(
+            LlamaGramSource(self.base, identity=identity),
+            wanted_weights(self.base),
+            lambda: self._calibration(job),
+            activations_folder(self.outfile),
+            max_memory=request.max_memory,
+            threads=request.threads,
+            progress=job.progress,
+        )
+
+    def _calibration(self, job: Job) -> Calibration:
+        """The text by the GGUF's own vocabulary and template; what the model is to write itself, through transformers."""
+        options = self.request.calibration
+        if options.self_written and not self.source.is_gguf:
+            loaded = load_hf_model(self.source.path, device=job.device)
+            return load_calibration(options, loaded, job.base_hash.result(), job.seed, job.progress)
+        return gguf_calibration(self.base.path, options, CALIBRATION_SEED)
+
     def make_plain(self, job: Job, guard: Guard | None) -> None:
         """See `Output.make_plain`; twice if the guard keeps tensors in full precision in the light of the first file."""
         path = job.work / "plain.gguf"
@@ -154,7 +181,8 @@ class HardenedGguf(GgufFamily[Made, Report]):
         return made
 
     def _entries(self, job: Job, hashes: Mapping[str, str]) -> dict[str, bool | int | float | str]:
-        return qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned)
+        seen = job.activations.report if job.activations else None
+        return qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned, seen)
 
     def _patch(self, job: Job) -> Path:
         """Choose the codes and write them into a copy of plain, in one pass over the tensors."""
@@ -171,7 +199,13 @@ class HardenedGguf(GgufFamily[Made, Report]):
                     self.plain,
                     tensors,
                     job.defense,
-                    WalkOptions(job.seed, self.request.threads, job.device, load_imatrix(imatrix) if imatrix else None),
+                    WalkOptions(
+                        job.seed,
+                        self.request.threads,
+                        job.device,
+                        load_imatrix(imatrix) if imatrix else None,
+                        job.activations.grams if job.activations else None,
+                    ),
                     sink=patch.write_rows,
                     progress=job.progress,
                 )
@@ -221,6 +255,10 @@ class HardenedGguf(GgufFamily[Made, Report]):
     def compared_with(self) -> tuple[Path, Path]:
         """See `Output.compared_with`."""
         return self.base.path, self.plain.path
+
+    def entropy_bits(self) -> float:
+        """See `Output.entropy_bits`."""
+        return sum(rounding.bits for rounding in self.roundings)
 
     def late_warnings(self) -> list[str]:
         """See `Output.late_warnings`."""

@@ -19,12 +19,14 @@ from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
 from convert.source import open_base
 from qguard_edge import __version__
+from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import check_output
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
 from qguard_edge.conversion.report import ConversionReport, PlanReport
 from qguard_edge.conversion.request import PlanRequest
+from qguard_edge.learned.calibration import load_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
@@ -37,6 +39,9 @@ from qguard_edge.rounding.gguf import (
     require_coverage,
     total_outcome,
 )
+from qguard_edge.runtimes.grams import wanted_weights
+from qguard_edge.runtimes.hf import load_hf_model
+from qguard_edge.runtimes.hf_grams import TransformersGramSource
 from qguard_edge.runtimes.load_check import LoadCheck
 from quant_grids.errors import UnsupportedError
 
@@ -82,6 +87,21 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
         """See `Output.size`."""
         return size_of_gguf(self.base)
 
+    def see_activations(self, job: Job) -> Activations:
+        """See `Output.see_activations`: in transformers, where the model that was given runs."""
+        loaded = load_hf_model(self.source.path, device=job.device)
+        return see_activations(
+            TransformersGramSource(loaded, self.base),
+            wanted_weights(self.base),
+            lambda: load_calibration(
+                self.request.calibration, loaded, job.base_hash.result(), CALIBRATION_SEED, job.progress
+            ),
+            activations_folder(self.outfile),
+            max_memory=self.request.max_memory,
+            threads=self.request.threads,
+            progress=job.progress,
+        )
+
     def target(self) -> Target:
         """See `Output.target`."""
         return GgufTarget(self.base, self.plain, self.coverage.protected)
@@ -98,14 +118,20 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
                     self.plain,
                     self.coverage.protected,
                     job.defense,
-                    WalkOptions(job.seed, self.request.threads, job.device),
+                    WalkOptions(
+                        job.seed,
+                        self.request.threads,
+                        job.device,
+                        inputs=job.activations.grams if job.activations else None,
+                    ),
                     sink=recorder,
                     progress=job.progress,
                 )
             finally:
                 recorder.close()
             hashes = {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path])}
-            entries = qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned)
+            seen = job.activations.report if job.activations else None
+            entries = qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned, seen)
             header = {"plain_sha256": hashes["plain"], "options": asdict(self.request.defense), "metadata": entries}
             made = job.work / "plan.safetensors"
             write_plan(made, recorder.tensors(), header)
@@ -126,6 +152,10 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
     def base_bytes(self) -> int:
         """See `Output.base_bytes`."""
         return self.base.n_bytes
+
+    def entropy_bits(self) -> float:
+        """See `Output.entropy_bits`."""
+        return sum(rounding.bits for rounding in self.roundings)
 
     def report(self, common: ConversionReport) -> PlanReport:
         """See `Output.report`."""

@@ -1,0 +1,102 @@
+"""Activations in a conversion: the calibration text, run through the base, as the Gram matrices that `feedback` needs.
+
+Only a defense that wants inputs (`Defense.wants_inputs`) has this stage. The matrices lie in the work folder, or beside the
+output under a name of their own while the conversion is unfinished, so that a conversion that was killed goes on with what was
+measured; the rule itself is fast, so nothing else is kept.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qguard_edge.learned.calibration import Calibration
+from qguard_edge.progress import Progress
+from qguard_edge.runtimes.gram_files import WantedWeight
+from qguard_edge.runtimes.grams import Grams, GramSource
+
+CALIBRATION_SEED = 0
+"""Of the choice among more texts than are wanted: the same for every conversion, so that what was measured can be used again."""
+
+
+@dataclass(frozen=True)
+class ActivationReport:
+    """What was seen.
+
+    Attributes:
+        calibration_sha256: of the text.
+        calibration_source: file name, or what made the text.
+        tokens: that were run.
+        unseen: matrices whose inputs were not seen: they are rounded as if their inputs were independent.
+        seconds: wall time.
+        warnings: one sentence each.
+    """
+
+    calibration_sha256: str
+    calibration_source: str
+    tokens: int
+    unseen: tuple[str, ...]
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Gram matrices of a conversion, and what is said about them."""
+
+    grams: Grams
+    report: ActivationReport
+
+
+def activations_folder(outfile: Path) -> Path:
+    """Where an unfinished conversion keeps the Gram matrices."""
+    return outfile.with_name(f".{outfile.name}.activations")
+
+
+def see_activations(
+    source: GramSource,
+    weights: tuple[WantedWeight, ...],
+    text: Callable[[], Calibration],
+    folder: Path,
+    *,
+    max_memory: int | None,
+    threads: int,
+    progress: Progress,
+) -> Activations:
+    """Run the base on the calibration text.
+
+    Args:
+        source: runs it.
+        weights: whose inputs are wanted.
+        text: makes the token ids.
+        folder: gets the matrices.
+        max_memory: bytes; None: no limit.
+        threads: 0 for all cores.
+        progress: of the tokens.
+
+    Raises:
+        GramError: the base cannot be run.
+        CalibrationError: there is no usable text.
+    """
+    started = time.perf_counter()
+    progress.stage("Preparing the calibration text", 0, "")
+    calibration = text()
+    grams = source.collect(weights, calibration.samples, folder, max_memory=max_memory, threads=threads, progress=progress)
+    seen = set(grams.names)
+    return Activations(
+        grams,
+        ActivationReport(
+            calibration_sha256=calibration.sha256,
+            calibration_source=calibration.source,
+            tokens=sum(map(len, calibration.samples)),
+            unseen=tuple(weight.name for weight in weights if weight.name not in seen),
+            seconds=time.perf_counter() - started,
+            warnings=calibration.warnings,
+        ),
+    )
+
+
+def forget_activations(outfile: Path) -> None:
+    """Remove what a finished conversion has kept beside its output."""
+    shutil.rmtree(activations_folder(outfile), ignore_errors=True)
