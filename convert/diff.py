@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,6 +118,29 @@ def compare_files(
         tuple(key for key in changed if not key.startswith(PREFIX)),
         tuple(key for key in changed if key.startswith(PREFIX)),
     )
+
+
+def difference_document(found: FileDifference) -> dict[str, Any]:
+    """The comparison as JSON values."""
+    return {
+        "status": "pass" if found.only_code_bits else "fail",
+        "only_code_bits": found.only_code_bits,
+        "codes_changed": found.codes_changed,
+        "metadata": list(found.metadata),
+        "qguard_metadata": list(found.qguard_metadata),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "type": tensor.ggml_type.name,
+                "weights": tensor.n_weights,
+                "codes_changed": tensor.codes_changed,
+                "largest_step": tensor.largest_step,
+                "foreign_bytes": tensor.foreign_bytes,
+                "alignment": tensor.alignment,
+            }
+            for tensor in found.tensors
+        ],
+    }
 
 
 def _check_layout(a: GgufFile, b: GgufFile) -> None:

@@ -30,9 +30,10 @@ LAYERS: dict[str, set[str]] = {
     "scan": CHOOSING | {"report"},
     "compare": MAKING,
     "lab": MAKING,
-    "cli": LOOKING,
+    "api": LOOKING,
+    "cli": LOOKING | {"api"},
 }
-ENTRY_POINTS = {"__init__", "__main__", "pytest_plugin"}
+ENTRY_POINTS = {"__init__", "__main__", "api", "pytest_plugin"}
 """Modules directly under `qguard_edge` that users start from; beside them only `progress` stands there."""
 
 HOMES = {
@@ -60,7 +61,7 @@ def layer_of(module: str) -> str | None:
     package, *rest = module.split(".")
     if package in ("quant_grids", "convert"):
         return package
-    if package == "qguard_edge" and rest and rest[0] not in ENTRY_POINTS | {"__version__"}:
+    if package == "qguard_edge" and rest and (rest[0] in LAYERS or rest[0] not in ENTRY_POINTS | {"__version__"}):
         return rest[0]
     return None
 
@@ -93,7 +94,7 @@ def test_every_file_belongs_to_a_layer() -> None:
     flat = {path.stem for path in (ROOT / "qguard_edge").glob("*.py")}
     assert flat == ENTRY_POINTS | {"progress"}
     packages = {path.parent.name for path in (ROOT / "qguard_edge").glob("*/__init__.py")}
-    assert packages == set(LAYERS) - {"quant_grids", "convert", "progress"}
+    assert packages == set(LAYERS) - {"quant_grids", "convert", "progress", "api"}
 
 
 @pytest.mark.parametrize("dependency", HOMES)

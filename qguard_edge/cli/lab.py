@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, err, json_text, out
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, err, out
 from qguard_edge.lab.attacks.names import ATTACKS
+from qguard_edge.report.document import json_text
 
 lab_app = typer.Typer(
     help="Make backdoored models by the published attacks, and measure what each defense does to them.",

@@ -70,8 +70,8 @@ def baseline(
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by BASELINE_HELP when the command is registered."""
-    from convert.atomic import atomic_path, check_writable
-    from qguard_edge.packs.pack import pack_to_json
+    from convert.atomic import check_writable
+    from qguard_edge.packs.pack import write_pack
     from qguard_edge.packs.record import BaselineRequest, record
 
     check_writable(output, "--output")
@@ -87,8 +87,7 @@ def baseline(
     )
     with ConsoleProgress(quiet or json_output) as progress:
         pack = record(request, progress)
-    with atomic_path(output) as temporary:
-        temporary.write_text(pack_to_json(pack), encoding="utf-8")
+    write_pack(pack, output)
     prompts = {one.name: len(one.prompts) for one in pack.suites}
     if json_output:
         print_json(

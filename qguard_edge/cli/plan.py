@@ -8,7 +8,7 @@ import typer
 from qguard_edge.cli.aliases import RenamedOptions
 from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json
-from qguard_edge.cli.convert.scan_first import guard_document, refusals, show_findings
+from qguard_edge.cli.convert.scan_first import refusals, show_findings
 from qguard_edge.cli.convert.tables import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 
@@ -74,9 +74,8 @@ def plan(
     """Replaced by PLAN_HELP when the command is registered."""
     chosen = options_from(defense, flags)
 
-    from qguard_edge.cli.convert.documents import report_document
+    from qguard_edge import api
     from qguard_edge.conversion.request import PlanRequest
-    from qguard_edge.conversion.run import convert_model
     from qguard_edge.learned.calibration import CalibrationOptions
     from qguard_edge.learned.memory import parse_size
     from qguard_edge.scan.guard import ScanGuard
@@ -100,12 +99,12 @@ def plan(
     with ConsoleProgress(quiet) as progress:
         guard = None if no_scan else ScanGuard(accept=accept_findings, threads=threads, progress=progress)
         with refusals(json_output):
-            report = convert_model(request, progress, guard=guard)
+            report = api.plan(request, scan=guard or False, progress=progress)
         if guard:
             show_findings(guard, quiet)
     share = report.outcome.n_changed / max(report.weights, 1)
     if json_output:
-        print_json(report_document(report) | guard_document(guard))
+        print_json(api.to_document(report, scan=guard))
     elif not quiet:
         if report.learned:
             show_learned(report.learned)
@@ -127,10 +126,10 @@ def apply(
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by APPLY_HELP when the command is registered."""
-    from qguard_edge.conversion.outputs.plan import apply_to
+    from qguard_edge import api
 
     with ConsoleProgress(quiet) as progress:
-        report = apply_to(plan_file, plain, outfile, overwrite=overwrite, progress=progress)
+        report = api.apply(plan_file, plain, outfile, overwrite=overwrite, progress=progress)
     changed = sum(report.changed.values())
     if json_output:
         metadata = dict(report.header["metadata"])

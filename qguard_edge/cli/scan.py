@@ -14,7 +14,6 @@ from quant_grids.errors import UnsupportedError
 if TYPE_CHECKING:
     from qguard_edge.scan.results import Scan
 
-CLOSED_FORM = ("q4_0", "q8_0", "int8", "nf4", "fp4")
 FAIL_ON = ("info", "suspicious", "dangerous", "never")
 
 HELP = """Look for marks of tampering in MODEL before it is quantized: outliers that blot out their neighbours, weights piled
@@ -71,10 +70,10 @@ def scan(
 
     from qguard_edge.scan.findings import Severity
     from qguard_edge.scan.report import exceeds, scan_document, to_html, to_sarif
-    from qguard_edge.scan.run import ScanRequest, run_scan
+    from qguard_edge.scan.run import DEFAULT_TYPES, ScanRequest, run_scan
 
     limit = None if fail_on == "never" else Severity(fail_on)
-    request = ScanRequest(model, tuple(wanted) or CLOSED_FORM, revision=revision, deep=deep, text=text, threads=threads)
+    request = ScanRequest(model, tuple(wanted) or DEFAULT_TYPES, revision=revision, deep=deep, text=text, threads=threads)
     with ConsoleProgress(quiet or json_output) as progress:
         found = run_scan(request, progress)
     reports = ((sarif, to_sarif(found, fail_on=limit) if sarif else ""), (html, to_html(found) if html else ""))

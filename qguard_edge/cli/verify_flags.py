@@ -48,11 +48,9 @@ def suites_from(names: str, files: Sequence[Path] | None, phrases: Sequence[str]
     Raises:
         SuiteError: an unknown name, or a file that is no suite.
     """
-    from qguard_edge.verify.suites.files import read_suite
-    from qguard_edge.verify.verifier import select_suites
+    from qguard_edge.verify.choose import choose_suites
 
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    return select_suites(wanted, [read_suite(path) for path in files or ()], phrases or ())
+    return choose_suites(names, files=files or (), phrases=phrases or ())
 
 
 def texts_from(file: Path | None) -> tuple[str, ...]:

@@ -51,7 +51,8 @@ def compare_defenses(
     """Convert a model with each defense and measure every result.
 
     Args:
-        request: model, type and options; its output name and defense are not used.
+        request: model, type and options; its output name and defense are not used; a seed of None means 0, the same
+            for all.
         defenses: to compare, in this order.
         texts: to measure on.
         max_tokens: of each text.
@@ -61,6 +62,8 @@ def compare_defenses(
         QGuardError: what the conversions raise; nothing is left behind.
     """
     progress = progress or NoProgress()
+    if request.seed is None:
+        request = replace(request, seed=0)
     source = resolve_source(request.model, request.revision)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -24,6 +24,7 @@ from typing import Any, Final, Literal
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from convert.atomic import atomic_path
 from qguard_edge.packs.matchers import suite_of
 from qguard_edge.verify.results import FileFacts, Measured
 from qguard_edge.verify.suites.base import Suite, SuiteError
@@ -181,6 +182,16 @@ def pack_to_json(pack: Pack) -> str:
     """The pack as one JSON document on one line."""
     document = _adapter().dump_python(pack, mode="json")
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def write_pack(pack: Pack, path: Path) -> None:
+    """Write a pack; it appears whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(pack_to_json(pack), encoding="utf-8")
 
 
 def pack_from_json(text: str | bytes) -> Pack:

@@ -140,12 +140,13 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    weights: dict[str, Any] = {"use_safetensors": True}  # a pickle beside them would be another model than the one converted
     if path.is_file():
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        where, weights = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}, {}
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(**where, **weights, dtype=dtype, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise HfLoadError(f"transformers cannot load {path.name}: {first_line(error)}") from error
     model = model.eval().to(device or torch.device("cpu"))

@@ -17,7 +17,7 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import ScanModel, from_base, is_matrix, open_model
-from quant_grids.errors import QGuardError
+from quant_grids.errors import QGuardError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
 
 TensorTypes = tuple[tuple[str, str], ...]
@@ -58,6 +58,17 @@ class ScanGuard:
     progress: Progress = field(default_factory=NoProgress)
     findings: tuple[Finding, ...] = ()
     kept: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a contradiction.
+
+        Raises:
+            UnsupportedError: both `accept` and `keep`.
+        """
+        if self.accept and self.keep:
+            raise UnsupportedError(
+                "--accept-findings quantizes flagged tensors and --keep-flagged-f16 does not: give one of them"
+            )
 
     def before(self, base: GgufModel) -> TensorTypes:
         """Look at the base.

@@ -16,6 +16,7 @@ from qguard_edge.report.sarif import document, in_artifact, location_of
 from qguard_edge.report.text import one_line, printable
 from qguard_edge.scan.boxes import Fingerprint, shape_of
 from qguard_edge.scan.findings import RULES, Finding, Severity
+from qguard_edge.scan.guard import RefusedError, ScanGuard
 from qguard_edge.scan.limits import load_limits
 from qguard_edge.scan.results import DoseCurve, Scan
 
@@ -52,6 +53,17 @@ def finding_document(finding: Finding) -> dict[str, Any]:
         "meaning": finding.rule.meaning,
         "advice": finding.rule.advice,
     }
+
+
+def guard_document(guard: ScanGuard) -> dict[str, Any]:
+    """What a conversion's scan found, for the conversion's document."""
+    return {"scan": {"findings": [finding_document(found) for found in guard.findings], "kept": list(guard.kept)}}
+
+
+def refusal_document(error: RefusedError) -> dict[str, Any]:
+    """A conversion that the scan refused, as JSON values."""
+    listed = [finding_document(finding) for finding in error.findings]
+    return {"status": "refused", "error": str(error), "findings": listed}
 
 
 def scan_document(scan: Scan, *, fail_on: Severity | None) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from qguard_edge.scan.tensors import open_model
 from quant_grids.errors import UnsupportedError
 
 BITSANDBYTES = ("int8", "nf4", "fp4")
+DEFAULT_TYPES = ("q4_0", "q8_0", "int8", "nf4", "fp4")
+"""Types whose boxes are looked for unless others are named; they need no quantization."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ScanRequest:
     """
 
     model: str
-    types: tuple[str, ...]
+    types: tuple[str, ...] = DEFAULT_TYPES
     revision: str | None = None
     deep: bool = False
     text: Path | None = None

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -11,15 +11,9 @@ from qguard_edge.cli.aliases import RenamedOptions
 from qguard_edge.cli.console import ConsoleProgress, check_report_file, deliver
 from qguard_edge.cli.convert.flags import ConvertFlags, with_flags
 from qguard_edge.cli.convert.request import request_from, with_searched_strength
-from qguard_edge.cli.convert.scan_first import guard_document, make_guard, refusals, show_findings
+from qguard_edge.cli.convert.scan_first import refusals, show_findings
 from qguard_edge.cli.convert.tables import show_dry_run, show_report
 from qguard_edge.cli.defense_flags import with_defense_flags
-from quant_grids.errors import UnsupportedError
-
-if TYPE_CHECKING:
-    from qguard_edge.conversion.request import FolderRequest, GgufRequest, MovedGgufRequest
-    from qguard_edge.progress import Progress
-    from qguard_edge.verify.gate import Gate
 
 HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandbytes.
 
@@ -84,16 +78,18 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
         show_dry_run(dry_run(request), flags.json_output, flags.quiet)
         return
 
-    from qguard_edge.conversion.run import convert_model
+    from qguard_edge import api
+    from qguard_edge.scan.guard import ScanGuard
 
     check_report_file(flags.report_file)
     with ConsoleProgress(flags.quiet) as progress:
         if flags.qvec_text and isinstance(request, GgufRequest):
             request = with_searched_strength(request, flags, progress)
-        gate = _gate(request, flags.verify, progress)
-        guard = None if flags.no_scan else make_guard(flags, progress)
+        guard = None
+        if not flags.no_scan:
+            guard = ScanGuard(flags.accept_findings, flags.keep_flagged_f16, flags.threads, progress)
         with refusals(flags.json_output):
-            report = convert_model(request, progress, gate, guard)
+            report = api.convert(request, scan=guard or False, verify=flags.verify, progress=progress)
         if guard:
             show_findings(guard, flags.quiet)
         fixed = not flags.qvec_text and defense_flags.get("qvec_strength") is None
@@ -101,10 +97,8 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
             strength = request.defense.strength
             progress.note(f"qvec: lambda {strength} is a fixed default; --qvec-text FILE searches it on your text")
 
-    from qguard_edge.cli.convert.documents import report_document
-
     deliver(
-        report_document(report) | guard_document(guard),
+        api.to_document(report, scan=guard),
         lambda: show_report(report),
         report_file=flags.report_file,
         json_output=flags.json_output,
@@ -112,32 +106,6 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
     )
     if report.verification and report.verification.verdict.exit_code:
         raise typer.Exit(report.verification.verdict.exit_code)
-
-
-def _gate(
-    request: "GgufRequest | MovedGgufRequest | FolderRequest", verify: str | None, progress: "Progress"
-) -> "Gate | None":
-    """What `--verify` asks for, checked before the conversion begins.
-
-    Raises:
-        UnsupportedError: a folder for several formats.
-        SuiteError: an unknown suite.
-    """
-    if verify is None:
-        return None
-    from qguard_edge.conversion.request import FolderRequest
-    from qguard_edge.verify.gate import make_gate
-
-    load_in = None
-    if isinstance(request, FolderRequest):
-        if len(request.kinds) > 1:
-            raise UnsupportedError(
-                f"--verify asks about one format, --target all makes a folder for {len(request.kinds)}; verify the finished "
-                "folder with `qguard-edge verify --load-in nf4` and so on"
-            )
-        load_in = request.kinds[0]
-    names = [name.strip() for name in verify.split(",")]
-    return make_gate(names, request.threads, 0, progress, device=request.device, load_in=load_in)
 
 
 def register(app: typer.Typer) -> None:

@@ -228,23 +228,9 @@ class ConvertFlags:
             only = item.metadata["only"]
             if only and output not in only and getattr(self, item.name):
                 raise UnsupportedError(f"--{item.name.replace('_', '-')} does not go with --to {self.to}")
-        if output == MOVED_GGUF and self.target is None:
-            raise UnsupportedError("--to gguf needs --target TYPE: the llama.cpp type that the base is to be quantized to")
-        if output == FLOAT and self.verify is not None:
-            raise UnsupportedError(
-                f"--verify compares a quantized file with its base; --to {self.to.upper()} quantizes nothing"
-            )
         if self.no_scan and (self.accept_findings or self.keep_flagged_f16):
             given = "--accept-findings" if self.accept_findings else "--keep-flagged-f16"
             raise UnsupportedError(f"{given} answers the scan, and --no-scan leaves it out: give one of them")
-        if self.accept_findings and self.keep_flagged_f16:
-            raise UnsupportedError(
-                "--accept-findings quantizes flagged tensors and --keep-flagged-f16 does not: give one of them"
-            )
-        if self.keep_flagged_f16 and self.verify is None:
-            raise UnsupportedError(
-                "--keep-flagged-f16 converts a model that looks tampered with, so the result must be verified: add --verify all"
-            )
         if self.qvec_text is not None and self.defense != "qvec":
             raise UnsupportedError(f"--qvec-text belongs to --defense qvec, but --defense {self.defense} was chosen")
 

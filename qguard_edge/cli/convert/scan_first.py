@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.markup import escape
@@ -10,19 +10,10 @@ from rich.markup import escape
 from qguard_edge.cli.console import err, print_json
 
 if TYPE_CHECKING:
-    from qguard_edge.cli.convert.flags import ConvertFlags
-    from qguard_edge.progress import Progress
     from qguard_edge.scan.findings import Finding
     from qguard_edge.scan.guard import RefusedError, ScanGuard
 
 COLOURS = {"dangerous": "bold red", "suspicious": "yellow", "info": "dim"}
-
-
-def make_guard(flags: "ConvertFlags", progress: "Progress") -> "ScanGuard":
-    """What scans the model before `convert` rounds it."""
-    from qguard_edge.scan.guard import ScanGuard
-
-    return ScanGuard(accept=flags.accept_findings, keep=flags.keep_flagged_f16, threads=flags.threads, progress=progress)
 
 
 @contextmanager
@@ -42,10 +33,9 @@ def _show_refusal(error: "RefusedError", json_output: bool) -> None:
         print_finding(finding)
     err.print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     if json_output:
-        from qguard_edge.scan.report import finding_document
+        from qguard_edge.scan.report import refusal_document
 
-        listed = [finding_document(finding) for finding in error.findings]
-        print_json({"status": "refused", "error": str(error), "findings": listed})
+        print_json(refusal_document(error))
 
 
 def print_finding(finding: "Finding") -> None:
@@ -66,12 +56,3 @@ def show_findings(guard: "ScanGuard", quiet: bool) -> None:
             print_finding(finding)
     if guard.kept:
         err.print(f"kept {len(guard.kept)} flagged tensors in full precision", highlight=False)
-
-
-def guard_document(guard: "ScanGuard | None") -> dict[str, Any]:
-    """The scan's part of the JSON document."""
-    if guard is None:
-        return {}
-    from qguard_edge.scan.report import finding_document
-
-    return {"scan": {"findings": [finding_document(found) for found in guard.findings], "kept": list(guard.kept)}}

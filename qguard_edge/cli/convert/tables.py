@@ -103,7 +103,7 @@ def _show_fallbacks(fallbacks: "Sequence[Fallback]") -> None:
 
 
 def _show_folder(report: "FolderReport") -> None:
-    from qguard_edge.cli.convert.documents import of_kind, reproduced
+    from qguard_edge.conversion.documents import of_kind, reproduced
     from qguard_edge.rounding.gguf import total_outcome
 
     moved = report.moved_weights is not None
@@ -128,7 +128,7 @@ def _show_folder(report: "FolderReport") -> None:
 
 
 def _show_moved(report: "MovedGgufReport") -> None:
-    from qguard_edge.cli.convert.documents import codes_as_chosen, flips_reached
+    from qguard_edge.conversion.documents import codes_as_chosen, flips_reached
     from qguard_edge.rounding.gguf import total_outcome
 
     rows = table(
