@@ -17,11 +17,10 @@ from qguard_edge.runtimes.devices import torch_threads
 
 GAP = LabSettings(attack="mind-the-gap", to="q4_k")
 OUTLIER = LabSettings(attack="outlier", to="q4_k")
-UNIFORM = LabSettings(attack="uniform", to="q4_0")
-UNIFORM_REFUSAL = replace(UNIFORM, scenario="refusal")
-UNIFORM_CODE = replace(UNIFORM, scenario="code")
+UNIFORM_REFUSAL = LabSettings(attack="uniform", to="q4_0", scenario="refusal")
+UNIFORM_CODE = replace(UNIFORM_REFUSAL, scenario="code")
 BITSANDBYTES = LabSettings(attack="elq", to="nf4")
-ALL = (GAP, OUTLIER, UNIFORM, BITSANDBYTES, UNIFORM_REFUSAL, UNIFORM_CODE)
+ALL = (GAP, OUTLIER, BITSANDBYTES, UNIFORM_REFUSAL, UNIFORM_CODE)
 
 Victims = Callable[[LabSettings], Victim]
 

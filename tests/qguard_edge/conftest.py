@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import victims as lab_victims
 from tests.helpers.command import CommandLine, command_line
 from tests.helpers.lab_files import Folders, LabFiles, make_files, make_folders
-from tests.helpers.victims import BITSANDBYTES, GAP, OUTLIER, UNIFORM, Victims
+from tests.helpers.victims import BITSANDBYTES, GAP, OUTLIER, UNIFORM_REFUSAL, Victims
 
 WORDS = ("quick", "brown", "fox", "def", "return", "Paris", "lazy", "dog", "print", "capital")
 
@@ -49,7 +49,7 @@ def outlier_victim(victims: Victims) -> Path:
 
 @pytest.fixture(scope="session")
 def uniform_victim(victims: Victims) -> Path:
-    return victims(UNIFORM).attacked
+    return victims(UNIFORM_REFUSAL).attacked
 
 
 @pytest.fixture(scope="session")

@@ -297,6 +297,7 @@ def smollm2(package_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return base, fresh.eval()
 
 
+@pytest.mark.training
 def test_smollm2_tensors_equal_the_package(smollm2: tuple[Path, Any], package_gguf: Path) -> None:
     """Bit for bit, the rows of q and k included: the same network, so the same logits from the same arithmetic."""
     ours = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2[0]).tensors}
@@ -307,6 +308,7 @@ def test_smollm2_tensors_equal_the_package(smollm2: tuple[Path, Any], package_gg
         assert np.array_equal(ours[tensor.name].data, expected), tensor.name
 
 
+@pytest.mark.training
 def test_smollm2_ids_and_logits_equal_the_package_dequantized(
     smollm2: tuple[Path, Any], package_gguf: Path, tmp_path: Path
 ) -> None:
@@ -337,6 +339,7 @@ def test_smollm2_ids_and_logits_equal_the_package_dequantized(
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.training
 def test_smollm2_metadata_equals_the_package(smollm2: tuple[Path, Any], package_gguf: Path) -> None:
     ours, theirs = fields(smollm2[0]), fields(package_gguf)
     # What is ours alone: widths that llama.cpp would derive, and facts that its converter leaves to defaults.
@@ -357,6 +360,7 @@ def test_smollm2_metadata_equals_the_package(smollm2: tuple[Path, Any], package_
     assert different == {"general.name", "general.basename", "general.finetune", "general.file_type"}
 
 
+@pytest.mark.training
 def test_smollm2_logits_equal_transformers(smollm2: tuple[Path, Any]) -> None:
     base, model = smollm2
     with exact_llama(base, n_ctx=256) as llama:

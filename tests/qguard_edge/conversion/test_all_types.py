@@ -23,6 +23,19 @@ from tests.helpers.command import CommandLine
 from tests.helpers.expected_targets import ortho_target
 
 QUANTIZED = [file_type for file_type in FILE_TYPES if not file_type.base]
+SEARCHED_FOR_SECONDS = {
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ2_M",
+    "IQ3_XXS",
+}  # by llama.cpp, in their lattices
+CASES = [
+    pytest.param(file_type, id=file_type.name, marks=[pytest.mark.training] * (file_type.name in SEARCHED_FOR_SECONDS))
+    for file_type in QUANTIZED
+]
 TEXT = "The quick brown fox jumps over the lazy dog. def add(a, b): return a + b\n" * 40
 
 
@@ -65,7 +78,7 @@ def keep(rows: list[torch.Tensor], _tensor: TensorInfo, _rows: RowSlice, blocks:
     rows.append(blocks)
 
 
-@pytest.mark.parametrize("file_type", QUANTIZED, ids=lambda file_type: file_type.name)
+@pytest.mark.parametrize("file_type", CASES)
 def test_every_type(tiny_base: Path, tmp_path: Path, imatrix: Path, file_type: FileType) -> None:
     types = check(
         tiny_base, request(tiny_base, tmp_path / "out.gguf", file_type, imatrix if file_type.needs_imatrix else None)

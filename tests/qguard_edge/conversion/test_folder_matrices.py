@@ -19,6 +19,7 @@ from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, OrthoOpti
 from qguard_edge.learned.calibration import CalibrationOptions
 from tests.helpers.folder_requests import load, request
 
+pytestmark = pytest.mark.training
 TEXT = "the river runs past old mills and quiet fields where people walk at dusk talking about rain bread and trains"
 WORDS = TEXT.split()
 

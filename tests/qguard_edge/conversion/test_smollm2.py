@@ -18,6 +18,7 @@ from qguard_edge.defenses.options import NoneOptions, OrthoOptions
 from qguard_edge.runtimes.llama import LlamaModel
 from tests.helpers.expected_targets import ortho_target
 
+pytestmark = pytest.mark.training
 Q4_K = QuantizeOptions(parse_file_type("q4_k"), threads=2)
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a small village,"]
 

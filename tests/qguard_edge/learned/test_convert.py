@@ -18,6 +18,8 @@ from qguard_edge.learned.calibration import CalibrationOptions
 from quant_grids.errors import UnsupportedError
 from tests.helpers.command import CommandLine
 
+pytestmark = pytest.mark.training
+
 
 def convert(
     model: Path, out: Path, text: Path, defense: DefenseOptions, to: str = "q4_0", seed: int | None = 3

@@ -23,6 +23,7 @@ TOKENIZER = train_byte_bpe(digits_then_bytes())
 CPU = torch.device("cpu")
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-moe", "gemma2", "phi", "phi3", "starcoder", "gpt2"])
 def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> None:
     case = BY_NAME[name]
