@@ -118,7 +118,7 @@ def test_functions_are_not_hidden_by_packages_of_the_same_name(first: str) -> No
 
 def test_other_names_are_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'convrt'"):
-        _ = qguard_edge.convrt
+        _ = qguard_edge.convrt  # type: ignore[attr-defined]
     assert set(qguard_edge.__all__) <= set(dir(qguard_edge))
 
 
