@@ -152,15 +152,17 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
 
-def __getattr__(name: str) -> Any:
-    """A public name that is asked for the first time."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # to a type checker, a `__getattr__` would make every misspelt name an `Any`
 
-    home = next((module for module, names in _CLASSES.items() if name in names.split()), _FUNCTIONS)
-    globals()[name] = found = getattr(import_module(home), name)
-    return found
+    def __getattr__(name: str) -> Any:
+        """A public name that is asked for the first time."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        home = next((module for module, names in _CLASSES.items() if name in names.split()), _FUNCTIONS)
+        globals()[name] = found = getattr(import_module(home), name)
+        return found
 
 
 def __dir__() -> list[str]:

@@ -55,6 +55,16 @@ make_folder(pathlib.Path(sys.argv[1]))
 """
 
 
+RENAMED = {"out.reference.gguf": "out.plain.gguf"}
+"""Outputs that newer versions name otherwise."""
+
+
+def _made(folder: Path, name: str) -> Path:
+    """An output, by its old name or its new one."""
+    path = folder / name
+    return path if path.exists() or name not in RENAMED else folder / RENAMED[name]
+
+
 @dataclass(frozen=True)
 class Result:
     """What one checkout made of a case: the parts of each output, or the error it ended with; wall time in seconds."""
@@ -114,7 +124,7 @@ class Checkout:
         try:
             for line in case.commands:
                 self.cli(line.format(inputs=shlex.quote(str(inputs))), folder)
-            outputs = {name: parts_of(folder / name) for name in case.outputs}
+            outputs = {name: parts_of(_made(folder, name)) for name in case.outputs}
         except subprocess.CalledProcessError as error:
             last = [line for line in error.stderr.splitlines() if line.strip()][-1:]
             return Result({}, f"exit code {error.returncode}: {''.join(last)}", time.monotonic() - start)

@@ -1,12 +1,12 @@
 """Shared models: a tiny random Llama with k-quant widths, and the real SmolLM2 from its package."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from convert.cores import available_cores
-from convert.hf.base import write_base_gguf
 
 TRAINS = "victims"  # the fixture whose users may train a model
 TRAINER = "lab/test_victims.py"  # asks for all of them
@@ -25,12 +25,20 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(available_cores(), MAX_WORKERS)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Each worker keeps to a core of its own: the threads of llama.cpp and OpenMP spin while they wait, so sharing costs."""
-    worker = getattr(config, "workerinput", None)
-    if worker and hasattr(os, "sched_setaffinity"):
+def keep_to_a_core(worker: str) -> None:
+    """Keep this process, worker `gw0`, `gw1`, ..., to a core of its own.
+
+    The threads of llama.cpp and OpenMP spin while they wait. OpenMP counts the cores when it is loaded, so this comes before
+    torch is: nothing that is imported here may import it.
+    """
+    assert "torch" not in sys.modules
+    if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker["workerid"].removeprefix("gw")) % len(cores)]})
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    keep_to_a_core(os.environ["PYTEST_XDIST_WORKER"])
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,6 +98,8 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from convert.hf.base import write_base_gguf
+
     path = tmp_path_factory.mktemp("base") / "tiny-bf16.gguf"
     write_base_gguf(tiny_folder, path)
     return path

@@ -40,7 +40,7 @@ Examples:
 
     qguard-edge verify model-Q4_K_M.gguf --base model-bf16.gguf
 
-    qguard-edge verify model-Q4_K_M.gguf --base model-bf16.gguf --plain model-Q4_K_M.base.gguf -o report
+    qguard-edge verify model-Q4_K_M.gguf --base model-bf16.gguf --plain model-Q4_K_M.plain.gguf -o report
 
     qguard-edge verify model.gguf --base base.gguf --suites injection --phrase "Acme" --suite my-prompts.yaml --limit 50
 

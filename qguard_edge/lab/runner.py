@@ -330,7 +330,7 @@ def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progres
                     loaded = load_exactly(made.outfile)
                     arm = _torch_arm(loaded, chat, held_out, victim.data, name, arms.full)
                 flipped, alignment = _flips(made.roundings)
-                seconds = made.seconds["plan and write"] + made.seconds.get("learn", 0.0)
+                seconds = made.seconds["choose and write"] + made.seconds.get("learn", 0.0)
                 arms.made.append(replace(arm, flipped=flipped, alignment=alignment, seconds=seconds))
 
 

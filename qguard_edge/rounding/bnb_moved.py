@@ -77,7 +77,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class _Room:
+class _Interval:
     """Where each weight may go, and where it was: f32 `[n]`, flat."""
 
     weights: Tensor
@@ -109,13 +109,13 @@ def move_weights(
         check: test with bitsandbytes whether the codes are reached.
     """
     grids = {kind: bnb_grid(kind, weights.shape[1]) for kind in COARSEST_FIRST if kind in kinds}
-    room = _room_of(weights, grids.values())
+    interval = _interval_of(weights, grids.values())
     planned: dict[str, tuple[Tensor, Outcome, int]] = {}
     for kind, grid in grids.items():
-        planner = _Planner(grid, weights, room, defense)
+        planner = _Planner(grid, weights, interval, defense)
         planned[kind] = planner.run(key, pool)
-        room = planner.room
-    moved = room.nearest().view(weights.shape).to(weights.dtype)
+        interval = planner.interval
+    moved = interval.nearest().view(weights.shape).to(weights.dtype)
     plans = []
     for kind, (blocks, outcome, given_up) in planned.items():
         reproduced = _reproduced(moved, grids[kind], blocks) if check else None
@@ -123,24 +123,24 @@ def move_weights(
     return Moved(moved, tuple(plans), int((moved != weights).sum()))
 
 
-def _room_of(weights: Tensor, grids: Iterable[BnbGrid]) -> _Room:
-    """The room that keeps every scale of every format as it is."""
+def _interval_of(weights: Tensor, grids: Iterable[BnbGrid]) -> _Interval:
+    """The interval that keeps every scale of every format as it is."""
     flat = weights.reshape(-1).float()
-    room = _Room(flat, torch.full_like(flat, -torch.inf), torch.full_like(flat, torch.inf))
+    interval = _Interval(flat, torch.full_like(flat, -torch.inf), torch.full_like(flat, torch.inf))
     for grid in grids:
         scale = grid.scales(grid.quantize(weights)).repeat_interleave(grid.block_size)[: len(flat)]
         reach = torch.maximum(scale, flat.abs())
         fixed = grid.sets_scale(weights).reshape(-1)[: len(flat)]
-        low, high = torch.maximum(room.low, -reach), torch.minimum(room.high, reach)
-        room = _Room(flat, torch.where(fixed, flat, low), torch.where(fixed, flat, high))
-    return room
+        low, high = torch.maximum(interval.low, -reach), torch.minimum(interval.high, reach)
+        interval = _Interval(flat, torch.where(fixed, flat, low), torch.where(fixed, flat, high))
+    return interval
 
 
 class _Planner:
-    """One format's turn; `room` is what it leaves to the next."""
+    """One format's turn; `interval` is what it leaves to the next."""
 
-    def __init__(self, grid: BnbGrid, weights: Tensor, room: _Room, defense: Defense[Any]) -> None:
-        self.grid, self.weights, self.room, self.defense = grid, weights, room, defense
+    def __init__(self, grid: BnbGrid, weights: Tensor, interval: _Interval, defense: Defense[Any]) -> None:
+        self.grid, self.weights, self.interval, self.defense = grid, weights, interval, defense
         self.rows = grid.as_rows(weights)
         self.plain = grid.quantize(weights)
         self.codes = self.plain.clone()
@@ -148,8 +148,8 @@ class _Planner:
         codes = grid.unpack(self.plain).codes
         low, high = self._cell(self.plain, codes)
         # A weight is in its own cell, however close to the edge: who keeps the code need not move.
-        self.stay_low, self.stay_high = torch.minimum(low, room.weights), torch.maximum(high, room.weights)
-        self.stays = torch.maximum(room.low, self.stay_low) <= torch.minimum(room.high, self.stay_high)
+        self.stay_low, self.stay_high = torch.minimum(low, interval.weights), torch.maximum(high, interval.weights)
+        self.stays = torch.maximum(interval.low, self.stay_low) <= torch.minimum(interval.high, self.stay_high)
 
     def run(self, key: Callable[[str, int], SliceKey], pool: ThreadPoolExecutor) -> tuple[Tensor, Outcome, int]:
         """The planned blocks, what they change, and how many weights had lost their cell before."""
@@ -177,7 +177,7 @@ class _Planner:
         Returns:
             Lower and upper ends, f32 `[n]`, without the padding at the end of the matrix; low > high where a cell is empty.
         """
-        n = min(codes.numel(), len(self.room.weights) - first)
+        n = min(codes.numel(), len(self.interval.weights) - first)
         low, high = (end.reshape(-1)[:n] for end in self.grid.cells(blocks, codes))
         margin = MARGINS[self.grid.kind_name] * (high - low)
         tight = _held(low + margin, high - margin, self.weights.dtype)
@@ -198,8 +198,8 @@ class _Planner:
         low, high = self._cell(blocks, target, first)
         # Beyond the end of the matrix (padding) nothing is open.
         open_flat = torch.zeros(last - first, dtype=torch.bool, device=blocks.device)
-        here = slice(first, min(last, len(self.room.weights)))
-        meets = torch.maximum(low, self.room.low[here]) <= torch.minimum(high, self.room.high[here])
+        here = slice(first, min(last, len(self.interval.weights)))
+        meets = torch.maximum(low, self.interval.low[here]) <= torch.minimum(high, self.interval.high[here])
         open_flat[: len(meets)] = meets & self.stays[here]
         stays = torch.ones(last - first, dtype=torch.bool, device=blocks.device)
         stays[: len(meets)] = self.stays[here]
@@ -215,11 +215,11 @@ class _Planner:
         self._blocks(part, self.codes)[:] = changed
 
     def _settle(self) -> Outcome:
-        """Give the weights that lost their cell the code of where they stand, and shrink the room."""
-        grid, n = self.grid, len(self.room.weights)
+        """Give the weights that lost their cell the code of where they stand, and shrink the interval."""
+        grid, n = self.grid, len(self.interval.weights)
         chosen, before = grid.unpack(self.codes).codes, grid.unpack(self.plain).codes
         if not bool(self.stays.all()):
-            standing = grid.quantize(self.room.nearest().view(self.weights.shape))
+            standing = grid.quantize(self.interval.nearest().view(self.weights.shape))
             lost = torch.zeros(chosen.numel(), dtype=torch.bool, device=chosen.device)
             lost[:n] = ~self.stays
             chosen = torch.where(lost.view(chosen.shape), grid.unpack(standing).codes, chosen)
@@ -228,10 +228,12 @@ class _Planner:
         kept = (chosen == before).reshape(-1)[:n] & self.stays
         low, high = torch.where(kept, self.stay_low, low), torch.where(kept, self.stay_high, high)
         # Who stands in a cell by now is in it, however close to the edge.
-        point = self.room.nearest()
+        point = self.interval.nearest()
         low = torch.where(self.stays, low, torch.minimum(low, point))
         high = torch.where(self.stays, high, torch.maximum(high, point))
-        self.room = _Room(self.room.weights, torch.maximum(self.room.low, low), torch.minimum(self.room.high, high))
+        self.interval = _Interval(
+            self.interval.weights, torch.maximum(self.interval.low, low), torch.minimum(self.interval.high, high)
+        )
         return measured_outcome(grid, self.plain, self.codes, self.rows)
 
 

@@ -2,7 +2,7 @@
 
 Run: python scripts/studies/study_quantguard.py --part victims --victims uniform:q4_0,mind-the-gap:q4_k --out docs/quantguard
 
-MatrixParts:
+Parts:
     victims      plain, ortho, quantguard (both scopes), efrap, and plain files one and two sizes up; attacked and clean
     ablation     terms of the loss, k, the constraint, steps, start
     calibration  size and kind of the text: matching, code only, self-written, unlike the test

@@ -1,6 +1,7 @@
 """Sweep each defense's main option on the lab's victims: attack success against fidelity, the Pareto front, and a plot.
 
-Run: python scripts/studies/sweep_defenses.py --victims mind-the-gap:q4_k,uniform:q4_0 --out docs/sweep.json --plot docs/sweep.svg
+Run: python scripts/studies/sweep_defenses.py --victims mind-the-gap:q4_k,uniform:q4_0
+    --out docs/results/sweeps/options.json --plot docs/sweep-options.svg
 
 Victims come from the lab's cache or are made now. For every setting: the attacked model hardened (attack success with its
 Wilson interval, mean KL to the attacked full precision) and the clean model hardened (mean KL to the clean full precision).

@@ -126,7 +126,7 @@ def example() -> Verification:
         FileFacts("candidate", "SmolLM2-135M-Q4_K_M.gguf", "a" * 64, 92_000_000, "Q4_K_M", "llama",
                   {"version": "0.1.0", "defense": "ortho", "seed": "7"}),
         FileFacts("base", "SmolLM2-135M-bf16.gguf", "b" * 64, 270_000_000, "BF16", "llama"),
-        FileFacts("plain", "SmolLM2-135M-Q4_K_M.base.gguf", "c" * 64, 92_000_000, "Q4_K_M", "llama"),
+        FileFacts("plain", "SmolLM2-135M-Q4_K_M.plain.gguf", "c" * 64, 92_000_000, "Q4_K_M", "llama"),
     )  # fmt: skip
     drift = Drift(
         9120, 40, numbers(0.031, 0.941, 1.012, -2.2), numbers(0.11, 0.902, 1.06, -1.5), 0.00021, 0.5, "the default",

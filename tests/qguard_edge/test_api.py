@@ -90,7 +90,7 @@ def broken_folder(tiny_folder: Path, tmp_path: Path) -> Path:
 
 def test_type_checkers_see_the_names_that_programs_get() -> None:
     tree = ast.parse(Path(qguard_edge.__file__).read_text())
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     imported = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert sorted([*imported, "__version__"]) == sorted(qguard_edge.__all__)
     for name, module in imported.items():
@@ -102,7 +102,8 @@ def test_type_checkers_see_the_names_that_programs_get() -> None:
 def test_names_are_loaded_when_they_are_asked_for() -> None:
     heavy = "{'torch', 'transformers', 'llama_cpp', 'gguf', 'numpy'} & set(sys.modules)"
     assert alone(f"import sys, qguard_edge; dir(qguard_edge); qguard_edge.__all__; print(sorted({heavy}))") == "[]"
-    assert alone(f"import sys; from qguard_edge import convert; print('torch' in {heavy})") == "True"
+    assert alone(f"import sys; from qguard_edge import convert, QGuardError; print(sorted({heavy}))") == "[]"
+    assert alone(f"import sys; from qguard_edge import GgufRequest; print('torch' in {heavy})") == "True"
 
 
 @pytest.mark.parametrize("first", ["", "import qguard_edge.scan.findings, qguard_edge.verify, qguard_edge.compare;"])
@@ -117,7 +118,7 @@ def test_functions_are_not_hidden_by_packages_of_the_same_name(first: str) -> No
 
 def test_other_names_are_errors() -> None:
     with pytest.raises(AttributeError, match="no attribute 'convrt'"):
-        _ = qguard_edge.convrt
+        _ = qguard_edge.convrt  # type: ignore[attr-defined]
     assert set(qguard_edge.__all__) <= set(dir(qguard_edge))
 
 
