@@ -13,7 +13,7 @@ from convert.cores import available_cores
 from convert.gguf_file import GgufModel
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations_job import Job, job_key
-from qguard_edge.runtimes.gram_files import GramError, WantedWeight
+from qguard_edge.runtimes.gram_files import GramError, WantedWeight, load_index
 from qguard_edge.runtimes.gram_passes import forget_others
 from qguard_edge.runtimes.grams import Grams
 from qguard_edge.runtimes.llama_child import Event, run_child
@@ -69,7 +69,9 @@ class LlamaGramSource:
         )  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         forget_others(folder, key)
-        self._run(job, progress or NoProgress())
+        index = load_index(folder)
+        if index is None or not index.complete:
+            self._run(job, progress or NoProgress())
         return Grams(folder)
 
     def _run(self, job: Job, progress: Progress) -> None:

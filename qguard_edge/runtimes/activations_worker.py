@@ -12,7 +12,7 @@ it never runs in the caller's process. See `llama_child`.
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llama_cpp
@@ -34,10 +34,15 @@ SPARE = 32 << 20  # bytes kept free for what Python and BLAS allocate on the way
 
 
 class Runner:
-    """One job with its model loaded."""
+    """One job with its model loaded.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    Args:
+        job: what to do.
+        report: told about progress, see `llama_child.tell`.
+    """
+
+    def __init__(self, job: Job, report: Callable[..., None] = tell) -> None:
+        self.job, self.report = job, report
         self.folder = Path(job.folder)
         self.wanted = {weight.name: weight for weight in job.weights}
         self.rows = sorted(job.rows, key=len, reverse=True)
@@ -62,7 +67,7 @@ class Runner:
         )
         self.figures["load"] = time.perf_counter() - started
         if job.gpu_layers and not llama_cpp.llama_supports_gpu_offload():
-            tell(note="this build of llama.cpp has no GPU support: the model runs on the CPU")
+            report(note="this build of llama.cpp has no GPU support: the model runs on the CPU")
         largest = max(max(row) for row in self.rows)
         if largest >= self.model.n_vocab:
             raise GramError(f"the text holds token {largest}, the model has {self.model.n_vocab}")
@@ -77,7 +82,7 @@ class Runner:
         index = GramIndex(self.job.key, self.job.products, entries, survey.skipped, survey.missing())
         index = resumed(index, self.folder)
         passes = plan_passes(index, self._budget(survey.largest))
-        tell(total=len(passes) * sum(map(len, self.rows)))
+        self.report(total=len(passes) * sum(map(len, self.rows)))
         for units in passes:
             index = self._pass(index, units)
         self._save(index)
@@ -100,10 +105,7 @@ class Runner:
         """All texts once; returns the index with the new pieces."""
         all_sums = [new_sums(unit, self.job.products) for unit in units]
         self.watch = watcher = Watcher(self.wanted, self.inputs, all_sums, copy=self.job.copy, stop=one_backend())
-        for start in range(0, len(self.rows), self.model.n_seq):
-            texts = self.rows[start : start + self.model.n_seq]
-            self._decode(texts)
-            tell(advance=sum(map(len, texts)))
+        self.forward()
         for name, seconds in watcher.seconds.items():
             self.figures[name] += seconds
         self.figures["passes"] += 1
@@ -115,8 +117,16 @@ class Runner:
         self._save(index)
         return index
 
+    def forward(self) -> None:
+        """Run the model on all texts, with whatever watches it."""
+        for start in range(0, len(self.rows), self.model.n_seq):
+            texts = self.rows[start : start + self.model.n_seq]
+            self._decode(texts)
+            self.report(advance=sum(map(len, texts)))
+
     def _save(self, index: GramIndex) -> None:
         self.figures["peak_resident_bytes"] = resident_bytes("VmHWM")
+        self.figures["processor"] = time.process_time()
         dataclasses.replace(index, figures=self.figures).save(self.folder)
 
     def _decode(self, batch: Sequence[Sequence[int]]) -> None:

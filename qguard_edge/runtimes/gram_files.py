@@ -104,6 +104,11 @@ class GramIndex:
     missing: tuple[str, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to be measured."""
+        return all(entry.measured == entry.slices for entry in self.inputs)
+
     def save(self, folder: Path) -> None:
         """Write the index; it replaces an older one in one step."""
         temporary = folder / (INDEX + ".tmp")

@@ -37,7 +37,8 @@ def run_child(module: str, job: Path, *, threads: int = 1, on_event: Callable[[E
     # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
     command = [sys.executable, "-P", "-m", module, str(job)]
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, str(threads)) | {"OMP_WAIT_POLICY": "passive"}
+    waiting = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "10"}  # the second: 2^10 cycles, not 2^26
+    environment = os.environ | dict.fromkeys(names, str(threads)) | waiting
     error, last = "", list[str]()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
