@@ -147,7 +147,7 @@ def test_two_seeds_differ_as_often_as_the_draws_say() -> None:
     scale = grid.unpack(blocks).scale.double()
     place = weights.double().view(-1, 32) / scale
     share = place - place.floor()
-    variance = float(scale.square().mean()) / 12
+    variance = float((grid.dequantize(blocks).view(weights.shape) - weights).square().mean())
     chance = torch.sigmoid((2 * share - 1) * scale.square() / (2 * variance))
     inside = (place > -8) & (place < 7)
     differ = float((2 * chance * (1 - chance))[inside].sum()) / inside.numel()
