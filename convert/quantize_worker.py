@@ -6,7 +6,6 @@ goes to standard output; the exit status is 0 when it succeeded.
 
 import ctypes
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,34 +13,17 @@ from typing import Any
 
 import llama_cpp
 
+from convert.child import die_with_parent, resident_bytes
 from convert.cores import available_cores
 from convert.imatrix import load_imatrix
 from convert.quantizer import USAGE_MARK, ggml_type_number, parse_override
 from quant_grids.errors import QGuardError
-
-_PR_SET_PDEATHSIG = 1
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(_level: int, text: bytes, _user_data: Any) -> None:
     sys.stdout.buffer.write(text)
     sys.stdout.buffer.flush()
-
-
-def _die_with_parent() -> None:
-    """On Linux, ask the kernel to kill this process when the parent is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _peak_rss() -> int:
-    """Largest resident size of this process in bytes; 0 where the system does not tell."""
-    # Not getrusage: its figure is inherited from the process that started this one.
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def _override_array(overrides: list[tuple[str, str, str]]) -> Any:
@@ -112,13 +94,13 @@ def run(job: dict[str, Any]) -> int:
     llama_cpp.llama_backend_init()
     started = time.perf_counter()
     status = int(llama_cpp.llama_model_quantize(job["base"].encode(), job["outfile"].encode(), ctypes.byref(params)))
-    sys.stdout.write(f"{USAGE_MARK} {time.perf_counter() - started:.6f} {_peak_rss()}\n")
+    sys.stdout.write(f"{USAGE_MARK} {time.perf_counter() - started:.6f} {resident_bytes()}\n")
     return status
 
 
 def main() -> None:
     """Entry point of the child process."""
-    _die_with_parent()
+    die_with_parent()
     try:
         status = run(json.loads(sys.argv[1]))
     except QGuardError as error:

@@ -1,38 +1,34 @@
 """Make an importance matrix: run the full-precision model on text and add up the squares of each matrix's inputs.
 
-For a weight matrix that maps `x` to `W x`, the error of column j counts in proportion to the mean of `x_j^2`. Hooks on the
-linear layers add up these squares over the text; the sums go into llama.cpp's own GGUF format under the names of the
-GGUF's tensors, so that `llama-quantize` reads the file as well. The output matrix is left out, as llama-imatrix does.
+For a weight matrix that maps `x` to `W x`, the error of column j counts in proportion to the mean of `x_j^2`. llama.cpp runs the
+model while every product's inputs are watched (`qguard_edge.runtimes.activations`), experts by their routes; the sums go into
+llama.cpp's own GGUF format under the names of the GGUF's tensors, so that `llama-quantize` reads the file as well. As with
+llama-imatrix, a model that expects a beginning-of-text token gets one before each piece of text, and only the matrices of blocks
+are measured, not the output matrix.
 
-Matrices that are not linear layers of their own in transformers (the stacked experts of mixture models) get no entry, and
-the report names them: llama.cpp then quantizes those without weights, or refuses types that need them.
+A folder is first written as a base GGUF beside the output, and removed at the end.
 """
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-from torch import Tensor, nn
 
-from convert.atomic import check_writable
+from convert.atomic import PREFIX, check_writable
+from convert.gguf_file import GgufModel
+from convert.hf.base import write_base_gguf
+from convert.hf.external import find_converter, run_converter
 from convert.imatrix import write_imatrix
-from qguard_edge.hf_runtime import HfModel, load_hf_model
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.source import resolve_source
-from quant_grids.errors import QGuardError
+from qguard_edge.runtimes.activations import LlamaGramSource
+from qguard_edge.runtimes.grams import wanted_weights
+from qguard_edge.runtimes.tokens import llama_tokens
+from qguard_edge.source import Source, resolve_source
+from quant_grids.errors import QGuardError, UnsupportedError
 
-# Where the name of an architecture in transformers differs from llama.cpp's.
-_ARCHITECTURES = {
-    "mistral": "llama",
-    "qwen2_moe": "qwen2moe",
-    "qwen3_moe": "qwen3moe",
-    "phi": "phi2",
-    "gpt_bigcode": "starcoder",
-}
-_ARCHITECTURES |= {"gemma3_text": "gemma3"}
+ALL_LAYERS = 10_000
 
 
 class ImatrixError(QGuardError):
@@ -91,62 +87,40 @@ def make_imatrix(
     except (OSError, UnicodeDecodeError) as error:
         raise ImatrixError(f"cannot read the text {text.name} as UTF-8: {error}") from error
     source = resolve_source(model, revision)
-    loaded = load_hf_model(source.path, device=device)
-    ids = loaded.tokenizer(content, add_special_tokens=False)["input_ids"]
-    chunks = [ids[i : i + chunk_size] for i in range(0, len(ids), chunk_size)][:max_chunks]
-    if not chunks:
-        raise ImatrixError(f"{text.name} holds no text")
-    collector = _Collector(loaded)
-    progress.stage("Measuring activations", len(chunks), "chunks")
-    with torch.inference_mode():
-        for chunk in chunks:
-            loaded.model(torch.tensor([chunk], device=loaded.model.device))
-            progress.advance(1)
-    sums, counts, missing = collector.results()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=outfile.parent) as place:
+        base = GgufModel(source.path if source.is_gguf else _write_base(source, Path(place) / "base.gguf", progress))
+        chunks = _chunks(base, content, chunk_size)[:max_chunks]
+        if not chunks:
+            raise ImatrixError(f"{text.name} holds no text")
+        layers = ALL_LAYERS if device is not None and device.type == "cuda" else 0
+        seen = LlamaGramSource(base, products=False, gpu_layers=layers, way_out="")
+        weights = wanted_weights(base, [name for name in base.tensors if name.startswith("blk.")])
+        grams = seen.collect(weights, chunks, Path(place) / "sums", progress=progress)
+        if not grams.names:
+            raise ImatrixError(f"no product of {source.name} reads a matrix of a block: there is nothing to measure")
+        measured = {name: grams.diagonal(name) for name in grams.names}
+    sums = {name: found.squares for name, found in measured.items()}
+    counts = {name: found.counts for name, found in measured.items()}
     write_imatrix(outfile, sums, counts, dataset=text.name, chunks=len(chunks), chunk_size=chunk_size)
-    return ImatrixReport(outfile, len(sums), missing, sum(map(len, chunks)), len(chunks))
+    return ImatrixReport(outfile, len(sums), grams.missing, sum(map(len, chunks)), len(chunks))
 
 
-class _Collector:
-    """Hooks on every linear layer that has a GGUF tensor; layers that share an input are measured once each."""
-
-    def __init__(self, loaded: HfModel) -> None:
-        name = _ARCHITECTURES.get(loaded.architecture, loaded.architecture)
-        arch = next((arch for arch, known in MODEL_ARCH_NAMES.items() if known == name), None)
-        if arch is None:
-            raise ImatrixError(f"{loaded.architecture!r} has no tensor names in gguf; make the matrix with llama-imatrix")
-        names = get_tensor_name_map(arch, loaded.layers)
-        self.sums: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self.missing: list[str] = []
-        for path, module in loaded.model.named_modules():
-            if not _is_linear(module) or path in ("lm_head", "embed_out"):
-                continue
-            tensor = names.get_name(path + ".weight", try_suffixes=(".weight",))
-            if tensor is None:
-                self.missing.append(path)
-            else:
-                module.register_forward_pre_hook(self._hook(tensor))
-        self.missing += [path for path, p in loaded.model.named_parameters() if p.ndim == 3]
-
-    def _hook(self, tensor: str) -> Any:
-        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            flat = inputs[0].reshape(-1, inputs[0].shape[-1]).double()
-            squares = (flat * flat).sum(0)
-            self.sums[tensor] = self.sums[tensor] + squares if tensor in self.sums else squares
-            self.tokens[tensor] = self.tokens.get(tensor, 0) + len(flat)
-
-        return add
-
-    def results(self) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-        """Sums f32 `[1, columns]` and counts f32 `[1]` per GGUF tensor, and what has no entry."""
-        if not self.sums:
-            raise ImatrixError("no linear layer of the model belongs to a GGUF tensor; make the matrix with llama-imatrix")
-        sums = {name: values.float().cpu().numpy()[None] for name, values in self.sums.items()}
-        counts = {name: np.array([count], np.float32) for name, count in self.tokens.items()}
-        return sums, counts, tuple(self.missing)
+def _write_base(source: Source, path: Path, progress: Progress) -> Path:
+    """The folder's model as a GGUF, by llama.cpp's own converter where it is not built in and LLAMA_CPP_ROOT names one."""
+    progress.stage("Writing the base", 0, "B")
+    try:
+        write_base_gguf(source.path, path, name=source.name)
+    except UnsupportedError:
+        script = find_converter()
+        if script is None:
+            raise
+        run_converter(script, source.path, path)
+    return path
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or GPT-2's Conv1D, whose inputs mean the same."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _chunks(base: GgufModel, content: str, size: int) -> Sequence[Sequence[int]]:
+    """The text cut into pieces of `size` tokens, what the model expects before a text included."""
+    tokens = llama_tokens(base.path, [content])
+    ids, begin = tokens.texts[0], tokens.begin
+    step = max(1, size - len(begin))
+    return [(*begin, *ids[start : start + step]) for start in range(0, len(ids), step)]

@@ -88,6 +88,7 @@ class LlamaModel:
             by some 1e-3; exact is for comparing files with other programs, the default is what users run.
         n_batch: tokens of one decode call at most; all their logits together take `4 * n_batch * n_vocab` bytes.
         extra_buffers: let llama.cpp repack weights for this processor; see `safe_extra_buffers`.
+        on_node: called for every node of every graph, see `qguard_edge.runtimes.ggml_tensor.eval_callback`.
 
     Raises:
         LlamaRuntimeError: llama.cpp could not load the file.
@@ -105,6 +106,7 @@ class LlamaModel:
         exact: bool = False,
         n_batch: int = 2048,
         extra_buffers: bool = False,
+        on_node: Any = None,
     ) -> None:
         self._model: Any = None
         self._context: Any = None
@@ -133,6 +135,8 @@ class LlamaModel:
         if exact:
             ctx_params.type_k = ctx_params.type_v = llama_cpp.GGML_TYPE_F32
             ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if on_node is not None:
+            self._on_node = ctx_params.cb_eval = on_node  # kept alive as long as llama.cpp may call it
         self.n_batch = int(ctx_params.n_batch)
         self._context = llama_cpp.llama_init_from_model(self._model, ctx_params)
         if not self._context:

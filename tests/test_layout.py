@@ -15,7 +15,12 @@ ALLOWED = {
 }
 HOMES = {
     # fragile dependency -> the modules that may import it
-    "llama_cpp": {"convert/quantize_worker.py", "qguard_edge/llama_runtime.py"},
+    "llama_cpp": {
+        "convert/quantize_worker.py",
+        "qguard_edge/llama_runtime.py",
+        "qguard_edge/runtimes/activations_worker.py",
+        "qguard_edge/runtimes/ggml_tensor.py",
+    },
     "bitsandbytes": {"convert/bnb_check.py"},
     "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/hf_runtime.py"},
 }

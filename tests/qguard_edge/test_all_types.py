@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from expected_targets import ortho_target
@@ -103,14 +104,14 @@ def test_imatrix_is_the_mean_square_of_each_input(tiny_folder: Path, imatrix: Pa
         for start in range(0, len(ids), 64):
             model(torch.tensor([ids[start : start + 64]]))
     expected = torch.cat(seen).square().mean(0).numpy()
-    assert loaded.entries["blk.1.ffn_down.weight"] == pytest.approx(expected, rel=1e-4)
+    # llama.cpp rounds the inputs of bf16 matrices to bf16; tests/qguard_edge/runtimes/test_imatrix.py compares in f32.
+    assert loaded.entries["blk.1.ffn_down.weight"] == pytest.approx(expected, rel=0.1)
+    assert np.linalg.norm(loaded.entries["blk.1.ffn_down.weight"] - expected) < 0.01 * np.linalg.norm(expected)
     assert len(loaded.entries) == 14
 
 
 def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Path, imatrix: Path) -> None:
     """With weights, the added error (weighted) is lower than what the unweighted choice adds, on the same reference."""
-    import numpy as np
-
     from convert.gguf_file import GgufModel
     from convert.tensor_io import open_reader, row_slices
     from qguard_edge.defenses.base import make_defense

@@ -1,0 +1,109 @@
+"""Passes over the text: which sums fit into memory together, and what is written when a pass is done."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qguard_edge.runtimes.gram_files import FloatArray, GramError, GramIndex, Piece, load_index, write_array
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some slices of one input, measured in one pass.
+
+    Attributes:
+        position: of the input in the index.
+        columns: of the input.
+        first: the first slice.
+        count: of slices.
+    """
+
+    position: int
+    columns: int
+    first: int
+    count: int
+
+
+def resumed(index: GramIndex, folder: Path) -> GramIndex:
+    """The index with the pieces that an earlier run of the same job has left in the folder."""
+    old = load_index(folder)
+    if old is None or old.job != index.job:
+        return index
+    done = {entry.weights: entry.pieces for entry in old.inputs}
+    inputs = (dataclasses.replace(entry, pieces=done.get(entry.weights, ())) for entry in index.inputs)
+    return dataclasses.replace(index, inputs=tuple(inputs))
+
+
+def forget_others(folder: Path, key: str) -> None:
+    """Remove what another job has left in the folder."""
+    index = load_index(folder)
+    if index is not None and index.job != key:
+        for path in folder.iterdir():
+            if path.suffix in (".gram", ".squares", ".json", ".tmp"):
+                path.unlink()
+
+
+def plan_passes(index: GramIndex, budget: int | None) -> list[list[Unit]]:
+    """Cut what is still to be measured into passes, in the order of the inputs.
+
+    Args:
+        index: with what is measured already.
+        budget: bytes for Gram matrices; None: no limit.
+
+    Raises:
+        GramError: a single matrix is larger than the budget.
+    """
+    passes: list[list[Unit]] = []
+    left = 0
+    for position, entry in enumerate(index.inputs):
+        each = 4 * entry.columns**2 if index.products else 0
+        if budget is not None and each > budget:
+            raise GramError(
+                f"the Gram matrix of {entry.weights[0]} takes {each >> 20} MiB, and of the memory that is allowed "
+                f"{max(0, budget) >> 20} MiB are left for it; raise --max-memory"
+            )
+        first = entry.measured
+        while first < entry.slices:
+            count = entry.slices - first
+            if budget is not None and each:
+                count = min(count, left // each)
+            if count == 0 or not passes:
+                passes.append([])
+                left = budget or 0
+                continue
+            passes[-1].append(Unit(position, entry.columns, first, count))
+            left -= each * count
+            first += count
+    return passes
+
+
+def written(
+    index: GramIndex, folder: Path, unit: Unit, rows: npt.NDArray[np.int64], squares: FloatArray, gram: FloatArray | None
+) -> GramIndex:
+    """Write the sums of one unit; returns the index with it, which is not saved yet.
+
+    Args:
+        index: of the folder.
+        folder: gets the files.
+        unit: what was measured.
+        rows: int64 `[count]`, how many rows each slice saw.
+        squares: f32 `[count, columns]`.
+        gram: f32 `[count, columns, columns]`, or None.
+
+    Raises:
+        GramError: the sums are not finite.
+    """
+    entry = index.inputs[unit.position]
+    if not np.isfinite(squares).all():
+        raise GramError(f"the inputs of {entry.weights[0]} are not finite numbers: the model is broken")
+    stem = f"{unit.position:05d}-{unit.first:04d}"
+    write_array(folder / f"{stem}.squares", squares)
+    if gram is not None:
+        write_array(folder / f"{stem}.gram", gram)
+    piece = Piece(stem, unit.first, tuple(int(count) for count in rows))
+    inputs = list(index.inputs)
+    inputs[unit.position] = dataclasses.replace(entry, pieces=(*entry.pieces, piece))
+    return dataclasses.replace(index, inputs=tuple(inputs))
