@@ -39,7 +39,7 @@ from qguard_edge.defenses.feedback_pass import (
 from qguard_edge.defenses.options import FeedbackOptions
 from quant_grids import Flips, Grid, Outcome
 from quant_grids.base import ScalarGrid
-from quant_grids.lattice_base import LatticeGrid
+from quant_grids.lattice_base import GROUP, LatticeGrid
 
 SAMPLE_ROWS = 96
 """Rows that the lean is found on: the alignment of the whole matrix then meets the target to about 0.01."""
@@ -60,16 +60,19 @@ class Tuning:
     """
 
     damping: float = DAMPING
-    order: str = "natural"
-    reach: int | None = 0
+    order: str = "falling"
+    reach: int | None = 1
 
-    def order_of(self, gram: Tensor) -> Tensor:
-        """int64 `[columns]`."""
+    def order_of(self, gram: Tensor, group: int = 1) -> Tensor:
+        """int64 `[columns]`; columns that share a code, `group` of them, stay together."""
+        size = gram.diagonal().view(-1, group).mean(1)
+        turn = torch.arange(len(size))
         if self.order == "falling":
-            return torch.argsort(gram.diagonal(), descending=True, stable=True)
-        if self.order == "random":
-            return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0)).to(gram.device)
-        return torch.arange(len(gram), device=gram.device)
+            turn = torch.argsort(size, descending=True, stable=True)
+        elif self.order == "random":
+            turn = torch.randperm(len(size), generator=torch.Generator().manual_seed(0))
+        turn = turn.to(gram.device)
+        return (turn.unsqueeze(1) * group + torch.arange(group, device=gram.device)).flatten()
 
 
 class Feedback(Defense[FeedbackOptions]):
@@ -82,11 +85,11 @@ class Feedback(Defense[FeedbackOptions]):
         """Flips do not say enough; see `fit`."""
         raise NotImplementedError
 
-    def factor(self, gram: Tensor | None, columns: int, device: torch.device) -> Factor:
+    def factor(self, grid: Grid, gram: Tensor | None, columns: int, device: torch.device) -> Factor:
         """See `Defense.factor`."""
         if gram is None:
             return unknown(columns, device)
-        return factor_of(gram, self.tuning.order_of(gram), self.tuning.damping)
+        return factor_of(gram, self.tuning.order_of(gram, grid.weights_per_code), self.tuning.damping)
 
     def fit(self, grid: Grid, factor: Factor, blocks: Tensor, weights: Tensor, key: SliceKey) -> MatrixRule:
         """See `Defense.fit`."""
@@ -94,7 +97,7 @@ class Feedback(Defense[FeedbackOptions]):
         temperature = TEMPERATURE if self.options.temperature is None else self.options.temperature
         uniform = key.uniform(weights.device)
         if isinstance(grid, LatticeGrid):
-            groups = groups_of(grid, blocks, weights)
+            groups = groups_of(grid, blocks, weights, factor.order)
             variance = temperature * mean_cost(groups.error.T, factor)
             return FittedGroups(grid, factor, lean_for_groups(grid, groups, factor, variance, target, uniform), variance)
         assert isinstance(grid, ScalarGrid)
@@ -149,14 +152,16 @@ class FittedGroups(MatrixRule):
 
     def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
         """See `MatrixRule.round`."""
-        groups = groups_of(self.grid, blocks, weights)
+        groups = groups_of(self.grid, blocks, weights, self.factor.order)
         shift = lean_of_groups(groups, self.factor).mul_(self.lean) if self.lean else None
         uniform = key.uniform(weights.device)
         passed = run_groups(self.grid, groups, self.factor, shift=shift, variance=self.variance, uniform=uniform)
         changed = (passed.index != groups.index).any(2) | (passed.mark != groups.mark)
         outcome = _outcome(int(torch.count_nonzero(changed)), groups.error, passed.error)
-        made = self.grid.pack(blocks, passed.index.flatten(0, 1), passed.mark.flatten())
-        return Rounded(made, outcome, passed.bits)
+        index, mark = torch.empty_like(passed.index), torch.empty_like(passed.mark)
+        turn = self.factor.order[::GROUP] // GROUP
+        index[:, turn], mark[:, turn] = passed.index, passed.mark
+        return Rounded(self.grid.pack(blocks, index.flatten(0, 1), mark.flatten()), outcome, passed.bits)
 
 
 def _outcome(n_changed: int, old: Tensor, new: Tensor) -> Outcome:

@@ -25,7 +25,7 @@ PUSHES = (0.5, 1.0)
 
 @dataclass(frozen=True)
 class Groups:
-    """Some rows of a matrix on their lattice.
+    """Some rows of a matrix on their lattice, groups in the order of rounding.
 
     Attributes:
         weights: f32 `[rows, columns]`, full precision.
@@ -56,13 +56,14 @@ class PassedGroups:
     bits: float
 
 
-def groups_of(grid: LatticeGrid, blocks: Tensor, weights: Tensor) -> Groups:
+def groups_of(grid: LatticeGrid, blocks: Tensor, weights: Tensor, order: Tensor) -> Groups:
     """Take a slice of rows apart.
 
     Args:
         grid: of the format.
         blocks: uint8 `[n_blocks, type_size]`, plain.
         weights: f32 `[rows, columns]`, full precision.
+        order: int64 `[columns]`, of the columns; those of a group stay together.
     """
     rows = len(weights)
     codes = grid.unpack(blocks)
@@ -79,7 +80,8 @@ def groups_of(grid: LatticeGrid, blocks: Tensor, weights: Tensor) -> Groups:
         weights = weights.masked_fill(broken, 0.0)
     shift = torch.zeros_like(scale) if codes.shift is None else codes.shift.view(rows, -1)
     index, mark = codes.index.view(rows, -1, codes.index.shape[1]), codes.mark.view(rows, -1)
-    return Groups(weights, error, index, mark, scale, inverse, shift)
+    turn = order[::GROUP] // GROUP
+    return Groups(weights[:, order], error[:, order], *(x[:, turn] for x in (index, mark, scale, inverse, shift)))
 
 
 def repeated(groups: Groups, copies: int) -> Groups:
@@ -104,7 +106,7 @@ def run_groups(
     variance: float = 0.0,
     uniform: Uniform | None = None,
 ) -> PassedGroups:
-    """One pass over the groups of each row, in their natural order, which the factor must have too.
+    """One pass over the groups of each row.
 
     Args:
         grid: of the format.
