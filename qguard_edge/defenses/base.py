@@ -147,10 +147,11 @@ class Defense(ABC, Generic[Options]):
             f32 of the shape of `flips.ratio`: 1 where the flip is taken, else 0.
         """
 
-    def factor(self, gram: Tensor | None, columns: int, device: torch.device) -> Any:
+    def factor(self, grid: Grid, gram: Tensor | None, columns: int, device: torch.device) -> Any:
         """What `fit` needs of a Gram matrix, for all matrices that share these inputs; only called with `wants_inputs`.
 
         Args:
+            grid: of the matrix's format; only how many weights share a code may matter.
             gram: f32 `[columns, columns]`, mean of `x x^T`; None: nobody saw the inputs.
             columns: of the matrix.
             device: where the arithmetic runs.

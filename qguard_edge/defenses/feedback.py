@@ -15,7 +15,7 @@ Per matrix
 no output matrix) is treated as if they were independent: nothing is made up for, the draws and the constraint stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.base import Defense, MatrixRule, Rounded, SliceKey
+from qguard_edge.defenses.feedback_groups import Groups, groups_of, lean_of_groups, repeated, run_groups
 from qguard_edge.defenses.feedback_pass import (
     DAMPING,
     Columns,
@@ -38,6 +39,7 @@ from qguard_edge.defenses.feedback_pass import (
 from qguard_edge.defenses.options import FeedbackOptions
 from quant_grids import Flips, Grid, Outcome
 from quant_grids.base import ScalarGrid
+from quant_grids.lattice_base import GROUP, LatticeGrid
 
 SAMPLE_ROWS = 96
 """Rows that the lean is found on: the alignment of the whole matrix then meets the target to about 0.01."""
@@ -58,16 +60,19 @@ class Tuning:
     """
 
     damping: float = DAMPING
-    order: str = "natural"
-    reach: int | None = 0
+    order: str = "falling"
+    reach: int | None = 1
 
-    def order_of(self, gram: Tensor) -> Tensor:
-        """int64 `[columns]`."""
+    def order_of(self, gram: Tensor, group: int = 1) -> Tensor:
+        """int64 `[columns]`; columns that share a code, `group` of them, stay together."""
+        size = gram.diagonal().view(-1, group).mean(1)
+        turn = torch.arange(len(size))
         if self.order == "falling":
-            return torch.argsort(gram.diagonal(), descending=True, stable=True)
-        if self.order == "random":
-            return torch.randperm(len(gram), generator=torch.Generator().manual_seed(0)).to(gram.device)
-        return torch.arange(len(gram), device=gram.device)
+            turn = torch.argsort(size, descending=True, stable=True)
+        elif self.order == "random":
+            turn = torch.randperm(len(size), generator=torch.Generator().manual_seed(0))
+        turn = turn.to(gram.device)
+        return (turn.unsqueeze(1) * group + torch.arange(group, device=gram.device)).flatten()
 
 
 class Feedback(Defense[FeedbackOptions]):
@@ -80,21 +85,25 @@ class Feedback(Defense[FeedbackOptions]):
         """Flips do not say enough; see `fit`."""
         raise NotImplementedError
 
-    def factor(self, gram: Tensor | None, columns: int, device: torch.device) -> Factor:
+    def factor(self, grid: Grid, gram: Tensor | None, columns: int, device: torch.device) -> Factor:
         """See `Defense.factor`."""
         if gram is None:
             return unknown(columns, device)
-        return factor_of(gram, self.tuning.order_of(gram), self.tuning.damping)
+        return factor_of(gram, self.tuning.order_of(gram, grid.weights_per_code), self.tuning.damping)
 
     def fit(self, grid: Grid, factor: Factor, blocks: Tensor, weights: Tensor, key: SliceKey) -> MatrixRule:
         """See `Defense.fit`."""
-        assert isinstance(grid, ScalarGrid)
         target = ALIGNMENT if self.options.alignment is None else self.options.alignment
         temperature = TEMPERATURE if self.options.temperature is None else self.options.temperature
+        uniform = key.uniform(weights.device)
+        if isinstance(grid, LatticeGrid):
+            groups = groups_of(grid, blocks, weights, factor.order)
+            variance = temperature * mean_cost(groups.error.T, factor)
+            return FittedGroups(grid, factor, lean_for_groups(grid, groups, factor, variance, target, uniform), variance)
+        assert isinstance(grid, ScalarGrid)
         columns = columns_of(grid, blocks, weights, factor.order, self.tuning.reach)
-        variance = temperature * mean_cost(columns, factor)
-        lean = lean_for(columns, factor, variance, target, key.uniform(weights.device))
-        return FittedPass(grid, factor, lean, variance, self.tuning.reach)
+        variance = temperature * mean_cost(columns.error, factor)
+        return FittedPass(grid, factor, lean_for(columns, factor, variance, target, uniform), variance, self.tuning.reach)
 
 
 @dataclass(frozen=True)
@@ -128,45 +137,95 @@ class FittedPass(MatrixRule):
         dead = (columns.inverse == 0).T.reshape(-1)
         if bool(dead.any()):
             codes = torch.where(dead.unsqueeze(1), before.view(-1, sub_size), codes.view(-1, sub_size)).view(before.shape)
-        old, new = columns.error.view(-1), passed.error.view(-1)
-        outcome = Outcome(
-            int(torch.count_nonzero(codes != before)),
-            float(torch.dot(old, old)),
-            float(torch.dot(old, new)),
-            float(torch.dot(new, new)),
-        )
+        outcome = _outcome(int(torch.count_nonzero(codes != before)), columns.error, passed.error)
         return Rounded(self.grid.pack(blocks, codes), outcome, passed.bits)
 
 
-def mean_cost(columns: Columns, factor: Factor) -> float:
-    """What rounding to the nearest level costs on average in one term of the output error: the mean of `R_jj^2 s^2 / 12`."""
-    gap = 1.0 if columns.table is None else float(columns.table.diff().median())
-    square = columns.scale.square().mean(1)[columns.sub]
-    return float((square * factor.square).mean()) * gap * gap / 12.0
+@dataclass(frozen=True)
+class FittedGroups(MatrixRule):
+    """A pass over one matrix of a lattice format; attributes as for `FittedPass`."""
+
+    grid: LatticeGrid
+    factor: Factor
+    lean: float
+    variance: float
+
+    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
+        """See `MatrixRule.round`."""
+        groups = groups_of(self.grid, blocks, weights, self.factor.order)
+        shift = lean_of_groups(groups, self.factor).mul_(self.lean) if self.lean else None
+        uniform = key.uniform(weights.device)
+        passed = run_groups(self.grid, groups, self.factor, shift=shift, variance=self.variance, uniform=uniform)
+        changed = (passed.index != groups.index).any(2) | (passed.mark != groups.mark)
+        outcome = _outcome(int(torch.count_nonzero(changed)), groups.error, passed.error)
+        index, mark = torch.empty_like(passed.index), torch.empty_like(passed.mark)
+        turn = self.factor.order[::GROUP] // GROUP
+        index[:, turn], mark[:, turn] = passed.index, passed.mark
+        return Rounded(self.grid.pack(blocks, index.flatten(0, 1), mark.flatten()), outcome, passed.bits)
+
+
+def _outcome(n_changed: int, old: Tensor, new: Tensor) -> Outcome:
+    old, new = old.reshape(-1), new.reshape(-1)
+    return Outcome(n_changed, *(float(torch.dot(a, b)) for a, b in ((old, old), (old, new), (new, new))))
+
+
+def mean_cost(error: Tensor, factor: Factor) -> float:
+    """What plain rounding costs on average in one term of the output error: the mean of `R_jj^2 T_j^2`.
+
+    Args:
+        error: f32 `[columns, rows]`, of plain rounding, in the factor's order.
+        factor: of the layer's inputs.
+    """
+    return float((error.square().mean(1) * factor.square).mean())
 
 
 def lean_for(columns: Columns, factor: Factor, variance: float, target: float, uniform: Uniform) -> float:
-    """The lean at which a pass over these rows keeps `<t', t> = target <t, t>`; 0 if none is needed.
-
-    All leans of a round are tried in one pass, over copies of the rows.
-    """
+    """The lean at which a pass over these rows keeps `<t', t> = target <t, t>`; 0 if none is needed."""
     energy = float(columns.error.square().sum())
     if energy <= 0 or target >= 1.0:
         return 0.0
     shift = lean_shift(columns, factor)
-    unit = energy / max(1e-30, float((shift * shift * factor.square.unsqueeze(1)).sum()))
-    several = stacked(columns, len(LEANS))
-    span = max(0.3, 0.7 - target)
-    for _ in range(4):
-        leans = [unit * span * lean for lean in LEANS]
+    several = stacked(columns, len(LEANS))  # all leans of a round are tried in one pass, over copies of the rows
+
+    def alignments(leans: Sequence[float]) -> list[float]:
         shifts = torch.cat([shift * lean for lean in leans], dim=1)
         passed = run_pass(several, factor, shift=shifts, variance=variance, uniform=uniform)
-        products = (passed.error * several.error).view(len(factor.order), len(leans), -1).sum((0, 2))
-        alignments = (products / energy).tolist()
-        if alignments[0] <= target + CLOSE:
+        products = (passed.error * several.error).view(len(shift), len(leans), -1).sum((0, 2))
+        return [float(product) / energy for product in products]
+
+    return _search(alignments, energy / max(1e-30, float((shift * shift * factor.square.unsqueeze(1)).sum())), target)
+
+
+def lean_for_groups(
+    grid: LatticeGrid, groups: Groups, factor: Factor, variance: float, target: float, uniform: Uniform
+) -> float:
+    """As `lean_for`."""
+    energy = float(groups.error.square().sum())
+    if energy <= 0 or target >= 1.0:
+        return 0.0
+    shift = lean_of_groups(groups, factor)
+    several = repeated(groups, len(LEANS))
+
+    def alignments(leans: Sequence[float]) -> list[float]:
+        shifts = torch.cat([shift * lean for lean in leans])
+        passed = run_groups(grid, several, factor, shift=shifts, variance=variance, uniform=uniform)
+        products = (passed.error * several.error).view(len(leans), -1).sum(1)
+        return [float(product) / energy for product in products]
+
+    return _search(alignments, energy / max(1e-30, float((shift * shift * factor.square).sum())), target)
+
+
+def _search(alignments: Callable[[Sequence[float]], list[float]], unit: float, target: float) -> float:
+    """The lean that meets a target; `unit` takes a share of 1 off the alignment where codes need not be whole numbers."""
+    span = max(0.3, 0.7 - target)
+    leans = [0.0]
+    for _ in range(4):
+        leans = [unit * span * lean for lean in LEANS]
+        found = alignments(leans)
+        if found[0] <= target + CLOSE:
             return 0.0
-        if alignments[-1] <= target:
-            return _crossing(leans, alignments, target)
+        if found[-1] <= target:
+            return _crossing(leans, found, target)
         span *= 2.0
     return leans[-1]
 

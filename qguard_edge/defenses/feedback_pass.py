@@ -54,7 +54,7 @@ from torch import Tensor
 from quant_grids.base import LARGEST_SQUARE, ScalarGrid, UniformGrid
 
 BLOCK, RUN = 128, 16
-DAMPING = 0.01  # of the mean of H's diagonal: keeps H invertible where the text left directions out
+DAMPING = 0.03  # of the mean of H's diagonal: keeps H invertible where the text left directions out
 
 
 @dataclass(frozen=True)

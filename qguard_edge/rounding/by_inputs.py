@@ -84,17 +84,17 @@ class _Factors:
 
     defense: Defense[Any]
     inputs: Inputs | None
-    kept: OrderedDict[tuple[str, int], Any] = field(default_factory=OrderedDict)
+    kept: OrderedDict[tuple[str, int, int], Any] = field(default_factory=OrderedDict)
 
     def of(self, matrix: Matrix, device: torch.device) -> Any:
         if self.inputs is None or matrix.name not in self.inputs.names:
-            return self.defense.factor(None, matrix.columns, device)
-        name = (min(self.inputs.shares(matrix.name)), matrix.expert)
+            return self.defense.factor(matrix.grid, None, matrix.columns, device)
+        name = (min(self.inputs.shares(matrix.name)), matrix.expert, matrix.grid.weights_per_code)
         if name not in self.kept:
             while len(self.kept) >= KEPT_FACTORS:
                 self.kept.popitem(last=False)
             gram = self.inputs.of(matrix.name, matrix.expert).to(device)
-            self.kept[name] = self.defense.factor(gram, matrix.columns, device)
+            self.kept[name] = self.defense.factor(matrix.grid, gram, matrix.columns, device)
         self.kept.move_to_end(name)
         return self.kept[name]
 

@@ -103,7 +103,7 @@ def rule_for(
 ) -> tuple[MatrixRule, Tensor, Tensor, Tensor]:
     blocks, weights, gram = layer(name, rows, columns)
     defense = Feedback(FeedbackOptions(alignment=alignment, temperature=temperature))
-    factor = defense.factor(gram if known else None, columns, CPU)
+    factor = defense.factor(grid_of(name), gram if known else None, columns, CPU)
     return defense.fit(grid_of(name), factor, blocks, weights, KEY), blocks, weights, gram
 
 
@@ -117,7 +117,7 @@ def test_the_layer_computes_better_what_it_should_under_the_constraint() -> None
     assert made.outcome.projection == pytest.approx(float((plain * ours).sum()), rel=1e-3, abs=1e-6)
     assert made.outcome.new_energy == pytest.approx(float(ours.square().sum()), rel=1e-4)
     assert made.outcome.n_changed == grid.changed_codes(blocks, made.blocks)[0]
-    assert grid.changed_codes(blocks, made.blocks)[1] == 1
+    assert grid.changed_codes(blocks, made.blocks)[1] <= 2  # one beyond the two next to the weight
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -147,7 +147,7 @@ def test_two_seeds_differ_as_often_as_the_draws_say() -> None:
     scale = grid.unpack(blocks).scale.double()
     place = weights.double().view(-1, 32) / scale
     share = place - place.floor()
-    variance = float(scale.square().mean()) / 12
+    variance = float((grid.dequantize(blocks).view(weights.shape) - weights).square().mean())
     chance = torch.sigmoid((2 * share - 1) * scale.square() / (2 * variance))
     inside = (place > -8) & (place < 7)
     differ = float((2 * chance * (1 - chance))[inside].sum()) / inside.numel()
@@ -161,7 +161,7 @@ def test_bits_are_the_entropy_of_the_whole_row() -> None:
     copies, columns = 30_000, 32
     blocks, weights, gram = layer("Q4_0", 1, columns)
     defense = Feedback(FeedbackOptions(alignment=1.0, temperature=0.3))
-    rule = defense.fit(grid_of("Q4_0"), defense.factor(gram, columns, CPU), blocks, weights, KEY)
+    rule = defense.fit(grid_of("Q4_0"), defense.factor(grid_of("Q4_0"), gram, columns, CPU), blocks, weights, KEY)
     made = rule.round(blocks.repeat(copies, 1), weights.repeat(copies, 1), KEY)
     counts = np.array(list(Counter(bytes(block) for block in made.blocks.numpy()).values()), float)
     chance = counts / copies
@@ -238,7 +238,7 @@ def test_blocks_without_a_scale_and_weights_that_are_no_numbers(name: str) -> No
     blocks[: len(blocks) // 8] = torch.from_numpy(ggml_oracle.quantize(int(grid_of(name).ggml_type), weights[:1].numpy()))
     weights[3, 7], weights[4, 9] = math.nan, math.inf
     defense = Feedback(FeedbackOptions(alignment=0.0, temperature=0.3))
-    rule = defense.fit(grid_of(name), defense.factor(gram, 256, CPU), blocks, weights, KEY)
+    rule = defense.fit(grid_of(name), defense.factor(grid_of(name), gram, 256, CPU), blocks, weights, KEY)
     made = rule.round(blocks, weights, KEY)
     assert math.isfinite(made.outcome.new_energy)
     assert math.isfinite(made.bits)
