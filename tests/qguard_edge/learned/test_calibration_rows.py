@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,10 +76,12 @@ def test_rows_begin_with_the_begin_token() -> None:
 
 @pytest.mark.parametrize("tokens", [8, 9, 11, 12])
 def test_packing_stops_at_the_limit_and_takes_no_more_documents_than_it_needs(tokens: int) -> None:
-    asked = []
+    asked: list[int] = []
 
-    def documents() -> chain[list[int]]:
-        return chain.from_iterable(asked.append(i) or [[i, i, i]] for i in range(100))
+    def documents() -> Iterator[list[int]]:
+        for i in range(100):
+            asked.append(i)
+            yield [i, i, i]
 
     rows = list(pack(documents(), 4, tokens))
     assert tokens - 1 <= sum(map(len, rows)) <= tokens
