@@ -94,7 +94,7 @@ def lean_of_groups(groups: Groups, factor: Factor) -> Tensor:
     if factor.feed is None:
         return groups.error.clone()
     scaled = torch.linalg.solve_triangular(factor.feed.T, groups.error, upper=False, left=False, unitriangular=True)
-    return scaled.contiguous().div_(factor.square)
+    return torch.div(scaled, factor.square)
 
 
 def run_groups(

@@ -204,9 +204,18 @@ def stacked(columns: Columns, copies: int) -> Columns:
     def repeat(array: Tensor) -> Tensor:
         return array.repeat(1, copies)
 
-    ends = (repeat(end) if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
-    arrays = map(repeat, (columns.weights, columns.error, columns.scale, columns.inverse, columns.offset))
-    return Columns(*arrays, columns.sub, *ends, columns.table)
+    lowest, highest = (repeat(end) if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
+    return Columns(
+        repeat(columns.weights),
+        repeat(columns.error),
+        repeat(columns.scale),
+        repeat(columns.inverse),
+        repeat(columns.offset),
+        columns.sub,
+        lowest,
+        highest,
+        columns.table,
+    )
 
 
 Uniform = Callable[[int, int], Tensor]
@@ -219,7 +228,7 @@ def lean_shift(columns: Columns, factor: Factor) -> Tensor:
         return columns.error.clone()
     # Turned, so that neither side is copied to LAPACK's order of columns.
     scaled = torch.linalg.solve_triangular(factor.feed.T, columns.error.T, upper=False, left=False, unitriangular=True)
-    return scaled.T.contiguous().div_(factor.square.unsqueeze(1))  # R = feed * diagonal
+    return torch.div(scaled.T, factor.square.unsqueeze(1)).contiguous()  # R = feed * diagonal
 
 
 def run_pass(

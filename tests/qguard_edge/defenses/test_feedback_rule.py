@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
-import ggml_oracle
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from qguard_edge.defenses.options import FeedbackOptions
 from qguard_edge.rounding.by_inputs import Matrix, Rounding, round_matrices
 from quant_grids import GRIDS
 from quant_grids.base import ScalarGrid
+from tests.helpers import ggml_oracle
 
 KEY = SliceKey(seed=1, tensor="blk.0.ffn_up.weight", index=0)
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """How near to full precision error feedback comes, by its options: mean KL in llama.cpp on answers and on unlike passages.
 
-Run: python scripts/study_feedback.py BASE.gguf --texts INSTRUCTIONS.jsonl --work FOLDER --to q4_k --tokens 8192 ARM ...
+Run: python scripts/studies/study_feedback.py BASE.gguf --texts INSTRUCTIONS.jsonl --work FOLDER --to q4_k --tokens 8192 ARM ...
 
 BASE is full precision, for instance rotated SmolLM2:
     python -m qguard_edge.lab.rotated FOLDER && python -m qguard_edge convert FOLDER --to bf16 -o BASE.gguf
@@ -28,10 +28,10 @@ from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.defenses.base import Inputs, make_defense
 from qguard_edge.defenses.feedback import Feedback, Tuning
 from qguard_edge.defenses.options import parse_defense
-from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.rounding import TensorRounding, coverage_of, harden
+from qguard_edge.rounding.gguf import TensorRounding, WalkOptions, coverage_of, harden
 from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.grams import wanted_weights
+from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.verify.chat import render, template_of
 from qguard_edge.verify.drift import measure_documents
 from qguard_edge.verify.runner import LlamaFactory
@@ -101,11 +101,11 @@ def make_arm(
     defense = make_defense(parse_defense(":".join([name, *settings])))
     if isinstance(defense, Feedback):
         defense.tuning = Tuning(**tuned)
-    reference = GgufFile(plain)
-    tensors = coverage_of(base, reference).protected
-    patch = GgufPatch(reference, out, {})
+    opened = GgufFile(plain)
+    tensors = coverage_of(base, opened).protected
+    patch = GgufPatch(opened, out, {})
     try:
-        made = harden(base, reference, tensors, defense, seed=seed, sink=patch.write_rows, threads=threads, inputs=inputs)
+        made = harden(base, opened, tensors, defense, WalkOptions(seed, threads, inputs=inputs), sink=patch.write_rows)
         patch.copy_rest(tensor.name for tensor in tensors)
     finally:
         patch.close()
