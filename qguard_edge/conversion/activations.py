@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.imatrix_file import write_imatrix
 from qguard_edge.learned.calibration import Calibration
 from qguard_edge.progress import Progress
 from qguard_edge.runtimes.gram_files import WantedWeight
@@ -95,6 +96,24 @@ def see_activations(
             warnings=calibration.warnings,
         ),
     )
+
+
+def write_importance(activations: Activations, path: Path) -> Path:
+    """The Gram matrices' diagonals as an importance matrix, for types that llama.cpp does not write without one.
+
+    As llama-imatrix does, the matrices of blocks alone: not the output matrix.
+    """
+    grams, report = activations.grams, activations.report
+    measured = {name: grams.diagonal(name) for name in grams.names if name.startswith("blk.")}
+    write_imatrix(
+        path,
+        {name: found.squares for name, found in measured.items()},
+        {name: found.counts for name, found in measured.items()},
+        dataset=report.calibration_source,
+        chunks=1,
+        chunk_size=report.tokens,
+    )
+    return path
 
 
 def forget_activations(outfile: Path) -> None:

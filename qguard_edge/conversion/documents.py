@@ -41,6 +41,8 @@ def _common(report: ConversionReport) -> dict[str, Any]:
         "warnings": list(report.warnings),
         "load_check": asdict(report.loaded) if report.loaded else None,
         "learned": asdict(report.learned) if report.learned else None,
+        "activations": asdict(report.activations) if report.activations else None,
+        "entropy_bits": report.entropy_bits,
     }
 
 

@@ -21,6 +21,7 @@ from qguard_edge.conversion.opened_folder import bytes_as
 from qguard_edge.conversion.outputs.folder import FolderOutput
 from qguard_edge.conversion.outputs.gguf import GgufOutput
 from qguard_edge.conversion.request import ConversionRequest, FolderRequest, GgufRequest
+from qguard_edge.defenses.options import FeedbackOptions
 from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, ModelSize, dry_cost, size_of
 from quant_grids import GRIDS
 from quant_grids.errors import UnsupportedError
@@ -107,7 +108,7 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
         )
         base_bytes = sum(tensor.n_bytes for tensor in base.tensors.values())
     warnings = list(report.warnings)
-    if request.options.file_type.needs_imatrix and request.options.imatrix is None:
+    if request.options.file_type.needs_imatrix and request.options.imatrix is None and not _measures(request):
         warnings.append(f"{request.options.file_type.name} needs an importance matrix: pass --imatrix FILE")
     size = size_of((tensor.name, tensor.shape) for tensor in tensors)
     return _dry(request, output.outfile, tensors, base_bytes, size, warnings)
@@ -142,6 +143,11 @@ def _dry(
         warnings=tuple(warnings),
         learning=learning,
     )
+
+
+def _measures(request: GgufRequest) -> bool:
+    """Whether the conversion measures an importance matrix by itself: with a defense that sees activations."""
+    return isinstance(request.defense, FeedbackOptions)
 
 
 def _gguf_tensor(tensor: TensorInfo, target: str, fallback: Fallback | None) -> DryTensor:

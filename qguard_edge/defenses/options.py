@@ -252,7 +252,7 @@ DEFENSE_OPTIONS: Mapping[str, type[DefenseOptions]] = {
     )
 }
 DATA_FREE = tuple(name for name, cls in DEFENSE_OPTIONS.items() if not cls.calibrated)
-DEFAULT_DEFENSE = "ortho"
+DEFAULT_DEFENSE = "feedback"
 
 
 def options_class(name: str) -> type[DefenseOptions]:

@@ -28,6 +28,8 @@ def show_report(report: "ConversionReport") -> None:
             _show_moved(report)
     if report.learned:
         show_learned(report.learned)
+    if report.activations:
+        _show_activations(report)
     for warning in report.warnings:
         err.print(f"[yellow]warning:[/] {warning}", highlight=False)
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
@@ -144,6 +146,20 @@ def _show_moved(report: "MovedGgufReport") -> None:
         cells = _outcome_cells(weights, total_outcome(mine))[1:]
         rows.add_row(name, str(len(mine)), count_text(weights), moved, *reached, *cells)
     out.print(rows)
+
+
+def _show_activations(report: "ConversionReport") -> None:
+    """What the rounding was fitted to, and how much of it cannot be known without the seed."""
+    seen = report.activations
+    assert seen is not None
+    unseen = f", {len(seen.unseen)} matrices without known inputs" if seen.unseen else ""
+    out.print(
+        f"fitted to {seen.tokens} tokens of text ({seen.calibration_source}){unseen}; {count_text(report.entropy_bits)} bits of "
+        "the rounding are random",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def show_learned(learned: "LearnReport") -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,13 @@ from convert.patch import GgufPatch
 from convert.quantizer import QuantizeReport, quantize
 from convert.source import open_base
 from qguard_edge import __version__
-from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
+from qguard_edge.conversion.activations import (
+    CALIBRATION_SEED,
+    Activations,
+    activations_folder,
+    see_activations,
+    write_importance,
+)
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import check_output, from_template, input_files, plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
@@ -147,7 +154,10 @@ class HardenedGguf(GgufFamily[Made, Report]):
 
     def make_plain(self, job: Job, guard: Guard | None) -> None:
         """See `Output.make_plain`; twice if the guard keeps tensors in full precision in the light of the first file."""
-        path = job.work / "plain.gguf"
+        path, options = job.work / "plain.gguf", self.request.options
+        if job.activations and options.imatrix is None and options.file_type.needs_imatrix:
+            measured = write_importance(job.activations, job.work / "calibration.imatrix.gguf")
+            self.request = replace(self.request, options=replace(options, imatrix=measured))
 
         def make() -> None:
             with job.clock.stage("plain"):
