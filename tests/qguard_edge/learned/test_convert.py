@@ -118,7 +118,7 @@ def test_the_command_line(tiny_folder: Path, text: Path, tmp_path: Path, cli: Co
     assert str(text.parent) not in done.stdout
     shown = cli(*command, "--overwrite", cwd=tmp_path)
     assert "learned on 40 texts (calib.jsonl)" in shown.stdout
-    planned = cli(*command, "--dry-run", "--json", cwd=tmp_path)
+    planned = cli(*command, "--dry-run", "--overwrite", "--json", cwd=tmp_path)
     assert json.loads(planned.stdout)["memory_bytes"] > 300 << 20
     wrong = cli(*command[:-6], "--calib", "no.jsonl", "--overwrite", cwd=tmp_path)
     assert wrong.returncode == 2
