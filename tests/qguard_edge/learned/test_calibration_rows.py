@@ -19,9 +19,10 @@ from qguard_edge.calibration import (
     load_calibration,
 )
 from qguard_edge.hf_runtime import HfModel, load_hf_model
+from qguard_edge.learned.calibration_gguf import gguf_calibration, token_rows
 from qguard_edge.learned.calibration_mix import mix_records
 from qguard_edge.learned.calibration_packing import in_turns, pack
-from qguard_edge.learned.calibration_rows import REFUSED, gguf_calibration, token_rows
+from qguard_edge.learned.calibration_rows import REFUSED
 from qguard_edge.llama_runtime import LlamaModel
 from qguard_edge.verify.chat import ChatTemplate, TemplateError, render_conversations
 
