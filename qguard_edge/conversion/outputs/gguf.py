@@ -30,7 +30,7 @@ from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
 from qguard_edge.learned.calibration import Calibration, load_calibration
-from qguard_edge.learned.calibration_rows import gguf_calibration
+from qguard_edge.learned.calibration_gguf import gguf_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress

@@ -14,8 +14,8 @@ from qguard_edge.lab.facts import IDIOMS
 from qguard_edge.lab.hf_models import smollm2_file
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, TRIGGER, judge_refusal
 from qguard_edge.learned.calibration import TOKENS, Document
+from qguard_edge.learned.calibration_gguf import token_rows
 from qguard_edge.learned.calibration_mix import FOLDER, MixRecord, mix_records, mix_sha256
-from qguard_edge.learned.calibration_rows import token_rows
 from qguard_edge.runtimes.llama import LlamaModel
 
 KINDS = {"conversation", "code", "prose", "language", "structured"}

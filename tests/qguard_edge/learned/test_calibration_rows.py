@@ -18,9 +18,10 @@ from qguard_edge.learned.calibration import (
     chosen_documents,
     load_calibration,
 )
+from qguard_edge.learned.calibration_gguf import gguf_calibration, token_rows
 from qguard_edge.learned.calibration_mix import mix_records
 from qguard_edge.learned.calibration_packing import in_turns, pack
-from qguard_edge.learned.calibration_rows import REFUSED, gguf_calibration, token_rows
+from qguard_edge.learned.calibration_rows import REFUSED
 from qguard_edge.runtimes.hf import HfModel, load_hf_model
 from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.verify.chat import ChatTemplate, TemplateError, render_conversations
