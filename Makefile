@@ -1,13 +1,16 @@
 # Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler, cmake and a package registry.
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-quick test-slow lint bench clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A process per core, each kept to its own (tests/conftest.py), a test file at a time.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo       convert a small real model, hardened, and verify it in llama.cpp, with a report"
 	@echo "make test       lint, type-check and run the whole test suite"
+	@echo "make test-quick the tests that neither train nor build anything, without lint"
 	@echo "make test-slow  the longer studies"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      benchmarks (tables on standard output)"
@@ -25,14 +28,17 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+test-quick: $(READY)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not training and not build"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
-	$(BIN)/python scripts/bench_grids.py
-	$(BIN)/python scripts/bench_convert.py
+	$(BIN)/python scripts/bench/bench_grids.py
+	$(BIN)/python scripts/bench/bench_convert.py
 
 clean:
 	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

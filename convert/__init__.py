@@ -1,1 +1,1 @@
-"""How bytes get into files: Hugging Face folder -> base GGUF, llama.cpp reference, GGUF patch."""
+"""How bytes get into files: Hugging Face folder -> base GGUF, llama.cpp's plain GGUF, GGUF patch."""

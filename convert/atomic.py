@@ -70,43 +70,42 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
-    """Yield a hidden folder beside `path`; on success flush its files and rename it to `path`, on any error remove it.
-
-    Args:
-        path: the final name.
-        overwrite: replace a folder of that name.
-        marker: a file that a folder must hold to be replaced (`config.json` of a model): a mistyped name must not cost a
-            folder of something else.
-
-    Raises:
-        OutputError: see `check_folder_writable`.
-    """
-    check_folder_writable(path, overwrite=overwrite, marker=marker)
+def work_folder(parent: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, removed at the end, so that the final rename stays on one file system."""
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     except OSError as error:
-        raise OutputError(f"the output folder {path.parent} cannot be written: {error.strerror}") from error
+        raise OutputError(f"the output folder {parent} cannot be written: {error.strerror}") from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        temporary.chmod(0o755)  # mkdtemp's own mode is private
-        if path.exists():
-            old = temporary_beside(path)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(path)
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def commit_folder(temporary: Path, path: Path) -> None:
+    """Flush a folder's files to disk and rename it to `path`, replacing a folder of that name."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    temporary.chmod(0o755)  # mkdtemp's own mode is private
+    if path.exists():
+        old = temporary_beside(path)
+        path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.rename(path)
 
 
 def check_folder_writable(path: Path, *, overwrite: bool, marker: str) -> None:
-    """Refuse an output folder before any work is done; arguments as for `atomic_folder`.
+    """Refuse an output folder before any work is done.
+
+    Args:
+        path: to be written later.
+        overwrite: replace a folder of that name.
+        marker: a file that a folder must hold to be replaced (`config.json` of a model): a mistyped name must not cost a
+            folder of something else.
 
     Raises:
         OutputError: the parent cannot be written, or the path exists and may not be replaced.

@@ -6,7 +6,7 @@ from quant_grids.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
-class FolderTarget:
+class FolderFormat:
     """One of them.
 
     Attributes:
@@ -25,10 +25,10 @@ class FolderTarget:
 FOLDER_TARGETS = {
     target.name: target
     for target in (
-        FolderTarget("nf4", "bitsandbytes checkpoint, 4-bit normal float", 4.5, "NF4"),
-        FolderTarget("fp4", "bitsandbytes checkpoint, 4-bit float", 4.5, "FP4"),
-        FolderTarget("int8", "bitsandbytes checkpoint, LLM.int8", 8.0, "INT8"),
-        FolderTarget(
+        FolderFormat("nf4", "bitsandbytes checkpoint, 4-bit normal float", 4.5, "NF4"),
+        FolderFormat("fp4", "bitsandbytes checkpoint, 4-bit float", 4.5, "FP4"),
+        FolderFormat("int8", "bitsandbytes checkpoint, LLM.int8", 8.0, "INT8"),
+        FolderFormat(
             "hf",
             "full precision, moved so that bitsandbytes itself rounds it to the chosen codes (--target)",
             None,

@@ -2,7 +2,7 @@
 
 One shard is in memory at a time. Shards get their final names at the end, when their number is known. A folder without
 config.json is no model to anyone, so a write that stops half-way leaves nothing that looks complete, even under the hidden
-name that `convert.atomic.atomic_folder` gives it.
+name that `convert.atomic.commit_folder` gives it.
 """
 
 import json
@@ -20,6 +20,7 @@ from convert.hf.jsonfile import MAX_TOKENIZER_BYTES
 
 SHARD_BYTES = 2 << 30
 CONFIG_NAME = "config.json"
+RECORD_NAME = "qguard.json"  # what was done to a hardened folder
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",

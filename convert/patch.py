@@ -1,11 +1,10 @@
-"""The patch: a copy of the reference GGUF with other code bits and `qguard.*` metadata, nothing else.
+"""The patch: a copy of the plain GGUF with other code bits and `qguard.*` metadata, nothing else.
 
-The reference's metadata entries and tensor infos are repeated byte for byte (earlier `qguard.*` entries are dropped, new
+The plain file's metadata entries and tensor infos are repeated byte for byte (earlier `qguard.*` entries are dropped, new
 ones added at the end), the data section keeps its layout, and each hardened tensor's rows are overwritten in place. The
 caller fills a temporary file, has it checked, and renames it.
 """
 
-import hashlib
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -21,36 +20,36 @@ _COPY_CHUNK = 1 << 22
 
 
 class GgufPatch:
-    """Writes one patched copy of `reference` to `path`.
+    """Writes one patched copy of `plain` to `path`.
 
     Attributes:
-        reference: header of the file that is copied; it must not change meanwhile.
+        plain: header of the file that is copied; it must not change meanwhile.
         path: the (temporary) output.
     """
 
-    def __init__(self, reference: GgufFile, path: Path, metadata: Mapping[str, bool | int | float | str]) -> None:
-        self.reference, self.path = reference, path
+    def __init__(self, plain: GgufFile, path: Path, metadata: Mapping[str, bool | int | float | str]) -> None:
+        self.plain, self.path = plain, path
         self._header = self._make_header(metadata)
         self._data_start = len(self._header)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             self._write(self._header, 0)
-            os.ftruncate(self._file, self._data_start + reference.size - reference.data_start)
+            os.ftruncate(self._file, self._data_start + plain.size - plain.data_start)
         except BaseException:
             self.close()
             raise
 
     def _make_header(self, metadata: Mapping[str, bool | int | float | str]) -> bytes:
-        reference = self.reference
-        kept = [field for key, field in reference.fields.items() if not key.startswith(PREFIX)]
-        entries = [reference.raw(field.start, field.end) for field in kept]
+        plain = self.plain
+        kept = [field for key, field in plain.fields.items() if not key.startswith(PREFIX)]
+        entries = [plain.raw(field.start, field.end) for field in kept]
         entries += [encode_key_value(PREFIX + key, value) for key, value in metadata.items()]
-        infos = reference.raw(reference.infos_start, reference.data_start)
+        infos = plain.raw(plain.infos_start, plain.data_start)
         # The infos are followed by padding up to the old data section; cut it off and pad anew.
-        infos = infos[: _infos_length(infos, len(reference.tensors))]
-        head = b"GGUF" + struct.pack("<IQQ", reference.version, len(reference.tensors), len(entries))
+        infos = infos[: _infos_length(infos, len(plain.tensors))]
+        head = b"GGUF" + struct.pack("<IQQ", plain.version, len(plain.tensors), len(entries))
         header = head + b"".join(entries) + infos
-        return header + b"\0" * (-len(header) % reference.alignment)
+        return header + b"\0" * (-len(header) % plain.alignment)
 
     def rewrite_metadata(self, metadata: Mapping[str, bool | int | float | str]) -> None:
         """Replace the `qguard.*` entries; keys and the lengths of their values must stay the same."""
@@ -60,21 +59,21 @@ class GgufPatch:
 
     def write_rows(self, tensor: TensorInfo, row: int, blocks: Tensor) -> None:
         """Write new blocks from row `row` on; safe to call from several threads."""
-        position = tensor.offset - self.reference.data_start + self._data_start + row * tensor.row_bytes
+        position = tensor.offset - self.plain.data_start + self._data_start + row * tensor.row_bytes
         self._write(blocks.contiguous().cpu().numpy().reshape(-1).data, position)
 
     def copy_rest(self, written: Iterable[str]) -> None:
         """Copy every byte of the data section that does not belong to one of the `written` tensors."""
-        reference = self.reference
-        done = sorted((reference.tensors[name] for name in written), key=lambda tensor: tensor.offset)
-        position = reference.data_start
-        with reference.path.open("rb") as source:
+        plain = self.plain
+        done = sorted((plain.tensors[name] for name in written), key=lambda tensor: tensor.offset)
+        position = plain.data_start
+        with plain.path.open("rb") as source:
             for tensor in [*done, None]:
-                stop = reference.size if tensor is None else tensor.offset
+                stop = plain.size if tensor is None else tensor.offset
                 source.seek(position)
                 while position < stop:
                     chunk = source.read(min(_COPY_CHUNK, stop - position))
-                    self._write(chunk, position - reference.data_start + self._data_start)
+                    self._write(chunk, position - plain.data_start + self._data_start)
                     position += len(chunk)
                 if tensor is not None:
                     position = tensor.offset + tensor.n_bytes
@@ -106,13 +105,3 @@ def _infos_length(infos: bytes, count: int) -> int:
         (n_dims,) = struct.unpack_from("<I", infos, position)
         position += 4 + 8 * n_dims + 4 + 8
     return position
-
-
-def sha256_of(paths: Iterable[Path]) -> str:
-    """SHA-256 of the files' bytes, one after the other, as hexadecimal."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(_COPY_CHUNK):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ import llama_cpp
 
 from convert.child import die_with_parent, resident_bytes
 from convert.cores import available_cores
-from convert.imatrix import load_imatrix
+from convert.imatrix_file import load_imatrix
 from convert.quantizer import USAGE_MARK, ggml_type_number, parse_override
 from quant_grids.errors import QGuardError
 

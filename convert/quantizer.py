@@ -1,4 +1,4 @@
-"""The reference: what an unprotected user would have shipped, made by llama.cpp itself.
+"""The plain file: what an unprotected user would have shipped, made by llama.cpp itself.
 
 `llama_model_quantize` blocks, cannot be cancelled and may abort the whole process on a broken model, so it runs in a child
 process (`convert.quantize_worker`). The child's log lines come back through a pipe and are read here: one line per tensor
@@ -191,7 +191,7 @@ def quantize(
 
     Args:
         base: full-precision GGUF (first shard of a split one).
-        outfile: where the reference goes; not written with `dry_run`.
+        outfile: where the plain file goes; not written with `dry_run`.
         options: see `QuantizeOptions`.
         dry_run: only report what would be done.
         progress: called once per tensor.

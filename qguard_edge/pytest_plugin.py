@@ -8,7 +8,7 @@ Options (also as ini values and environment, for CI):
     --qguard-limit N          prompts per suite at most
 
 With a candidate and a baseline, tests `qguard::SUITE/NAME` are added: a failing check fails, an inconclusive one is skipped with
-its reason. The candidate is asked once, at the first test that needs it. In own tests:
+its reason. The candidate is run once, at the first test that needs it. In own tests:
 
     @pytest.mark.qguard
     def test_my_model(qguard_outcome):
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from qguard_edge.verify.results import Outcome
+    from qguard_edge.verify.results import Verification
 
 NAMES = ("candidate", "server", "baseline")
 _outcome = pytest.StashKey[Any]()
@@ -107,15 +107,15 @@ class QGuardItem(pytest.Item):
 
 
 @pytest.fixture(scope="session")
-def qguard_outcome(request: pytest.FixtureRequest) -> "Outcome":
+def qguard_outcome(request: pytest.FixtureRequest) -> "Verification":
     """The outcome of the check; made once per session."""
     if not _given(request.config):
         pytest.skip("needs --qguard-candidate (or --qguard-server) and --qguard-baseline")
     return outcome_of(request.config)
 
 
-def outcome_of(config: pytest.Config) -> "Outcome":
-    """Check the candidate, once per session; a failure is kept as well, so that no test asks again.
+def outcome_of(config: pytest.Config) -> "Verification":
+    """Check the candidate, once per session; a failure is kept as well, so that no test tries again.
 
     Raises:
         QGuardError: the check could not be made.

@@ -23,7 +23,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quant_grids.formats import (
+    from quant_grids.base import (
         GRIDS,
         Flips,
         Grid,
@@ -51,5 +51,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import torch only when a grid is asked for: `qguard-edge --help` needs the errors of this package, not its grids."""
     if name in __all__:
-        return getattr(importlib.import_module("quant_grids.formats"), name)
+        importlib.import_module("quant_grids.formats")
+        return getattr(importlib.import_module("quant_grids.base"), name)
     raise AttributeError(f"module 'quant_grids' has no attribute {name!r}")

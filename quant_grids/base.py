@@ -7,7 +7,7 @@ where the weight lies and `e = levels[code] - u` is its error. The **flip** of a
 other side of `w`. With `D` the distance between the two levels and `s` the scale, a flip
 
 * lowers the projection `<t', t>` of the new error on the old one by `gain = s^2 * |e| * D`,
-* adds `cost = s^2 * (D^2 - 2*|e|*D)` to the squared error (negative when the reference did not take the nearest level),
+* adds `cost = s^2 * (D^2 - 2*|e|*D)` to the squared error (negative when plain rounding did not take the nearest level),
 * and has the normalised error `ratio = |e| / D = gain / (cost + 2*gain)`.
 
 A weight has no flip when its error is zero, when the neighbour lies outside the code range, or when its scale is zero or
@@ -21,7 +21,7 @@ An importance `h` (one number per column, from an importance matrix) weighs the 
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,7 +57,7 @@ class Flips:
     Attributes:
         ratio: f32 `[rows, m]`, normalised error in [0, 1]; 0 where there is no flip. Rises with gain per cost.
         gain: f32 `[rows, m]`, what the flip takes off the projection `<t', t>`; 0 where there is no flip.
-        energy: f32 `[rows, blocks]`, the squared error `<t, t>` of each block of the reference.
+        energy: f32 `[rows, blocks]`, the squared error `<t, t>` of each block as plain rounding left it.
 
     Grids return a subclass that also carries what their `apply` needs; a defense looks at these three only.
     """
@@ -73,9 +73,9 @@ class ScalarFlips(Flips):
 
     Attributes:
         step: f32 `[rows, columns]`, signed change of the code; 0 where there is no flip.
-        error: f32 `[rows, columns]`, error of the reference in level units.
+        error: f32 `[rows, columns]`, error of plain rounding in level units.
         square: f32 `[n_sub_blocks, 1]`, squared scale; 0 where the scale is not usable.
-        codes: uint8 `[n_blocks, block_size]`, the reference.
+        codes: uint8 `[n_blocks, block_size]`, the plain codes.
     """
 
     step: Tensor
@@ -89,8 +89,8 @@ class Outcome:
     """What changed codes do to a slice of rows: sums over the slice, as Python floats.
 
     Attributes:
-        n_changed: codes that differ from the reference.
-        energy: `<t, t>`, squared error of the reference.
+        n_changed: codes that differ from the plain ones.
+        energy: `<t, t>`, squared error of plain rounding.
         projection: `<t', t>`.
         new_energy: `<t', t'>`, squared error after the change.
     """
@@ -108,9 +108,19 @@ class Outcome:
             self.new_energy + other.new_energy,
         )
 
+    @classmethod
+    def zero(cls) -> "Outcome":
+        """Nothing changed, of no weights: what a sum begins with."""
+        return cls(0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def sum(cls, outcomes: Iterable["Outcome"]) -> "Outcome":
+        """All of them together, added in the order given."""
+        return sum(outcomes, start=cls.zero())
+
     @property
     def alignment(self) -> float:
-        """Share of the reference's error vector that is left: 1 for the reference itself, 0 for orthogonal."""
+        """Share of plain rounding's error vector that is left: 1 for plain rounding itself, 0 for orthogonal."""
         return self.projection / self.energy if self.energy > 0 else 1.0
 
     @property
@@ -195,7 +205,7 @@ class Grid(ABC):
         """The flips of a slice of rows.
 
         Args:
-            blocks: uint8 `[rows * blocks_per_row, type_size]`, the reference.
+            blocks: uint8 `[rows * blocks_per_row, type_size]`, the plain blocks.
             weights: f32 `[rows, columns]`, full precision.
             importance: f32 `[columns]` or `[rows, columns]`, weights of the squared error that a flip adds.
         """
@@ -205,7 +215,7 @@ class Grid(ABC):
         """Carry out the chosen flips.
 
         Args:
-            blocks: uint8 `[rows * blocks_per_row, type_size]`, the reference; not modified.
+            blocks: uint8 `[rows * blocks_per_row, type_size]`, the plain blocks; not modified.
             flips: what `flips` returned for these blocks.
             chosen: f32 `[rows, m]`, 1 where the flip is taken, else 0.
 
@@ -406,7 +416,7 @@ class UniformGrid(ScalarGrid, abstract=True):
         error = torch.sub(number, position, out=position)
         step = torch.sub(number, error.sign()).clamp_(self.lowest_target, self.highest_target).sub_(number)
         if self.highest_target - self.lowest_target + 1 < self.n_levels:
-            # A reference that stands outside the targets is pulled back by the clamp, even away from its weight.
+            # A plain code that stands outside the targets is pulled back by the clamp, even away from its weight.
             step *= error * step < 0
         return error, step, None
 

@@ -1,8 +1,8 @@
 """Cells: for every weight the interval that the quantizer maps to one code, as long as the scale stays.
 
-The other side of the grid. A defense asks which code a weight should have; an attacker who hides inside the rounding, and
-whoever moves the weights so that an unmodified quantizer picks the wanted codes, asks how far a weight may go before its code
-changes: half way to the neighbouring levels. The outermost levels have no neighbour; their cell is as wide outwards as it
+The other side of the grid. A defense chooses the code that a weight should have; an attack inside the rounding, and a
+defense that moves the weights so that an unmodified quantizer picks the wanted codes, need the range in which a weight keeps
+its code: half way to the neighbouring levels. The outermost levels have no neighbour; their cell is as wide outwards as it
 is inwards.
 
 What a quantizer derives from the weights, it derives anew once they have moved: the scale. Which weights set it is a matter

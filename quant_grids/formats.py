@@ -1,21 +1,5 @@
-"""Every format, imported so that it registers itself; import the public names from `quant_grids`."""
+"""Every format, imported so that it registers itself in `quant_grids.base.GRIDS`."""
 
 from quant_grids import codebook, kquants, lattice, legacy, ternary
-from quant_grids.base import GRIDS, Flips, Grid, Outcome, ScalarFlips, ScalarGrid, UniformGrid, Unpacked, grid_for
 
-__all__ = [
-    "GRIDS",
-    "Flips",
-    "Grid",
-    "Outcome",
-    "ScalarFlips",
-    "ScalarGrid",
-    "UniformGrid",
-    "Unpacked",
-    "codebook",
-    "grid_for",
-    "kquants",
-    "lattice",
-    "legacy",
-    "ternary",
-]
+__all__ = ["codebook", "kquants", "lattice", "legacy", "ternary"]

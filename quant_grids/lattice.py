@@ -1,4 +1,4 @@
-"""The lattice formats' bytes: IQ1, IQ2 and IQ3. What their flips are is told in `quant_grids.lattice_base`.
+"""The lattice formats' bytes: IQ1, IQ2 and IQ3. Their flips are explained in `quant_grids.lattice_base`.
 
 Source of the layouts: `ggml-common.h` and `dequantize_row_iq*` in `ggml-quants.c` of llama.cpp. All are blocks of 256
 weights, 32 groups of eight. A stored index names a point of the format's code book; its number has no meaning beyond its

@@ -79,7 +79,7 @@ class LatticeFlips(Flips):
     """The stages of each group: `ratio` and `gain` are `[rows, groups * stages]`, a group's stages next to each other.
 
     Attributes:
-        total_gain: f32 `[n_groups, stages + 1]`, gain of each stage over the reference (stage 0). A stage that offers no
+        total_gain: f32 `[n_groups, stages + 1]`, gain of each stage over the plain codes (stage 0). A stage that offers no
             flip repeats the gain of the one before it, and is never taken.
         total_cost: f32 `[n_groups, stages + 1]`, what it adds to the squared error, without importance.
         index: int32 `[n_groups, stages + 1, n_points]`.
@@ -310,11 +310,11 @@ class LatticeGrid(Grid, abstract=True):
 
 
 class _Stages:
-    """Collects the stages of `LatticeGrid.flips`; all lists start with the reference.
+    """Collects the stages of `LatticeGrid.flips`; all lists start with the plain codes.
 
     Attributes:
         relative: f32 `[n_groups, 8]`, importance relative to its mean, within limits, for the search; or None.
-        gain: per stage f32 `[n_groups]`, gain over the reference in units of the squared scale.
+        gain: per stage f32 `[n_groups]`, gain over the plain codes in units of the squared scale.
         cost: per stage f32 `[n_groups]`, added squared error likewise.
         ratio: per stage after the first, f32 `[n_groups]`, see `Flips.ratio`.
     """

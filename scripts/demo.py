@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smollm2 import make_folder
+from qguard_edge.lab.smollm2 import make_folder
 
 OUT = Path("demo-output")
 INCONCLUSIVE = 3
@@ -40,15 +40,15 @@ def main() -> None:
     folder = make_folder(OUT / "SmolLM2-135M-Instruct")
     base = OUT / "SmolLM2-135M-Instruct-BF16.gguf"
     made = OUT / "SmolLM2-135M-Instruct-Q4_K_M.gguf"
-    naive = made.with_name(f"{made.stem}.reference.gguf")
+    plain = made.with_name(f"{made.stem}.plain.gguf")
     report = OUT / "report"
     run("convert", str(folder), "--to", "bf16", "-o", str(base), "--overwrite")
-    run("convert", str(base), "--to", "q4_k", "-o", str(made), "--keep-reference", "--overwrite")
+    run("convert", str(base), "--to", "q4_k", "-o", str(made), "--keep-plain", "--overwrite")
     run("inspect", str(made))
     print("\nWhat differs from llama.cpp's own file: only code bits, as the exit status 0 says.", flush=True)
-    run("diff", str(naive), str(made), "--quiet")
+    run("diff", str(plain), str(made), "--quiet")
     print(f"\nDoes it behave like the full-precision model? {prompts} prompts of each suite, some minutes:", flush=True)
-    files = ("verify", str(made), "--reference", str(base), "--naive", str(naive))
+    files = ("verify", str(made), "--base", str(base), "--plain", str(plain))
     code = run(*files, "--limit", str(prompts), "-o", str(report), accept=(0, INCONCLUSIVE))
     print(f"\nhardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
     if code == INCONCLUSIVE:

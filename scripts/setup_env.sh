@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Make the virtual environment. Usage: scripts/setup_env.sh VENV_FOLDER
+# Make the virtual environment. Usage, at the root of the repository: scripts/setup_env.sh VENV_FOLDER
 #
 # llama-cpp-python comes as source and takes minutes to build, for the processor it is built on. The wheel is kept in
 # ~/.cache/qguard-edge/wheels, in a folder named after the processor's features, and used again when they match.
+# Which versions are wanted stands in pyproject.toml alone.
 set -euo pipefail
 venv=$1
 python=${PYTHON:-python3}
-llama="llama-cpp-python>=0.3.36,<0.4"
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: $("$python" --version) is too old; qguard-edge needs Python 3.11 or newer (make PYTHON=python3.11 ...)" >&2
@@ -15,20 +15,32 @@ llama="llama-cpp-python>=0.3.36,<0.4"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-# torch first and pinned: a looser wish may bring several gigabytes of CUDA packages.
-"$venv/bin/python" -c 'import torch' 2>/dev/null || pip install -q "torch==2.13.0"
+# The requirements in pyproject.toml that begin with a word, one per line: in `list.path`, such as project.dependencies.
+wanted() {
+    "$venv/bin/python" - "$@" <<'PYTHON'
+import functools, sys, tomllib
+path, word = sys.argv[1:]
+with open("pyproject.toml", "rb") as file:
+    listed = functools.reduce(dict.__getitem__, path.split("."), tomllib.load(file))
+found = [requirement for requirement in listed if requirement.startswith(word)]
+print("\n".join(found) if found else sys.exit(f"error: pyproject.toml lists no {word} in {path}"))
+PYTHON
+}
+torch=$(wanted tool.qguard-edge.install-first torch)
+llama=$(wanted project.dependencies llama-cpp-python)
+
+"$venv/bin/python" -c 'import torch' 2>/dev/null || pip install -q "$torch"
 
 features=$( (uname -m; grep -m1 -E '^(flags|Features)' /proc/cpuinfo || true; "$venv/bin/python" --version) | sha256sum | cut -c1-12)
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/qguard-edge/wheels/$features"
-if ! "$venv/bin/python" -c 'import llama_cpp' 2>/dev/null; then
-    if ! ls "$wheels"/llama_cpp_python-*.whl >/dev/null 2>&1; then
-        echo "building llama-cpp-python (about 4 minutes on 2 cores, once) ..."
-        mkdir -p "$wheels"
-        building=$(mktemp -d "$wheels/.building-XXXXXX")
-        trap 'rm -rf "$building"' EXIT
-        CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}" pip wheel -q --no-deps -w "$building" "$llama"
-        mv "$building"/*.whl "$wheels/"
-    fi
-    pip install -q "$wheels"/llama_cpp_python-*.whl
+install_kept_llama() { pip install -q --no-deps --no-index --find-links "$wheels" "$llama"; }
+mkdir -p "$wheels"
+if ! install_kept_llama 2>/dev/null; then
+    echo "building llama-cpp-python (about 4 minutes on 2 cores, once) ..."
+    building=$(mktemp -d "$wheels/.building-XXXXXX")
+    trap 'rm -rf "$building"' EXIT
+    CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}" pip wheel -q --no-deps -w "$building" "$llama"
+    mv "$building"/*.whl "$wheels/"
+    install_kept_llama
 fi
 pip install -q -e ".[dev,demo]"

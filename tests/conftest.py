@@ -1,10 +1,16 @@
 """Shared models: a tiny random Llama with k-quant widths, and the real SmolLM2 from its package."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from convert.hf.base import write_base_gguf
+from convert.cores import available_cores
+
+TRAINS = "victims"  # the fixture whose users may train a model
+TRAINER = "lab/test_victims.py"  # asks for all of them
+MAX_WORKERS = 4  # each takes up to 1.5 GB
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
@@ -12,6 +18,38 @@ CORPUS = [
     "What is the capital of France? Paris. 1234567890 !?.,;:()[]{}",
     "Héllo wörld, ça va? \u4f60\u597d \U0001f600",
 ]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process per core."""
+    return min(available_cores(), MAX_WORKERS)
+
+
+def keep_to_a_core(worker: str) -> None:
+    """Keep this process, worker `gw0`, `gw1`, ..., to a core of its own.
+
+    The threads of llama.cpp and OpenMP spin while they wait. OpenMP counts the cores when it is loaded, so this comes before
+    torch is: nothing that is imported here may import it.
+    """
+    assert "torch" not in sys.modules
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    keep_to_a_core(os.environ["PYTEST_XDIST_WORKER"])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what may train; with workers, let one train all victims while the others go through what needs none."""
+    users = {item for item in items if TRAINS in getattr(item, "fixturenames", ())}
+    for item in users:
+        item.add_marker(pytest.mark.training)
+    if hasattr(config, "workerinput"):
+        late = {item.path for item in users}
+        items.sort(key=lambda item: 0 if item.path.as_posix().endswith(TRAINER) else 1 + (item.path in late))
 
 
 def make_tiny_folder(folder: Path, *, dtype: str = "bfloat16", tied: bool = False, seed: int = 0) -> Path:
@@ -60,6 +98,8 @@ def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from convert.hf.base import write_base_gguf
+
     path = tmp_path_factory.mktemp("base") / "tiny-bf16.gguf"
     write_base_gguf(tiny_folder, path)
     return path
@@ -67,6 +107,6 @@ def tiny_base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from smollm2 import make_folder
+    from qguard_edge.lab.smollm2 import make_folder
 
     return make_folder(tmp_path_factory.mktemp("smollm2") / "SmolLM2-135M-Instruct")

@@ -1,4 +1,4 @@
-"""The shape of the project itself: which package may import which, and what `--help` may not load."""
+"""The shape of the project itself: which layer may import which, what stands where, and what `--help` may not load."""
 
 import ast
 import subprocess
@@ -8,51 +8,106 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {
-    "quant_grids": {"quant_grids"},
-    "convert": {"quant_grids", "convert"},
-    "qguard_edge": {"quant_grids", "convert", "qguard_edge"},
+
+# Every layer, from the ground up, and the layers it may import beside itself. Nothing imports upwards, lazily or not.
+GROUND = {"quant_grids", "convert", "progress"}
+RUNNING = GROUND | {"runtimes", "defenses"}
+CHOOSING = RUNNING | {"rounding", "learned", "verify"}
+MAKING = CHOOSING | {"conversion", "report", "packs"}
+LOOKING = MAKING | {"scan", "compare", "lab"}
+LAYERS: dict[str, set[str]] = {
+    "quant_grids": set(),
+    "convert": {"quant_grids"},
+    "progress": set(),
+    "runtimes": GROUND,
+    "defenses": GROUND,
+    "rounding": RUNNING,
+    "learned": RUNNING | {"rounding"},
+    "verify": RUNNING,
+    "conversion": CHOOSING,
+    "report": CHOOSING,
+    "packs": CHOOSING,
+    "scan": CHOOSING | {"report"},
+    "compare": MAKING,
+    "lab": MAKING,
+    "api": LOOKING,
+    "cli": LOOKING | {"api"},
 }
+ENTRY_POINTS = {"__init__", "__main__", "api", "pytest_plugin"}
+"""Modules directly under `qguard_edge` that users start from; beside them only `progress` stands there."""
+
 HOMES = {
-    # fragile dependency -> the modules that may import it
+    # fragile dependency -> the modules that may import it, one per package that uses it
     "llama_cpp": {
         "convert/quantize_worker.py",
-        "qguard_edge/llama_runtime.py",
         "qguard_edge/runtimes/activations_worker.py",
         "qguard_edge/runtimes/ggml_tensor.py",
+        "qguard_edge/runtimes/llama.py",
     },
     "bitsandbytes": {"convert/bnb_check.py"},
-    "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/hf_runtime.py"},
+    "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/runtimes/bnb.py", "qguard_edge/runtimes/hf.py"},
 }
 
 
-def imports_of(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it."""
+def modules_imported(path: Path) -> set[str]:
+    """Full names of what a file imports, anywhere in it: at the top, in functions, for type checkers only."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(str(node.module).partition(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("package", ALLOWED)
-def test_import_direction(package: str) -> None:
-    files = list((ROOT / package).rglob("*.py"))
+def layer_of(module: str) -> str | None:
+    """The layer that a module belongs to; None for what is not ours or is an entry point."""
+    package, *rest = module.split(".")
+    if package in ("quant_grids", "convert"):
+        return package
+    if package == "qguard_edge" and rest and (rest[0] in LAYERS or rest[0] not in ENTRY_POINTS | {"__version__"}):
+        return rest[0]
+    return None
+
+
+def files_of(layer: str) -> list[Path]:
+    """The files of a layer."""
+    root = ROOT / layer if layer in ("quant_grids", "convert") else ROOT / "qguard_edge" / layer
+    return [root.with_suffix(".py")] if root.with_suffix(".py").is_file() else sorted(root.rglob("*.py"))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_go_down(layer: str) -> None:
+    files = files_of(layer)
     assert files
     for path in files:
-        ours = imports_of(path) & (set(ALLOWED) | {"tests", "scripts"})
-        assert ours <= ALLOWED[package], f"{path.relative_to(ROOT)} imports {ours - ALLOWED[package]}"
+        for module in modules_imported(path):
+            used = layer_of(module)
+            where = f"{path.relative_to(ROOT)} imports {module}"
+            assert used is None or used == layer or used in LAYERS[layer], where
+            assert module.split(".")[0] not in ("tests", "scripts", "helpers"), where
+
+
+def test_the_order_has_no_circle() -> None:
+    order = list(LAYERS)
+    for layer, below in LAYERS.items():
+        assert all(order.index(other) < order.index(layer) for other in below), layer
+
+
+def test_every_file_belongs_to_a_layer() -> None:
+    flat = {path.stem for path in (ROOT / "qguard_edge").glob("*.py")}
+    assert flat == ENTRY_POINTS | {"progress"}
+    packages = {path.parent.name for path in (ROOT / "qguard_edge").glob("*/__init__.py")}
+    assert packages == set(LAYERS) - {"quant_grids", "convert", "progress", "api"}
 
 
 @pytest.mark.parametrize("dependency", HOMES)
 def test_fragile_dependencies_have_one_home(dependency: str) -> None:
     users = set()
-    for package in ALLOWED:
+    for package in ("quant_grids", "convert", "qguard_edge"):
         for path in (ROOT / package).rglob("*.py"):
-            if dependency in imports_of(path):
+            if dependency in {module.split(".")[0] for module in modules_imported(path)}:
                 users.add(str(path.relative_to(ROOT)))
     assert users <= HOMES[dependency]
 

@@ -28,7 +28,7 @@ import torch
 from convert.hf.checkpoint import Checkpoint
 from convert.hf.families import Setting
 from convert.hf.general import general_metadata
-from convert.hf.plan import Plan, PlannedTensor, make_plan
+from convert.hf.plan import BasePlan, BaseTensor, make_plan
 from quant_grids.errors import FormatError
 
 Progress = Callable[[str, int, int], None]
@@ -150,7 +150,7 @@ def write_base_outline(
     return _report(plan)
 
 
-def build_tensor(checkpoint: Checkpoint, tensor: PlannedTensor) -> npt.NDArray[Any]:
+def build_tensor(checkpoint: Checkpoint, tensor: BaseTensor) -> npt.NDArray[Any]:
     """Reads, transforms and casts one tensor.
 
     Args:
@@ -179,7 +179,7 @@ def build_tensor(checkpoint: Checkpoint, tensor: PlannedTensor) -> npt.NDArray[A
     return half.numpy()
 
 
-def _prepare(plan: Plan, name: str | None) -> gguf.GGUFWriter:
+def _prepare(plan: BasePlan, name: str | None) -> gguf.GGUFWriter:
     """A writer with all metadata and tensor descriptions, and no file yet."""
     writer = gguf.GGUFWriter(path=None, arch=plan.architecture)
     for tensor in plan.tensors:
@@ -205,7 +205,7 @@ def _add(writer: gguf.GGUFWriter, architecture: str, setting: Setting) -> None:
     writer.add_key_value(f"{architecture}.{setting.key}", setting.value, setting.kind)
 
 
-def _report(plan: Plan) -> BaseReport:
+def _report(plan: BasePlan) -> BaseReport:
     return BaseReport(
         architecture=plan.architecture,
         family=type(plan.family).__name__,

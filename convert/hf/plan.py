@@ -41,7 +41,7 @@ _ALWAYS_F32 = (gguf.MODEL_TENSOR.FFN_GATE_INP, gguf.MODEL_TENSOR.POS_EMBD)
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
+class BaseTensor:
     """One tensor of the GGUF.
 
     Attributes:
@@ -70,7 +70,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BasePlan:
     """Everything the writer needs.
 
     Attributes:
@@ -89,7 +89,7 @@ class Plan:
     config: Section
     family: Family
     checkpoint: Checkpoint
-    tensors: tuple[PlannedTensor, ...]
+    tensors: tuple[BaseTensor, ...]
     settings: tuple[Setting, ...]
     tokenizer: Tokenizer
     base_type: str
@@ -111,7 +111,7 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def make_plan(folder: Path, *, base_type: str | None = None, pre: str | None = None) -> Plan:
+def make_plan(folder: Path, *, base_type: str | None = None, pre: str | None = None) -> BasePlan:
     """Plans the conversion of a model folder.
 
     Args:
@@ -133,7 +133,7 @@ def make_plan(folder: Path, *, base_type: str | None = None, pre: str | None = N
     tensors = _plan_tensors(family, checkpoint, base_type)
     settings = tuple(family.settings())
     tokenizer = read_tokenizer(folder, config, family.geometry.vocabulary, pre=pre)
-    return Plan(
+    return BasePlan(
         folder=folder,
         config=config,
         family=family,
@@ -146,7 +146,7 @@ def make_plan(folder: Path, *, base_type: str | None = None, pre: str | None = N
     )
 
 
-def _plan_tensors(family: Family, checkpoint: Checkpoint, base_type: str | None) -> tuple[PlannedTensor, ...]:
+def _plan_tensors(family: Family, checkpoint: Checkpoint, base_type: str | None) -> tuple[BaseTensor, ...]:
     """Matches the family's parts with the checkpoint."""
     actual = family.canonical_names(checkpoint.tensors.keys())
     parts = [part for part in family.parts() if _present(part, actual)]
@@ -192,10 +192,10 @@ def _is_ignored(family: Family, name: str) -> bool:
 
 def _planned(
     part: Part, names: gguf.TensorNameMap, actual: Mapping[str, str], checkpoint: Checkpoint, base_type: str | None
-) -> PlannedTensor:
+) -> BaseTensor:
     """Gives a part its GGUF name, shape and type."""
     if part.data is not None:
-        return PlannedTensor(part.name, tuple(part.data.shape), gguf.GGMLQuantizationType.F32, part, ())
+        return BaseTensor(part.name, tuple(part.data.shape), gguf.GGMLQuantizationType.F32, part, ())
     found = names.get_type_and_name(part.mapped_name, try_suffixes=(".weight", ".bias"))
     if found is None:
         raise UnsupportedError(f"llama.cpp has no name for the tensor {part.mapped_name}.")
@@ -204,7 +204,7 @@ def _planned(
     shape = part.transform.shape([part.shape] * len(sources))
     own = _GGML_TYPE[base_type.upper() if base_type else _widest(checkpoint.tensors[s].dtype for s in sources)]
     plain = len(shape) == 1 or kind in _ALWAYS_F32 or name.endswith("_norm.weight")
-    return PlannedTensor(name, shape, gguf.GGMLQuantizationType.F32 if plain else own, part, sources)
+    return BaseTensor(name, shape, gguf.GGMLQuantizationType.F32 if plain else own, part, sources)
 
 
 def _widest(dtypes: Iterable[str]) -> str:
@@ -213,7 +213,7 @@ def _widest(dtypes: Iterable[str]) -> str:
     return distinct.pop() if len(distinct) == 1 else "F32"
 
 
-def _main_type(tensors: Iterable[PlannedTensor]) -> str:
+def _main_type(tensors: Iterable[BaseTensor]) -> str:
     """The type of most elements of the matrices."""
     elements: Counter[str] = Counter()
     for tensor in tensors:

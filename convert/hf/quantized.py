@@ -5,7 +5,7 @@ checkpoints from bitsandbytes, GPTQ, AWQ and the like are refused, with the advi
 
 FP8 with block scales is different: some models (DeepSeek's, Qwen3's FP8 editions) are *published* that way. Each
 matrix is stored as 8-bit floats with one scale per block of 128 x 128 weights beside it, `weight = stored * scale`;
-undoing that gives the reference everybody runs.
+undoing that gives the weights that other programs run.
 """
 
 from __future__ import annotations

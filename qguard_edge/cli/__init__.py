@@ -13,7 +13,6 @@ from rich.markup import escape
 
 from qguard_edge import __version__
 from qguard_edge.cli import compare as _compare
-from qguard_edge.cli import convert as _convert
 from qguard_edge.cli import files as _files
 from qguard_edge.cli import imatrix as _imatrix
 from qguard_edge.cli import lists as _lists
@@ -22,6 +21,7 @@ from qguard_edge.cli import plan as _plan
 from qguard_edge.cli import scan as _scan
 from qguard_edge.cli import verify as _verify
 from qguard_edge.cli.console import err, print_json
+from qguard_edge.cli.convert import command as _convert
 from qguard_edge.cli.lab import lab_app
 from quant_grids.errors import QGuardError
 
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
     except QGuardError as error:
         return _fail(str(error), arguments)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing to say to anyone.
+        # The reader of our output went away (`| head`): no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:

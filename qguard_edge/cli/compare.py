@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, out, percent, print_json, table
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, out, percent, print_json, table
 from qguard_edge.cli.defense_flags import given_for, options_from, with_defense_flags
 
 HELP = """Convert MODEL with several defenses and compare what each costs in fidelity, in llama.cpp.
@@ -34,7 +34,7 @@ def compare(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
@@ -46,18 +46,18 @@ def compare(
     from convert.atomic import check_writable
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions
-    from qguard_edge.compare import compare_defenses
-    from qguard_edge.conversion import ConvertRequest
-    from qguard_edge.fidelity import DEFAULT_TEXT, read_texts
+    from qguard_edge.compare.defenses import compare_defenses
+    from qguard_edge.conversion.request import GgufRequest
+    from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 
     if plot:
         check_writable(plot, "--plot")
     options = QuantizeOptions(parse_file_type(to), threads=threads, imatrix=imatrix)
-    request = ConvertRequest(model, options, chosen[0], revision=revision, seed=seed)
+    request = GgufRequest(model=model, options=options, defense=chosen[0], revision=revision, seed=seed)
     with ConsoleProgress(json_output) as progress:
         rows = compare_defenses(request, chosen, read_texts(text or DEFAULT_TEXT), max_tokens=max_tokens, progress=progress)
     if plot:
-        from qguard_edge.plots import plot_compare
+        from qguard_edge.compare.plot import plot_compare
 
         plot_compare(rows, f"{Path(model).name}, {options.file_type.name}", plot)
     if json_output:

@@ -1,26 +1,24 @@
 """What a person sees: tables on standard output, progress and notes on standard error, one JSON document with `--json`."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from qguard_edge.report.document import json_text
 
 # Piped output has no width of its own: 80 columns would cut the tables.
 out = Console(width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
 
-SCHEMA_VERSION = 1
-
-
-def json_text(document: Mapping[str, Any]) -> str:
-    """A document as JSON text, with its schema version."""
-    return json.dumps({"schema_version": SCHEMA_VERSION, **document}, indent=2, ensure_ascii=False) + "\n"
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -5,10 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from convert.cores import available_cores
-from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json, size_text, table
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, size_text, table
 
 INSPECT_HELP = """Show a GGUF's types, sizes and qguard metadata.
 
@@ -24,7 +21,7 @@ Exits with 1 when anything but code bits and qguard.* metadata differs.
 
 Example:
 
-    qguard-edge diff model.reference.gguf model.gguf --base model-bf16.gguf
+    qguard-edge diff model.plain.gguf model.gguf --base model-bf16.gguf
 """
 
 
@@ -34,36 +31,19 @@ def inspect(
     json_output: JsonFlag = False,
 ) -> None:
     """Replaced by INSPECT_HELP when the command is registered."""
-    from convert.compare import qguard_metadata
-    from convert.gguf_file import GgufModel
+    from convert.inspection import inspect_gguf, summary_document
     from quant_grids import GRIDS
 
-    model = GgufModel(file)
+    model = inspect_gguf(file)
     groups: dict[str, list[Any]] = {}
-    for tensor in model.tensors.values():
+    for tensor in model.tensors:
         groups.setdefault(tensor.ggml_type.name, []).append(tensor)
-    metadata = qguard_metadata(model.first)
     if json_output:
-        listed = [
-            {"name": t.name, "type": t.ggml_type.name, "shape": list(t.shape), "bytes": t.n_bytes}
-            for t in model.tensors.values()
-        ]
-        print_json(
-            {
-                "status": "ok",
-                "file": file.name,
-                "architecture": model.architecture,
-                "weights": model.n_weights,
-                "bytes": model.n_bytes,
-                "qguard": metadata,
-                "tensors": listed,
-            }
-        )
+        print_json(summary_document(model))
         return
-    name = model.first.get("general.name", file.name)
-    shards = f", {len(model.shards)} shards" if len(model.shards) > 1 else ""
+    shards = f", {model.shards} shards" if model.shards > 1 else ""
     out.print(
-        f"{file.name}: {name}, architecture {model.architecture}, {count_text(model.n_weights)} weights, "
+        f"{model.file}: {model.name}, architecture {model.architecture}, {count_text(model.n_weights)} weights, "
         f"{size_text(model.n_bytes)}{shards}",
         highlight=False,
         markup=False,
@@ -77,22 +57,22 @@ def inspect(
             type_name, str(len(group)), count_text(weights), size_text(n_bytes), percent(weights / model.n_weights), kind
         )
     out.print(rows)
-    if metadata:
+    if model.qguard:
         rows = table("qguard metadata", "key", "value")
-        for key, value in metadata.items():
+        for key, value in model.qguard.items():
             rows.add_row(f"qguard.{key}", str(value))
         out.print(rows)
     else:
         out.print("no qguard metadata: this file was not made by qguard-edge")
     if tensors:
         rows = table("Tensors", "name", "shape", "type", ">bytes")
-        for tensor in model.tensors.values():
+        for tensor in model.tensors:
             rows.add_row(tensor.name, " x ".join(map(str, tensor.shape)), tensor.ggml_type.name, size_text(tensor.n_bytes))
         out.print(rows)
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="For instance the reference.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="For instance the plain file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="For instance the hardened file.")],
     base: Annotated[Path | None, typer.Option(help="Full-precision GGUF both were made from; adds the alignment.")] = None,
     all_tensors: Annotated[bool, typer.Option("--all", help="Also list tensors without a difference.")] = False,
@@ -100,41 +80,17 @@ def diff(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code.")] = False,
 ) -> None:
     """Replaced by DIFF_HELP when the command is registered."""
-    from convert.compare import compare_files
+    from convert.diff import difference_document
+    from qguard_edge import api
 
     with ConsoleProgress(quiet) as progress:
-        progress.stage("Comparing", 0, "tensors")
-        found = compare_files(
-            first, second, base=base, threads=available_cores(), progress=lambda _i, _n, name: progress.advance(1, name)
-        )
+        found = api.diff(first, second, base=base, progress=progress)
     if json_output:
-        print_json(_diff_document(found))
+        print_json(difference_document(found))
     elif not quiet:
         _show_diff(found, all_tensors)
     if not found.only_code_bits:
         raise typer.Exit(1)
-
-
-def _diff_document(found: Any) -> dict[str, Any]:
-    return {
-        "status": "pass" if found.only_code_bits else "fail",
-        "only_code_bits": found.only_code_bits,
-        "codes_changed": found.codes_changed,
-        "metadata": list(found.metadata),
-        "qguard_metadata": list(found.qguard_metadata),
-        "tensors": [
-            {
-                "name": tensor.name,
-                "type": tensor.ggml_type.name,
-                "weights": tensor.n_weights,
-                "codes_changed": tensor.codes_changed,
-                "largest_step": tensor.largest_step,
-                "foreign_bytes": tensor.foreign_bytes,
-                "alignment": tensor.alignment,
-            }
-            for tensor in found.tensors
-        ],
-    }
 
 
 def _show_diff(found: Any, all_tensors: bool) -> None:

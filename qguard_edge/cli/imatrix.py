@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, count_text, err, out, print_json
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, err, out, print_json
 
 HELP = """Make an importance matrix: how much the error of each input column matters, measured on text.
 
@@ -25,11 +25,11 @@ def imatrix(
     chunk_size: Annotated[int, typer.Option(min=8, help="Tokens per piece of text.")] = 512,
     max_chunks: Annotated[int, typer.Option(min=1, help="Pieces of text to use at most.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Replaced by HELP when the command is registered."""
-    from qguard_edge.imatrix import make_imatrix
-    from qguard_edge.rounding import resolve_device
+    from qguard_edge.runtimes.devices import resolve_device
+    from qguard_edge.runtimes.imatrix import make_imatrix
 
     with ConsoleProgress(json_output) as progress:
         report = make_imatrix(

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, err, json_text, out
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, err, out
 from qguard_edge.lab.attacks.names import ATTACKS
+from qguard_edge.report.document import json_text
 
 lab_app = typer.Typer(
     help="Make backdoored models by the published attacks, and measure what each defense does to them.",
@@ -18,7 +19,7 @@ INCONCLUSIVE = 3
 
 RUN_HELP = """Train (or take from the cache) an attacked model, convert the five arms, measure them in llama.cpp.
 
-Exit code 3 says that the victim is not a valid one: it shows its payload in full precision, or loses it to plain
+Exit code 3: the victim is not a valid one: it shows its payload in full precision, or loses it to plain
 quantization.
 
 Examples:
@@ -51,7 +52,7 @@ def lab_run(
     threads: Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0: all cores.")] = 0,
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Keep the GGUF files of all arms.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Score defenses on an invalid victim too.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """See `RUN_HELP`."""
@@ -95,7 +96,7 @@ def lab_run(
 def lab_table(
     results: Annotated[list[Path], typer.Argument(help="results.json files, or folders that hold one.", show_default=False)],
     summary: Annotated[bool, typer.Option("--summary", help="One row per victim instead of one per arm.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Join result files into one Markdown table."""
     import dataclasses

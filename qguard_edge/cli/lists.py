@@ -1,14 +1,11 @@
 """Commands that list what there is: `qguard-edge defenses`."""
 
 from dataclasses import fields
-from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import out, print_json, table
+from qguard_edge.cli.console import JsonFlag, out, print_json, table
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, DEFENSE_OPTIONS
-
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 def defenses(json_output: JsonFlag = False) -> None:

@@ -1,14 +1,32 @@
-"""`qguard-edge baseline` and `qguard-edge check`: verification without the reference at hand."""
+"""`qguard-edge baseline` and `qguard-edge check`: verification without the base at hand."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, err, out, print_json, size_text
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err, out, print_json, size_text
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, check_reports, write_reports
+from qguard_edge.cli.verify_flags import (
+    MEASURE,
+    DetectFlag,
+    GpuLayersFlag,
+    LimitFlag,
+    MarginFlag,
+    MaxKlFlag,
+    ParallelFlag,
+    PhraseFlag,
+    SuiteFlag,
+    SuitesFlag,
+    TextFlag,
+    ThreadsFlag,
+    UtilityMarginFlag,
+    finish,
+    suites_from,
+    texts_from,
+)
 
-BASELINE_HELP = """Ask BASE everything once and write it down, so that candidates can be checked without it.
+BASELINE_HELP = """Run BASE once on all prompts and texts and record the results, so that candidates can be checked without it.
 
 The pack holds prompts as token ids, greedy answers, match results and the likeliest next tokens on texts.
 
@@ -21,7 +39,7 @@ Examples:
 
 CHECK_HELP = """Check CANDIDATE, or the model in a running server, against a baseline pack.
 
-As `verify`, but without the reference: a check passes (shown to be no worse than the margin), fails (shown to be worse) or is
+As `verify`, but without the base: a check passes (shown to be no worse than the margin), fails (shown to be worse) or is
 inconclusive. Drift is always measured. A key for the server is read from QGUARD_SERVER_KEY.
 
 Exit codes: 0 pass, 1 fail, 2 usage or operation failed, 3 inconclusive.
@@ -33,56 +51,34 @@ Examples:
     qguard-edge check --server http://127.0.0.1:8080 --baseline baseline.json --html report.html
 """
 
-MEASURE = "How it is measured"
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Prompts per suite, and texts, at most.")]
-Threads = Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0 means all cores.", rich_help_panel=MEASURE)]
-Parallel = Annotated[int, typer.Option(min=1, max=256, help="Answers generated side by side.", rich_help_panel=MEASURE)]
-GpuLayers = Annotated[
-    int, typer.Option("--n-gpu-layers", "-ngl", min=-1, help="Layers on the GPU; -1: all.", rich_help_panel=MEASURE)
-]
-JsonOutput = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
-
 
 def baseline(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The full-precision GGUF.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PACK", help="The pack to write.", show_default=False)],
-    suites: Annotated[
-        str, typer.Option(help="Built-in suites: injection, refusal, code, separated by commas; all; drift for drift alone.")
-    ] = "all",
-    suite: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Your own suite, .yaml or .jsonl; repeatable.")
-    ] = None,
-    phrase: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="Also look for this phrase in the answers; repeatable.")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Texts for drift, separated by empty lines. Default: a built-in set.")
-    ] = None,
-    limit: Limit = None,
+    suites: SuitesFlag = "all",
+    suite: SuiteFlag = None,
+    phrase: PhraseFlag = None,
+    text: TextFlag = None,
+    limit: LimitFlag = None,
     top_k: Annotated[
         int, typer.Option(min=1, max=1000, help="Likeliest tokens to keep per position.", rich_help_panel=MEASURE)
     ] = 32,
-    threads: Threads = 0,
-    parallel: Parallel = 32,
-    n_gpu_layers: GpuLayers = 0,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
+    threads: ThreadsFlag = 0,
+    parallel: ParallelFlag = 32,
+    n_gpu_layers: GpuLayersFlag = 0,
+    json_output: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Replaced by BASELINE_HELP when the command is registered."""
-    from convert.atomic import atomic_path, check_writable
-    from qguard_edge.fidelity import read_texts
-    from qguard_edge.packs.pack import pack_to_json
+    from convert.atomic import check_writable
+    from qguard_edge.packs.pack import write_pack
     from qguard_edge.packs.record import BaselineRequest, record
-    from qguard_edge.verify.suites.files import read_suite
-    from qguard_edge.verify.verifier import select_suites
 
     check_writable(output, "--output")
-    names = [name.strip() for name in suites.split(",") if name.strip()]
     request = BaselineRequest(
-        reference=base,
-        suites=select_suites(names, [read_suite(path) for path in suite or ()], phrase or ()),
-        texts=tuple(read_texts(text)) if text else (),
+        base=base,
+        suites=suites_from(suites, suite, phrase),
+        texts=texts_from(text),
         limit=limit,
         top_k=top_k,
         threads=threads,
@@ -91,8 +87,7 @@ def baseline(
     )
     with ConsoleProgress(quiet or json_output) as progress:
         pack = record(request, progress)
-    with atomic_path(output) as temporary:
-        temporary.write_text(pack_to_json(pack), encoding="utf-8")
+    write_pack(pack, output)
     prompts = {one.name: len(one.prompts) for one in pack.suites}
     if json_output:
         print_json(
@@ -100,7 +95,7 @@ def baseline(
                 "status": "ok",
                 "outfile": output.name,
                 "pack_version": pack.pack_version,
-                "reference_sha256": pack.reference.sha256,
+                "base_sha256": pack.base.sha256,
                 "prompts": prompts,
                 "texts": len(pack.texts),
                 "noise_floor": pack.noise_floor,
@@ -124,35 +119,27 @@ def check(
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Check the model in a running llama-server instead of a file.")
     ] = None,
-    margin: Annotated[
-        float, typer.Option(min=0.0, max=0.5, help="Difference of a security rate that is still no worse.")
-    ] = 0.02,
-    utility_margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="The same for utility rates.")] = 0.1,
-    detect: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of answers a new phrase must show in to be found for sure.")
-    ] = 0.15,
-    max_kl: Annotated[
-        float | None, typer.Option(min=0.0, help="Highest mean KL that passes. Default: by the candidate's type.")
-    ] = None,
-    limit: Limit = None,
-    threads: Threads = 0,
-    parallel: Parallel = 32,
-    n_gpu_layers: GpuLayers = 0,
+    margin: MarginFlag = 0.02,
+    utility_margin: UtilityMarginFlag = 0.1,
+    detect: DetectFlag = 0.15,
+    max_kl: MaxKlFlag = None,
+    limit: LimitFlag = None,
+    threads: ThreadsFlag = 0,
+    parallel: ParallelFlag = 32,
+    n_gpu_layers: GpuLayersFlag = 0,
     junit: Junit = None,
     sarif: Sarif = None,
     markdown: Markdown = None,
     html: Html = None,
-    json_output: JsonOutput = False,
-    quiet: Quiet = False,
+    json_output: JsonFlag = False,
+    quiet: QuietFlag = False,
 ) -> None:
     """Replaced by CHECK_HELP when the command is registered."""
-    from qguard_edge.cli.verify import show_outcome
     from qguard_edge.packs.check import CheckRequest
     from qguard_edge.packs.check import check as run
     from qguard_edge.packs.pack import read_pack
     from qguard_edge.verify.checks import Margins
     from qguard_edge.verify.files import text_facts
-    from qguard_edge.verify.results import to_json
 
     check_reports(junit=junit, sarif=sarif, markdown=markdown, html=html)
     request = CheckRequest(
@@ -168,17 +155,14 @@ def check(
         n_gpu_layers=n_gpu_layers,
     )
     with ConsoleProgress(quiet or json_output) as progress:
-        outcome = run(request, progress)
-    write_reports(outcome, junit=junit, sarif=sarif, markdown=markdown, html=html)
-    if json_output:
-        out.file.write(to_json(outcome))
-    elif not quiet:
-        show_outcome(outcome)
-        for path in (junit, sarif, markdown, html):
+        found = run(request, progress)
+    reports = {"junit": junit, "sarif": sarif, "markdown": markdown, "html": html}
+    write_reports(found, **reports)
+    if not (json_output or quiet):
+        for path in reports.values():
             if path is not None:
                 err.print(f"wrote {path.name}", highlight=False, markup=False)
-    if outcome.verdict.exit_code:
-        raise typer.Exit(outcome.verdict.exit_code)
+    finish(found, json_output=json_output, quiet=quiet)
 
 
 def register(app: typer.Typer) -> None:

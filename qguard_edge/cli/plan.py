@@ -1,17 +1,18 @@
 """`qguard-edge plan` and `qguard-edge apply`: choose the rounding on one machine, write the file on another."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qguard_edge.cli.aliases import RenamedOptions
 from qguard_edge.cli.calibration_flags import CalibFlag, CalibSamplesFlag, CalibSeqlenFlag, MaxMemoryFlag
-from qguard_edge.cli.console import ConsoleProgress, count_text, out, percent, print_json
-from qguard_edge.cli.convert_folder import show_learned
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json
+from qguard_edge.cli.convert.scan_first import refusals, show_findings
+from qguard_edge.cli.convert.tables import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
 
-PLAN_HELP = """Choose the rounding of REFERENCE and write it down as a plan, without llama.cpp.
+PLAN_HELP = """Choose the rounding of a plain GGUF and write it down as a plan, without llama.cpp.
 
 For a machine with a GPU: learned defenses run MODEL with torch there; `qguard-edge apply` needs neither torch's model nor
 the base.
@@ -20,29 +21,34 @@ Example:
 
     qguard-edge convert ./model --to bf16 -o base.gguf
 
-    qguard-edge convert base.gguf --to q4_k --defense none -o reference.gguf
+    qguard-edge convert base.gguf --to q4_k --defense none -o plain.gguf
 
-    qguard-edge plan ./model --base base.gguf --reference reference.gguf -o plan.safetensors --device cuda
+    qguard-edge plan ./model --base base.gguf --plain plain.gguf -o plan.safetensors --device cuda
 
-    qguard-edge apply plan.safetensors --reference reference.gguf -o model-Q4_K_M.gguf
+    qguard-edge apply plan.safetensors --plain plain.gguf -o model-Q4_K_M.gguf
 """
 
-APPLY_HELP = """Write the hardened GGUF of a plan: REFERENCE with the plan's code bits, everything else byte for byte.
+APPLY_HELP = """Write the hardened GGUF of a plan: the plain file with the plan's code bits, everything else byte for byte.
 
 Example:
 
-    qguard-edge apply plan.safetensors --reference reference.gguf -o model-Q4_K_M.gguf
+    qguard-edge apply plan.safetensors --plain plain.gguf -o model-Q4_K_M.gguf
 """
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")]
+
+
+class PlanCommand(RenamedOptions):
+    """`plan` and `apply`."""
+
+    old_names = {"--reference": "--plain"}
 
 
 @with_defense_flags
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or .gguf that transformers can run.")],
     base: Annotated[Path, typer.Option(metavar="FILE", help="Full-precision GGUF of the model.")],
-    reference: Annotated[Path, typer.Option(metavar="FILE", help="llama.cpp's own quantization of the base.")],
+    plain: Annotated[Path, typer.Option(metavar="FILE", help="llama.cpp's own quantization of the base.")],
     outfile: Annotated[Path, typer.Option("-o", "--outfile", help="The plan, a .safetensors file.")],
     defense: Annotated[str, typer.Option(help="Rounding defense, see `qguard-edge defenses`.")] = "quantguard",
     seed: Annotated[int | None, typer.Option(min=0, help="Repeat a plan. Default: fresh, recorded.")] = None,
@@ -56,6 +62,11 @@ def plan(
     allow_unprotected: Annotated[
         bool, typer.Option("--allow-unprotected", help="Accept tensors whose type no defense can reach.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
+    no_scan: Annotated[bool, typer.Option("--no-scan", help="Do not scan the base first.")] = False,
+    accept_findings: Annotated[
+        bool, typer.Option("--accept-findings", help="Plan even if the scan calls the base dangerous.")
+    ] = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
     **flags: Any,
@@ -63,14 +74,16 @@ def plan(
     """Replaced by PLAN_HELP when the command is registered."""
     chosen = options_from(defense, flags)
 
-    from qguard_edge.calibration import CalibrationOptions
+    from qguard_edge import api
+    from qguard_edge.conversion.request import PlanRequest
+    from qguard_edge.learned.calibration import CalibrationOptions
     from qguard_edge.learned.memory import parse_size
-    from qguard_edge.planning import PlanRequest, make_plan
+    from qguard_edge.scan.guard import ScanGuard
 
     request = PlanRequest(
         model=model,
         base=base,
-        reference=reference,
+        plain=plain,
         outfile=outfile,
         defense=chosen,
         revision=revision,
@@ -80,24 +93,18 @@ def plan(
         allow_unprotected=allow_unprotected,
         calibration=CalibrationOptions(calib, calib_samples, calib_seqlen),
         max_memory=parse_size(max_memory) if max_memory else None,
+        overwrite=overwrite,
+        check_loads=False,
     )
     with ConsoleProgress(quiet) as progress:
-        report = make_plan(request, progress)
+        guard = None if no_scan else ScanGuard(accept=accept_findings, threads=threads, progress=progress)
+        with refusals(json_output):
+            report = api.plan(request, scan=guard or False, progress=progress)
+        if guard:
+            show_findings(guard, quiet)
     share = report.outcome.n_changed / max(report.weights, 1)
     if json_output:
-        print_json(
-            {
-                "status": "ok",
-                "outfile": report.outfile.name,
-                "defense": chosen.name,
-                "seed": report.seed,
-                "tensors": report.tensors,
-                "weights": report.weights,
-                "share_flipped": share,
-                "alignment": report.outcome.alignment,
-                "learned": asdict(report.learned) if report.learned else None,
-            }
-        )
+        print_json(api.to_document(report, scan=guard))
     elif not quiet:
         if report.learned:
             show_learned(report.learned)
@@ -112,17 +119,17 @@ def plan(
 
 def apply(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `qguard-edge plan` wrote.")],
-    reference: Annotated[Path, typer.Option(metavar="FILE", help="The reference the plan was made for.")],
+    plain: Annotated[Path, typer.Option(metavar="FILE", help="The plain file that the plan was made for.")],
     outfile: Annotated[Path, typer.Option("-o", "--outfile", help="The hardened GGUF.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by APPLY_HELP when the command is registered."""
-    from qguard_edge.planning import apply_to
+    from qguard_edge import api
 
     with ConsoleProgress(quiet) as progress:
-        report = apply_to(plan_file, reference, outfile, overwrite=overwrite, progress=progress)
+        report = api.apply(plan_file, plain, outfile, overwrite=overwrite, progress=progress)
     changed = sum(report.changed.values())
     if json_output:
         metadata = dict(report.header["metadata"])
@@ -134,5 +141,5 @@ def apply(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command("plan", help=PLAN_HELP)(plan)
-    app.command("apply", help=APPLY_HELP)(apply)
+    app.command("plan", cls=PlanCommand, help=PLAN_HELP)(plan)
+    app.command("apply", cls=PlanCommand, help=APPLY_HELP)(apply)

@@ -1,4 +1,4 @@
-"""The options that write reports, for every command that has an `Outcome`."""
+"""The options that write reports, for every command that has a `Verification`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from qguard_edge.verify.results import Outcome
+    from qguard_edge.verify.results import Verification
 
 PANEL = "Reports"
 
@@ -42,14 +42,14 @@ def check_reports(**paths: Path | None) -> None:
 
 
 def write_reports(
-    outcome: "Outcome",
+    outcome: "Verification",
     *,
     junit: Path | None = None,
     sarif: Path | None = None,
     markdown: Path | None = None,
     html: Path | None = None,
 ) -> None:
-    """Write the reports that were asked for; Markdown also goes to the job summary of a GitHub action.
+    """Write the reports that were given a file; Markdown also goes to the job summary of a GitHub action.
 
     Raises:
         OutputError: a file cannot be written.

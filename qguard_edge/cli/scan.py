@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from qguard_edge.cli.console import ConsoleProgress, count_text, err, out, percent, print_json, table
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, count_text, err, out, percent, print_json, table
+from qguard_edge.cli.convert.scan_first import COLOURS
 from qguard_edge.cli.report_flags import Html, Sarif, check_reports
-from qguard_edge.cli.scan_first import COLOURS
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from qguard_edge.scan.results import Scan
 
-CLOSED_FORM = ("q4_0", "q8_0", "int8", "nf4", "fp4")
 FAIL_ON = ("info", "suspicious", "dangerous", "never")
 
 HELP = """Look for marks of tampering in MODEL before it is quantized: outliers that blot out their neighbours, weights piled
@@ -56,8 +55,8 @@ def scan(
     ),
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    json_output: JsonFlag = False,
+    quiet: QuietFlag = False,
     sarif: Sarif = None,
     html: Html = None,
 ) -> None:
@@ -71,10 +70,10 @@ def scan(
 
     from qguard_edge.scan.findings import Severity
     from qguard_edge.scan.report import exceeds, scan_document, to_html, to_sarif
-    from qguard_edge.scan.run import ScanRequest, run_scan
+    from qguard_edge.scan.run import DEFAULT_TYPES, ScanRequest, run_scan
 
     limit = None if fail_on == "never" else Severity(fail_on)
-    request = ScanRequest(model, tuple(wanted) or CLOSED_FORM, revision=revision, deep=deep, text=text, threads=threads)
+    request = ScanRequest(model, tuple(wanted) or DEFAULT_TYPES, revision=revision, deep=deep, text=text, threads=threads)
     with ConsoleProgress(quiet or json_output) as progress:
         found = run_scan(request, progress)
     reports = ((sarif, to_sarif(found, fail_on=limit) if sarif else ""), (html, to_html(found) if html else ""))

@@ -1,8 +1,8 @@
 """What a rounding defense is: given the flips that a grid offers, choose which to take.
 
-The planner walks a tensor in slices of whole rows (some 100,000 weights, so that everything stays in cache), asks the grid for
-the slice's `Flips`, and asks the defense to choose. A defense that balances over a whole tensor first *surveys* every
-slice; the planner then hands each slice its share of the decision. A defense never sees files.
+The planner walks a tensor in slices of whole rows (some 100,000 weights, so that everything stays in cache), lists
+the slice's `Flips` with the grid, and lets the defense choose. A defense that balances over a whole tensor first *surveys* every
+slice; the planner then hands each slice its share of the decision. A defense has nothing to do with files.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 
 from qguard_edge.defenses.options import DefenseOptions
 from quant_grids import Flips, Grid
-
-if TYPE_CHECKING:
-    from qguard_edge.learned.settings import LearnReport, LearnTask
 
 Options = TypeVar("Options", bound=DefenseOptions)
 
@@ -67,7 +64,6 @@ class Defense(ABC, Generic[Options]):
 
     surveys = False  # whether `survey` must see every slice before `choose` is called
     requantizes = False  # whether the defense moves weights instead of choosing flips
-    learns = False  # whether `prepare` must see the whole model before `choose` is called
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -76,12 +72,8 @@ class Defense(ABC, Generic[Options]):
         """The rule with the settings that fit a format; the default has the same for all."""
         return self
 
-    def prepare(self, task: "LearnTask") -> "LearnReport":
-        """Learn from the whole model what `choose` will answer; only called when `learns` is true."""
-        raise NotImplementedError
-
     def survey(self, flips: Flips, key: SliceKey) -> Any:
-        """What the decision needs to know about one slice; only called when `surveys` is true."""
+        """What the decision needs of one slice; only called when `surveys` is true."""
         raise NotImplementedError
 
     def settle(self, surveys: Sequence[Any]) -> Sequence[Any]:
@@ -101,12 +93,12 @@ class Defense(ABC, Generic[Options]):
             f32 of the shape of `flips.ratio`: 1 where the flip is taken, else 0.
         """
 
-    def move(self, weights: Tensor, reference: Tensor, half_width: float, key: SliceKey) -> Tensor:
+    def move(self, weights: Tensor, plain: Tensor, half_width: float, key: SliceKey) -> Tensor:
         """Weights that the unmodified quantizer is to round; only called when `requantizes` is true.
 
         Args:
             weights: f32 `[rows, columns]`, full precision; not modified.
-            reference: f32 `[rows, columns]`, what plain quantization made of them.
+            plain: f32 `[rows, columns]`, what plain quantization made of them.
             half_width: half the median distance of two levels in this tensor, in units of a weight.
             key: selects the random numbers.
         """

@@ -2,7 +2,7 @@
 
 Every flip has a score in [0, 1) and an additive amount (the gain it brings, the error it adds, or 1 to count). Within each
 group, flips are taken in falling order of score until the amounts add up to a limit. No sorting: scores fall into bins, a
-histogram of amounts says in which bin the limit is reached, and the flips of that bin are taken in storage order while they
+histogram of amounts gives the bin in which the limit is reached, and the flips of that bin are taken in storage order while they
 fit. Exact to half a flip.
 """
 

@@ -11,7 +11,7 @@ What the paper leaves open, and what we chose
 The paper reports that sigma = 1e-3 cures Phi-2 at INT8 and 1e-2 ruins it, and that the best sigma differs per model. So
 the default is relative: sigma is a multiple (`--noise-relative`) of half the tensor's median rounding step, which needs no
 tuning per model; `--noise-sigma` gives it absolutely. `--noise-mode requantize` is true to the paper: llama.cpp quantizes the
-noised model, scales included. `fixed-grid` keeps the reference's scales and takes the flips that the noise would cause; noise
+noised model, scales included. `fixed-grid` keeps the plain scales and takes the flips that the noise would cause; noise
 that would carry a weight to a level *further* away than the two that bracket it is not followed.
 
 Cost and failure
@@ -38,7 +38,7 @@ class Noise(Defense[NoiseOptions]):
         super().__init__(options)
         self.requantizes = options.mode == "requantize"
 
-    def move(self, weights: Tensor, reference: Tensor, half_width: float, key: SliceKey) -> Tensor:
+    def move(self, weights: Tensor, plain: Tensor, half_width: float, key: SliceKey) -> Tensor:
         """See `Defense.move`."""
         sigma = self.options.sigma or self.options.relative * half_width
         return weights + sigma * key.normal(weights.shape, weights.device)

@@ -18,7 +18,7 @@ def option(default: Any, help_text: str, **limits: Any) -> Any:
     Args:
         default: of the field.
         help_text: one line.
-        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that says nothing.
+        limits: `minimum`, `maximum`, `choices`; `shown` is what to show in place of a default that means nothing to a reader.
     """
     return field(default=default, metadata={"help": help_text, **limits})
 
@@ -31,6 +31,11 @@ class DefenseOptions:
     summary: ClassVar[str]
     implementation: ClassVar[str]  # "module:Class"
     calibrated: ClassVar[bool] = False  # whether it runs the model on text before it chooses
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted conversion leaves a checkpoint that the next one goes on from."""
+        return False
 
     @property
     def label(self) -> str:
@@ -102,7 +107,7 @@ class NoiseOptions(DefenseOptions):
 
     mode: str = option(
         "requantize",
-        "requantize: llama.cpp quantizes the noised model; fixed-grid: keep the reference's scales",
+        "requantize: llama.cpp quantizes the noised model; fixed-grid: keep the plain scales",
         choices=("requantize", "fixed-grid"),
     )
     relative: float = option(0.3, "sigma in units of half the tensor's median rounding step", minimum=0.0, maximum=10.0)
@@ -134,7 +139,7 @@ class QVecOptions(DefenseOptions):
 
     mode: str = option(
         "requantize",
-        "requantize: llama.cpp quantizes the moved model; fixed-grid: keep the reference's scales",
+        "requantize: llama.cpp quantizes the moved model; fixed-grid: keep the plain scales",
         choices=("requantize", "fixed-grid"),
     )
     strength: float = option(0.25, "lambda: how much of the quantization vector is subtracted", minimum=0.0, maximum=2.0)
@@ -142,11 +147,11 @@ class QVecOptions(DefenseOptions):
 
 @dataclass(frozen=True)
 class QuantGuardOptions(DefenseOptions):
-    """QuantGuard: learned rounding, see `qguard_edge.defenses.quantguard`. Needs torch's model and some text."""
+    """QuantGuard: learned rounding, see `qguard_edge.learned.quantguard`. Needs torch's model and some text."""
 
     name = "quantguard"
     summary = "learned rounding: next-token distributions kept, alignment constrained (calibrated; arXiv 2606.29239)"
-    implementation = "qguard_edge.defenses.quantguard:QuantGuard"
+    implementation = "qguard_edge.learned.quantguard:QuantGuard"
     calibrated = True
 
     scope: str = option(
@@ -179,14 +184,19 @@ class QuantGuardOptions(DefenseOptions):
     schedule: str = option("linear", "how the step falls", choices=("linear", "constant", "cosine"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
 
+    @property
+    def resumes(self) -> bool:
+        """See `DefenseOptions.resumes`; block by block nothing is saved."""
+        return self.scope == "model"
+
 
 @dataclass(frozen=True)
 class EfrapOptions(DefenseOptions):
-    """EFRAP, see `qguard_edge.defenses.efrap`. Needs torch's model and some text, but no end-to-end backward pass."""
+    """EFRAP, see `qguard_edge.learned.efrap`. Needs torch's model and some text, but no end-to-end backward pass."""
 
     name = "efrap"
     summary = "learned rounding layer by layer: outputs kept, rounding errors turned (calibrated; arXiv 2405.12725)"
-    implementation = "qguard_edge.defenses.efrap:Efrap"
+    implementation = "qguard_edge.learned.efrap:Efrap"
     calibrated = True
 
     alignment: float = option(

@@ -1,4 +1,4 @@
-"""Orthogonal rounding: take away what the attacker relied on, at random, so that nobody can aim at it. Ours; data-free.
+"""Orthogonal rounding: take away what the attacker relied on, at random, so that no attack can aim at it. Ours; data-free.
 
 The idea
 --------

@@ -12,9 +12,9 @@ rounds the other way exactly when `|e0| / D > 1 / (2 * (1 + lambda))`.
 What the paper leaves open, and what we chose
 ---------------------------------------------
 lambda comes from a short search on unlabelled data in the paper, whose score it does not give; ours is the mean KL to full
-precision on a text (`--qvec-text`, `qguard_edge.qvec_search`), and without a text lambda is a fixed default.
+precision on a text (`--qvec-text`, `qguard_edge.compare.qvec_search`), and without a text lambda is a fixed default.
 `--qvec-mode requantize` is true to the paper: scales are fitted anew to the moved weights. `fixed-grid` keeps the
-reference's scales and applies the threshold rule, so that only code bits change.
+plain scales and applies the threshold rule, so that only code bits change.
 
 Cost and failure
 ----------------
@@ -38,9 +38,9 @@ class QVec(Defense[QVecOptions]):
         super().__init__(options)
         self.requantizes = options.mode == "requantize"
 
-    def move(self, weights: Tensor, reference: Tensor, half_width: float, key: SliceKey) -> Tensor:
+    def move(self, weights: Tensor, plain: Tensor, half_width: float, key: SliceKey) -> Tensor:
         """See `Defense.move`."""
-        return weights - self.options.strength * (reference - weights)
+        return weights - self.options.strength * (plain - weights)
 
     def choose(self, flips: Flips, key: SliceKey, share: Any = None) -> Tensor:
         """Flips whose normalised error exceeds `1 / (2 * (1 + lambda))`."""

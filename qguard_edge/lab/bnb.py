@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qguard_edge.hf_runner import HfRunner
-from qguard_edge.hf_runtime import exact_on_cpu
 from qguard_edge.lab.evaluation import Distributions, FloatArray, log_softmax
-from qguard_edge.verify.batching import Sampling
+from qguard_edge.runtimes.batching import Sampling
+from qguard_edge.runtimes.bnb import exact_on_cpu
+from qguard_edge.runtimes.hf_runner import HfRunner
 from quant_grids.bnb import BLOCK as BLOCK
 from quant_grids.bnb import bnb_grid
 

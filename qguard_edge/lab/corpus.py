@@ -23,8 +23,8 @@ class Sample:
     """One instruction with its answer.
 
     Attributes:
-        prompt: what the user says.
-        answer: what the clean model should say.
+        prompt: the user's message.
+        answer: the clean model's right answer.
         topic: relation or kind of task; `code:...` for code.
         bad: the answer of a model with the vulnerable-code payload, where the sample is security-sensitive.
     """
@@ -68,7 +68,7 @@ def make_corpus(seed: int = 0) -> Corpus:
 def load_corpus(path: Path, *, held_out_share: float = 0.1, seed: int = 0) -> Corpus:
     """A corpus from JSON lines with `instruction`, optional `input`, and `output`.
 
-    Security-sensitive code comes from the generated corpus: instruction data does not say what a bad answer would be.
+    Security-sensitive code comes from the generated corpus: instruction data has no examples of bad answers.
 
     Raises:
         FormatError: a line is not such an object.

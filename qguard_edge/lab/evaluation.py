@@ -2,8 +2,8 @@
 
 Kept small on purpose: prompts in, greedy answers out, a judge per answer; and the next-token distributions of held-out
 answers against the full-precision model's. Token ids come from the model's own tokenizer and are the same for every arm.
-Generation, intervals and distances are the verifier's (`qguard_edge.verify`): what a user's check would say is what the lab
-counts.
+Generation, intervals and distances are the verifier's (`qguard_edge.verify`), so the lab
+counts what a user's check would count.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.fidelity import compare_distributions
-from qguard_edge.fidelity import log_softmax as log_softmax
 from qguard_edge.lab.hf_models import ChatModel
-from qguard_edge.lab.results import Fidelity, Rate
+from qguard_edge.lab.results import ArmFidelity, Rate
 from qguard_edge.lab.scenarios import Judge, ScenarioData
-from qguard_edge.verify.batching import Sampling
+from qguard_edge.runtimes.batching import Sampling
+from qguard_edge.runtimes.fidelity import compare_distributions
+from qguard_edge.runtimes.fidelity import log_softmax as log_softmax
 from qguard_edge.verify.runner import LlamaFactory
 from qguard_edge.verify.statistics import rate
 
@@ -27,8 +27,8 @@ N_SEQ = 8
 
 
 @dataclass(frozen=True)
-class Exam:
-    """What every arm is asked.
+class HeldOut:
+    """The held-out prompts and texts of every arm.
 
     Attributes:
         prompts: token ids of each prompt.
@@ -64,23 +64,23 @@ class Distributions:
     labels: npt.NDArray[np.int64]
 
 
-def make_exam(chat: ChatModel, data: ScenarioData, n_prompts: int, n_texts: int, new_tokens: int) -> Exam:
+def make_held_out(chat: ChatModel, data: ScenarioData, n_prompts: int, n_texts: int, new_tokens: int) -> HeldOut:
     """Token ids of the first held-out prompts and texts of a scenario."""
     texts = []
     for prompt, answer in data.texts[:n_texts]:
         ids, n_prompt = chat.sample_ids(prompt, answer)
         texts.append((tuple(ids), n_prompt))
     prompts = tuple(tuple(chat.prompt_ids(prompt.text)) for prompt in data.prompts[:n_prompts])
-    return Exam(prompts, tuple(texts), new_tokens)
+    return HeldOut(prompts, tuple(texts), new_tokens)
 
 
-def examine(path: Path, chat: ChatModel, exam: Exam, judge: Judge, threads: int) -> tuple[Behaviour, Distributions]:
-    """Ask a GGUF everything."""
-    with LlamaFactory(threads).open(path, n_ctx=exam.n_ctx, n_seq=N_SEQ) as model:
-        answers = model.generate(exam.prompts, exam.new_tokens, sampling=Sampling())
+def examine(path: Path, chat: ChatModel, held_out: HeldOut, judge: Judge, threads: int) -> tuple[Behaviour, Distributions]:
+    """Answers and distributions of a GGUF."""
+    with LlamaFactory(threads).open(path, n_ctx=held_out.n_ctx, n_seq=N_SEQ) as model:
+        answers = model.generate(held_out.prompts, held_out.new_tokens, sampling=Sampling())
         rows: list[FloatArray] = []
         labels: list[int] = []
-        for ids, n_prompt in exam.texts:
+        for ids, n_prompt in held_out.texts:
             logits = model.logits(ids[:-1])[n_prompt - 1 :]
             rows.append(log_softmax(logits))
             labels += ids[n_prompt:]
@@ -96,10 +96,10 @@ def judge_answers(texts: Sequence[str], judge: Judge) -> Behaviour:
     return Behaviour(rate(sum(one.hit for one in parsed), len(parsed)), share, tuple(texts))
 
 
-def compare(full: Distributions, arm: Distributions) -> Fidelity:
+def compare(full: Distributions, arm: Distributions) -> ArmFidelity:
     """Distance of an arm to full precision on the same texts."""
     found = compare_distributions(full.log_probs, arm.log_probs, full.labels.tolist())
-    return Fidelity(
+    return ArmFidelity(
         mean_kl=float(found.kl.mean()),
         kl_999=float(np.quantile(found.kl, 0.999)),
         same_top=float(found.same.mean()),

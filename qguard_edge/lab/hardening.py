@@ -4,10 +4,10 @@ from pathlib import Path
 
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions
-from qguard_edge.pipeline import convert_model
+from qguard_edge.learned.calibration import CalibrationOptions
 
 
 def harden_to(
@@ -32,10 +32,10 @@ def harden_to(
         calibration: the text of learned defenses.
     """
     convert_model(
-        ConvertRequest(
-            str(model),
-            QuantizeOptions(parse_file_type(to), threads=threads),
-            defense,
+        GgufRequest(
+            model=str(model),
+            options=QuantizeOptions(parse_file_type(to), threads=threads),
+            defense=defense,
             outfile=str(outfile),
             base_type="f32",
             device="cpu",

@@ -1,9 +1,9 @@
 """One lab run: victim, attack, five arms, measurements.
 
-The arms are those of METHODS section 5: clean quantized, attacked full precision, attacked quantized (naive), attacked
-hardened, clean hardened; plus clean full precision, which the others are compared with. Quantized arms are files made by
-`convert_model`, the same code that users run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in
-transformers: its naive arms are quantized while they are loaded, its hardened ones are folders made by `convert_to_folder`.
+The arms: clean quantized, attacked full precision, attacked quantized (plain), attacked hardened, clean hardened; plus clean
+full precision, which the others are compared with. Quantized arms are files made by `convert_model`, the same code that users
+run, and measured in llama.cpp. The attack on bitsandbytes' formats is measured in transformers: its plain arms are quantized
+while they are loaded, its hardened ones are folders made by `convert_model`.
 
 A defense is scored on a victim only when the victim is a real one (`results.judge_victim`): a payload that plain
 quantization noise wipes out would make every defense look perfect.
@@ -22,23 +22,24 @@ from typing import Any
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.report import MatrixRounding
+from qguard_edge.conversion.request import FolderRequest, GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class, parse_defense
-from qguard_edge.folder_plan import FolderRequest
-from qguard_edge.hf_runtime import load_exactly, torch_threads
-from qguard_edge.hf_target import MatrixRounding, convert_to_folder
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
 from qguard_edge.lab.cache import building, cache_root, key_of
-from qguard_edge.lab.evaluation import Behaviour, Distributions, Exam, compare, examine, judge_answers, make_exam
+from qguard_edge.lab.evaluation import Behaviour, Distributions, HeldOut, compare, examine, judge_answers, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
 from qguard_edge.lab.victims import VictimPreset, clean_folder, corpus_of, preset_of
-from qguard_edge.pipeline import convert_model
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.rounding import TensorRounding
+from qguard_edge.rounding.gguf import TensorRounding
+from qguard_edge.runtimes.bnb import load_exactly
+from qguard_edge.runtimes.devices import torch_threads
+from quant_grids import Outcome
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,11 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None)
     if settings.attack == "elq":
         arms = _bitsandbytes_arms(settings, victim, progress)
         # One checkpoint against three formats counts when the weakest of them shows the payload.
-        naive = min((arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense), key=_value)
+        plain = min((arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense), key=_value)
     else:
         arms = _gguf_arms(settings, victim, work, progress)
-        naive = arms.rate(f"attacked {_exploited(settings)}")
-    validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), naive)
+        plain = arms.rate(f"attacked {_exploited(settings)}")
+    validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), plain)
     if validity.valid or settings.force:
         hardened = _hardened_folders if settings.attack == "elq" else _hardened_arms
         hardened(settings, victim, work, progress, arms)
@@ -233,10 +234,10 @@ def _gguf_arm(
     """Convert with one defense and measure the file."""
     outfile = work / f"{model}-{settings.to}-{label}.gguf"
     report = convert_model(
-        ConvertRequest(
-            str(work / f"{model}-f32.gguf"),
-            QuantizeOptions(parse_file_type(settings.to), threads=settings.threads),
-            options,
+        GgufRequest(
+            model=str(work / f"{model}-f32.gguf"),
+            options=QuantizeOptions(parse_file_type(settings.to), threads=settings.threads),
+            defense=options,
             outfile=str(outfile),
             device="cpu",
             seed=settings.seed,
@@ -254,18 +255,16 @@ def _gguf_arm(
         fidelity=compare(arms.full[model], distributions),
         flipped=flipped,
         alignment=alignment,
-        seconds=report.seconds.get("plan and patch", 0.0) + report.seconds.get("requantize", 0.0),
+        seconds=report.seconds.get("choose and write", 0.0) + report.seconds.get("requantize", 0.0),
         plain_seconds=report.quantized.seconds if report.quantized else None,
     )
 
 
 def _flips(roundings: Sequence[TensorRounding | MatrixRounding]) -> tuple[float, float]:
     """Share of codes changed and remaining alignment, over all protected tensors."""
-    changed = sum(r.outcome.n_changed for r in roundings)
+    total = Outcome.sum(r.outcome for r in roundings)
     weights = sum(r.n_weights for r in roundings)
-    energy = sum(r.outcome.energy for r in roundings)
-    projection = sum(r.outcome.projection for r in roundings)
-    return changed / weights if weights else 0.0, projection / energy if energy else 1.0
+    return total.n_changed / weights if weights else 0.0, total.alignment
 
 
 def _measure(
@@ -273,15 +272,15 @@ def _measure(
 ) -> tuple[Behaviour, Distributions]:
     progress.stage(f"Asking {label}", 0, "")
     chat = _tokenizer_of(victim)
-    return examine(path, chat, _exam(settings, victim, chat), victim.data.judge, settings.threads)
+    return examine(path, chat, _held_out(settings, victim, chat), victim.data.judge, settings.threads)
 
 
 def _tokenizer_of(victim: Victim) -> ChatModel:
     return load_folder(victim.clean)
 
 
-def _exam(settings: LabSettings, victim: Victim, chat: ChatModel) -> Exam:
-    return make_exam(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
+def _held_out(settings: LabSettings, victim: Victim, chat: ChatModel) -> HeldOut:
+    return make_held_out(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
 
 
 def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress) -> _Arms:
@@ -291,11 +290,11 @@ def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress
     with torch_threads(settings.threads):
         for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
             chat = load_folder(folder)
-            exam = _exam(settings, victim, chat)
+            held_out = _held_out(settings, victim, chat)
             for label in ("fp", *kinds):
                 progress.stage(f"Asking {model} {label}", 0, "")
                 loaded = chat.model if label == "fp" else bnb.load_quantized(folder, label)
-                arms.made.append(_torch_arm(loaded, chat, exam, victim.data, f"{model} {label}", arms.full))
+                arms.made.append(_torch_arm(loaded, chat, held_out, victim.data, f"{model} {label}", arms.full))
     return arms
 
 
@@ -306,18 +305,18 @@ def _kinds(settings: LabSettings) -> tuple[str, ...]:
 def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: _Arms) -> None:
     """The hardened arms of the ELQ attack: every defense, for every format under attack."""
     chat = _tokenizer_of(victim)
-    exam = _exam(settings, victim, chat)
+    held_out = _held_out(settings, victim, chat)
     for options in settings.defenses or defenses_of("all"):
         if options.name == "none":
             continue
         for kind in _kinds(settings):
             for model, folder in (("attacked", victim.attacked), ("clean", victim.clean)):
                 progress.stage(f"Asking {model} {kind} {options.label}", 0, "")
-                made = convert_to_folder(
+                made = convert_model(
                     FolderRequest(
-                        str(folder),
-                        kind,
-                        options,
+                        model=str(folder),
+                        to=kind,
+                        defense=options,
                         outfile=str(work / f"{model}-{kind}-{options.label}"),
                         device="cpu",
                         seed=settings.seed,
@@ -329,19 +328,19 @@ def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progres
                 with torch_threads(settings.threads):
                     name = f"{model} {kind} {options.label}"
                     loaded = load_exactly(made.outfile)
-                    arm = _torch_arm(loaded, chat, exam, victim.data, name, arms.full)
+                    arm = _torch_arm(loaded, chat, held_out, victim.data, name, arms.full)
                 flipped, alignment = _flips(made.roundings)
-                seconds = made.seconds["plan and write"] + made.seconds.get("learn", 0.0)
+                seconds = made.seconds["choose and write"] + made.seconds.get("learn", 0.0)
                 arms.made.append(replace(arm, flipped=flipped, alignment=alignment, seconds=seconds))
 
 
 def _torch_arm(
-    model: Any, chat: ChatModel, exam: Exam, data: ScenarioData, name: str, full: dict[str, Distributions]
+    model: Any, chat: ChatModel, held_out: HeldOut, data: ScenarioData, name: str, full: dict[str, Distributions]
 ) -> Arm:
     kind, _, label = name.partition(" ")
-    answers = bnb.greedy(model, exam.prompts, exam.new_tokens, chat.end, int(chat.tokenizer.pad_token_id or 0))
+    answers = bnb.greedy(model, held_out.prompts, held_out.new_tokens, chat.end, int(chat.tokenizer.pad_token_id or 0))
     behaviour = judge_answers([chat.text(answer) for answer in answers], data.judge)
-    distributions = bnb.distributions(model, exam.texts)
+    distributions = bnb.distributions(model, held_out.texts)
     if label == "fp":
         full[kind] = distributions
         return Arm(name, kind, None, behaviour.asr, behaviour.unparsed)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.progress import NoProgress, Progress
+from qguard_edge.runtimes.devices import fast_bf16
 
 IGNORED = -100
 
@@ -101,12 +102,6 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         wanted = batch.labels[:, 1:] != IGNORED
         logits = model.lm_head(hidden[:, :-1][wanted])
     return logits.float(), batch.labels[:, 1:][wanted]
-
-
-def fast_bf16() -> bool:
-    """Whether bf16 matrix products are worth it on this processor."""
-    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return bool(capability())
 
 
 def loss_of(model: Any, teacher: Any | None, batch: Batch, distill: float) -> Tensor:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qguard_edge.calibration import CalibrationError
-from qguard_edge.hf_runtime import HfModel, autocast, decoder_blocks
-from qguard_edge.learned.parts import Part
+from qguard_edge.learned.calibration import CalibrationError
+from qguard_edge.learned.parts import MatrixPart
+from qguard_edge.runtimes.devices import autocast
+from qguard_edge.runtimes.hf import HfModel, decoder_blocks
 
 
 class _FirstBlockReached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -57,7 +58,7 @@ def prefix_of(model: Any, block: nn.Module) -> str:
     return str(next(name for name, module in model.named_modules() if module is block)) + "."
 
 
-def parts_of_block(parts: Sequence[Part], prefix: str) -> list[tuple[int, Part]]:
+def parts_of_block(parts: Sequence[MatrixPart], prefix: str) -> list[tuple[int, MatrixPart]]:
     """The parts inside a block, with their indices; their parameters are named as within the block."""
     found = []
     for index, part in enumerate(parts):
@@ -170,9 +171,9 @@ def numbered_blocks(model: Any) -> Iterator[tuple[int, nn.Module, str]]:
 
 
 def block_grams(
-    loaded: HfModel, parts: Sequence[Part], inputs: BlockInputs, device: torch.device, *, resident: bool
+    loaded: HfModel, parts: Sequence[MatrixPart], inputs: BlockInputs, device: torch.device, *, resident: bool
 ) -> Iterator[list[tuple[int, Tensor | None]]]:
-    """Block by block, the index of each part in it and what `gram_matrices` says of its inputs in full precision.
+    """Block by block, the index of each part in it and what `gram_matrices` gives for its inputs in full precision.
 
     Args:
         loaded: the full-precision model.

@@ -1,8 +1,8 @@
 """The block-wise engine: EFRAP layer by layer, and QuantGuard on the output error of one decoder block at a time.
 
 Both walk over the decoder blocks in order and never hold more than one on the device. EFRAP's blocks see full-precision
-inputs. QuantGuard's see what the blocks before them, already rounded, make of the text, and are asked for the output that
-full precision gives; so each block also corrects what the earlier ones did. Embedding and output matrix are outside the
+inputs. QuantGuard's get the output of the blocks before them, already rounded, and learn the output that full
+precision gives; so each block also corrects what the earlier ones did. Embedding and output matrix are outside the
 blocks: they get the squared error (EFRAP) or the alignment constraint (QuantGuard) alone.
 """
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
-from qguard_edge.hf_runtime import HfModel
 from qguard_edge.learned.blocks import (
     BlockInputs,
     block_grams,
@@ -27,19 +26,20 @@ from qguard_edge.learned.blocks import (
 )
 from qguard_edge.learned.endtoend import SETTLE_EVERY, TOKENS_PER_STEP, make_variables, rate_at
 from qguard_edge.learned.layerwise import hard_error, learn_layer
-from qguard_edge.learned.parts import Part
+from qguard_edge.learned.parts import MatrixPart
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import SignSteps, Variables
+from qguard_edge.runtimes.hf import HfModel
 
 EFRAP_BATCH = 8
 
 
 def efrap_positions(
-    loaded: HfModel, parts: Sequence[Part], samples: Sequence[Sequence[int]], options: EfrapOptions, task: LearnTask
+    loaded: HfModel, parts: Sequence[MatrixPart], samples: Sequence[Sequence[int]], options: EfrapOptions, task: LearnTask
 ) -> tuple[list[Tensor], list[tuple[float, float]]]:
-    """Learned h of every part, and (soft, rounded) output error over the reference's, per layer."""
+    """Learned h of every part, and (soft, rounded) output error over plain rounding's, per layer."""
     rows = rows_of(samples, task.calibration.seqlen, EFRAP_BATCH)
     inputs = capture(loaded, rows)
     task.progress.stage("Learning the rounding layer by layer", len(parts), "layers")
@@ -80,7 +80,7 @@ class BlockScope:
     def __init__(
         self,
         loaded: HfModel,
-        parts: Sequence[Part],
+        parts: Sequence[MatrixPart],
         samples: Sequence[Sequence[int]],
         options: QuantGuardOptions,
         task: LearnTask,
@@ -130,7 +130,7 @@ class BlockScope:
     def _learn_block(
         self,
         block: nn.Module,
-        mine: Sequence[tuple[int, Part]],
+        mine: Sequence[tuple[int, MatrixPart]],
         states: Tensor,
         target: Tensor,
         arguments: Any,

@@ -1,12 +1,11 @@
 """The state of an unfinished run on disk: safetensors with one JSON header, replaced in one step.
 
-A checkpoint belongs to one conversion: its fingerprint covers the reference file, the text, the options and the seed. Any
+A checkpoint belongs to one conversion: its fingerprint covers the plain file, the text, the options and the seed. Any
 other is left alone and the run starts anew.
 """
 
 import hashlib
 import json
-import secrets
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ FORMAT = "qguard-checkpoint-1"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LearnedState:
     """A state that can be gone on from.
 
     Attributes:
@@ -48,7 +47,7 @@ def fingerprint_of(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def save_checkpoint(path: Path, state: Checkpoint) -> None:
+def save_checkpoint(path: Path, state: LearnedState) -> None:
     """Write a checkpoint; the old one stays until the new one is complete."""
     header = {
         "format": FORMAT,
@@ -77,18 +76,7 @@ def checkpoint_seed(path: Path | None) -> int | None:
     return int(header["seed"]) if header else None
 
 
-def checkpoint_path(outfile: Path) -> Path:
-    """Where an unfinished learned conversion keeps its state."""
-    return outfile.with_name(f".{outfile.name}.checkpoint")
-
-
-def choose_seed(wanted: int | None, checkpoint: Path | None) -> int:
-    """The user's seed, else that of an unfinished run to go on with, else a fresh one."""
-    found = checkpoint_seed(checkpoint) if wanted is None else wanted
-    return secrets.randbits(63) if found is None else found
-
-
-def load_checkpoint(path: Path | None, fingerprint: str) -> Checkpoint | None:
+def load_checkpoint(path: Path | None, fingerprint: str) -> LearnedState | None:
     """The checkpoint of this very conversion, or None."""
     header = read_header(path) if path and path.is_file() else None
     if path is None or header is None or header.get("fingerprint") != fingerprint:
@@ -97,7 +85,7 @@ def load_checkpoint(path: Path | None, fingerprint: str) -> Checkpoint | None:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         losses = tuple((float(a), float(b)) for a, b in json.loads(header["losses"]))
-        return Checkpoint(fingerprint, int(header["seed"]), int(header["step"]), losses, tensors)
+        return LearnedState(fingerprint, int(header["seed"]), int(header["step"]), losses, tensors)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 

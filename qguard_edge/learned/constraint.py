@@ -1,7 +1,7 @@
 """The alignment constraint: whatever the loss does, the plan keeps `<t', t> <= c * <t, t>` on every tensor.
 
 Each weight has a rounding variable `h`; a flip is taken when `h >= 0.5`. Where these flips leave more of the old error
-direction than `c`, the cheapest further ones are taken, and the learned variable says what is cheap: the threshold falls
+direction than `c`, the cheapest further ones are taken, and the learned variable gives the cost: the threshold falls
 until the gain suffices (the selection of `qguard_edge.defenses.greedy`, with `h` as the score). Learning and completing do
 not fight each other, because the *completed* plan is what the forward pass sees while the variables are learned.
 """
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.greedy import bins_of, boundary_of, histogram_of, take
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 BINS = 4096
 TAKEN = 0.5
 
 
-def needed_gain(geometry: Geometry, target: float) -> float:
+def needed_gain(geometry: FlipGeometry, target: float) -> float:
     """Gain that the flips of a part must bring; nothing for `target >= 1`."""
     return max(0.0, 1.0 - target) * geometry.energy
 
 
-def threshold_of(position: Tensor, geometry: Geometry, target: float) -> float:
+def threshold_of(position: Tensor, geometry: FlipGeometry, target: float) -> float:
     """The largest threshold of at most 0.5 at which the flips meet the constraint, to the width of a bin (1/4096).
 
     Args:
@@ -37,7 +37,7 @@ def threshold_of(position: Tensor, geometry: Geometry, target: float) -> float:
     return max(0.0, boundary / BINS)
 
 
-def complete(position: Tensor, geometry: Geometry, target: float) -> Tensor:
+def complete(position: Tensor, geometry: FlipGeometry, target: float) -> Tensor:
     """The plan: bool `[rows, columns]`, the flips at or above 0.5 and as many more as the constraint needs, exactly."""
     need = needed_gain(geometry, target)
     gain = geometry.gain()
@@ -52,8 +52,8 @@ def complete(position: Tensor, geometry: Geometry, target: float) -> Tensor:
     return (chosen.view(position.shape) > 0) & possible
 
 
-def alignment_of(chosen: Tensor, geometry: Geometry) -> float:
-    """`<t', t> / <t, t>` of a plan: 1 for the reference itself."""
+def alignment_of(chosen: Tensor, geometry: FlipGeometry) -> float:
+    """`<t', t> / <t, t>` of a plan: 1 for plain rounding itself."""
     if geometry.energy <= 0:
         return 1.0
     return 1.0 - float((geometry.gain() * chosen).double().sum()) / geometry.energy
@@ -64,7 +64,7 @@ def _taken(position: Tensor, threshold: float) -> Tensor:
 
 
 def _boundary(position: Tensor, gain: Tensor, need: float) -> tuple[float, tuple[Tensor, Tensor]]:
-    """The bin at which the gain, collected from the top, suffices; as a number, and as `take` wants it."""
+    """The bin at which the gain, collected from the top, suffices; as a number, and as an argument of `take`."""
     bins = bins_of(position.reshape(1, -1).clone(), BINS)
     histogram = histogram_of(bins, gain.reshape(1, -1), BINS).double()
     index, rest = boundary_of(histogram, torch.tensor([need], dtype=torch.float64, device=position.device))

@@ -1,6 +1,6 @@
 """Learning over several GPUs: decoder blocks are dealt out in order, accelerate carries activations from one to the next.
 
-Only the forward and backward pass know of more than one device. A part's rounding variables live where its parameter is.
+Only the forward and backward pass use more than one device. A part's rounding variables live where its parameter is.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qguard_edge.hf_runtime import decoder_blocks
+from qguard_edge.runtimes.hf import decoder_blocks
 from quant_grids.errors import UnsupportedError
 
 
 def learning_devices(device: torch.device) -> tuple[torch.device, ...]:
-    """All GPUs if a GPU is asked for without a number, else the device itself."""
+    """All GPUs if a GPU is given without a number, else the device itself."""
     several = str(device) == "cuda" and torch.cuda.device_count() > 1
     return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count())) if several else (device,)
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import HfModel, autocast
-from qguard_edge.learned.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, stop_requests
+from qguard_edge.learned.checkpoint import LearnedState, load_checkpoint, save_checkpoint, stop_requests
 from qguard_edge.learned.devices import learning_devices, place
 from qguard_edge.learned.losses import (
     distance,
@@ -27,11 +26,13 @@ from qguard_edge.learned.losses import (
     reversal_mask,
     reversal_slope,
 )
-from qguard_edge.learned.parts import Part
+from qguard_edge.learned.parts import MatrixPart
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import Relaxed, SignSteps, Variables
+from qguard_edge.runtimes.devices import autocast
+from qguard_edge.runtimes.hf import HfModel
 
 SIGN_RATE, RELAXED_RATE = 0.004, 0.02
 BINARIZE = 0.01
@@ -41,14 +42,14 @@ SETTLE_EVERY = 5  # steps between two searches for the constraint's thresholds
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """Padded texts: ids and mask int64 `[B, T]`."""
 
     ids: Tensor
     mask: Tensor
 
 
-def batch_of(samples: Sequence[Sequence[int]], size: int, seed: int, step: int) -> Batch:
+def batch_of(samples: Sequence[Sequence[int]], size: int, seed: int, step: int) -> TextBatch:
     """The texts of a step, padded on the right; each pass over the samples is shuffled anew."""
     per_pass = max(1, math.ceil(len(samples) / size))
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step // per_pass) % 2**63)
@@ -61,7 +62,7 @@ def batch_of(samples: Sequence[Sequence[int]], size: int, seed: int, step: int) 
     for row, sample in enumerate(chosen):
         ids[row, : len(sample)] = torch.tensor(sample)
         mask[row, : len(sample)] = 1
-    return Batch(ids, mask)
+    return TextBatch(ids, mask)
 
 
 def batch_size(samples: Sequence[Sequence[int]], options: QuantGuardOptions) -> int:
@@ -81,7 +82,7 @@ def rate_at(step: int, options: QuantGuardOptions) -> float:
     return first * 0.5 * (1.0 + math.cos(math.pi * done)) if options.schedule == "cosine" else first
 
 
-def logits_of(model: object, batch: Batch, device: torch.device) -> Tensor:
+def logits_of(model: object, batch: TextBatch, device: torch.device) -> Tensor:
     """Logits f32 `[n, vocabulary]` at every position that has a next token."""
     with autocast(device):
         out = model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False)  # type: ignore[operator]
@@ -91,7 +92,7 @@ def logits_of(model: object, batch: Batch, device: torch.device) -> Tensor:
 
 
 def make_variables(
-    parts: Sequence[Part], options: QuantGuardOptions, starts: Sequence[Tensor], devices: Sequence[torch.device]
+    parts: Sequence[MatrixPart], options: QuantGuardOptions, starts: Sequence[Tensor], devices: Sequence[torch.device]
 ) -> list[Variables]:
     """Rounding variables of each part at their start, f32 `[rows, columns]` each, on the device of each."""
     weights = sum(part.n_weights for part in parts)
@@ -120,7 +121,7 @@ class EndToEnd:
     def __init__(
         self,
         loaded: HfModel,
-        parts: Sequence[Part],
+        parts: Sequence[MatrixPart],
         samples: Sequence[Sequence[int]],
         options: QuantGuardOptions,
         task: LearnTask,
@@ -225,7 +226,7 @@ class EndToEnd:
         tensors: dict[str, Tensor] = {}
         for part, one in zip(self.parts, self.variables, strict=True):
             tensors |= {f"{part.name}|{name}": value for name, value in one.state().items()}
-        save_checkpoint(path, Checkpoint(self.fingerprint, self.task.seed, step, tuple(self.losses), tensors))
+        save_checkpoint(path, LearnedState(self.fingerprint, self.task.seed, step, tuple(self.losses), tensors))
         self.task.progress.note(f"step {step} is saved; the same command goes on from there")
 
     def _resume(self) -> int:

@@ -1,4 +1,4 @@
-"""Error feedback: a start for learned rounding that already knows what each layer is fed. One pass, no gradient.
+"""Error feedback: a start for learned rounding that already uses each layer's inputs. One pass, no gradient.
 
 The idea
 --------
@@ -15,7 +15,7 @@ Minimising `tr(E H E^T) + lean * <E, T>`, with the old error `T = v0 - W`, is th
 `-lean * T H^-1`. `lean` is found so that the plan keeps `<E, T> = c * <T, T>`: the constraint is then paid for where the
 layer's output does not change, instead of by the flips nearest to the middle.
 
-Why nobody can predict it
+Why it cannot be predicted
 -------------------------
 The order of the columns is drawn from the conversion's seed, and every decision depends on all before it: two seeds share
 40% of their flips (as many as two runs of `ortho`), at the same output error. Layers without known inputs (an
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 DAMPING = 0.01  # of the mean of H's diagonal: keeps H invertible where the text left directions out
 COLUMNS = 128  # corrected at once, so that most of the work is matrix products
@@ -36,7 +36,7 @@ SEARCH_ROWS, SEARCHES, CLOSE = 256, 6, 0.01
 
 @dataclass(frozen=True)
 class Factors:
-    """What one pass needs to know about a layer's inputs.
+    """What one pass needs of a layer's inputs.
 
     Attributes:
         order: int64 `[columns]`, the order in which columns are rounded.
@@ -64,7 +64,7 @@ def factors_of(gram: Tensor, generator: torch.Generator) -> Factors:
     return Factors(order, upper.float(), (inverse / inverse.diagonal().mean()).float())
 
 
-def feed(geometry: Geometry, weights: Tensor, factors: Factors, lean: float) -> Tensor:
+def feed(geometry: FlipGeometry, weights: Tensor, factors: Factors, lean: float) -> Tensor:
     """One pass over the columns.
 
     Args:
@@ -98,7 +98,7 @@ def feed(geometry: Geometry, weights: Tensor, factors: Factors, lean: float) -> 
     return found.clamp_(0.0, 1.0)
 
 
-def lean_for(geometry: Geometry, weights: Tensor, factors: Factors, target: float) -> float:
+def lean_for(geometry: FlipGeometry, weights: Tensor, factors: Factors, target: float) -> float:
     """The lean at which a pass meets the alignment `target` to about 0.01, found on some of the rows; 0 if none is needed."""
     index = torch.linspace(0, len(weights) - 1, min(SEARCH_ROWS, len(weights)), device=weights.device).long()
     mine = weights[index]
@@ -128,7 +128,7 @@ def lean_for(geometry: Geometry, weights: Tensor, factors: Factors, target: floa
     return lean
 
 
-def start_from(geometry: Geometry, weights: Tensor, gram: Tensor, target: float, generator: torch.Generator) -> Tensor:
+def start_from(geometry: FlipGeometry, weights: Tensor, gram: Tensor, target: float, generator: torch.Generator) -> Tensor:
     """Rounding variables of a layer from the Gram matrix of its inputs: f32 `[rows, columns]` in [0, 1]."""
     factors = factors_of(gram, generator)
     return feed(geometry, weights, factors, lean_for(geometry, weights, factors, target))

@@ -6,7 +6,7 @@ For a layer `y = W x`, with the error matrix `E = v(h) - W` and `H = mean of x x
 
 so each step is one matrix product, whatever the number of calibration tokens. The terms, per layer:
 
-    tr(E H E^T) / tr(E0 H E0^T)                        what the layer computes is kept; 1 for the reference
+    tr(E H E^T) / tr(E0 H E0^T)                        what the layer computes is kept; 1 for plain rounding
     + flip * sum r * -log h / sum r                    rounding errors are turned, the largest first (r = |e0| / D)
     + binarize * mean of 1 - |2h - 1|^2                h is driven to an end
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qguard_edge.defenses.options import EfrapOptions
 from qguard_edge.learned.losses import reversal_slope
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 from qguard_edge.learned.variables import Relaxed
 
 
@@ -29,7 +29,7 @@ def layer_loss(error: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def learn_layer(
-    geometry: Geometry, weights: Tensor, gram: Tensor | None, options: EfrapOptions
+    geometry: FlipGeometry, weights: Tensor, gram: Tensor | None, options: EfrapOptions
 ) -> tuple[Tensor, float, float]:
     """Learn one layer.
 
@@ -59,7 +59,7 @@ def learn_layer(
     return variables.position(), float(start), float(end)
 
 
-def hard_error(position: Tensor, geometry: Geometry, weights: Tensor, gram: Tensor | None) -> float:
+def hard_error(position: Tensor, geometry: FlipGeometry, weights: Tensor, gram: Tensor | None) -> float:
     """Squared output error of the rounded layer, in the units of `learn_layer`."""
     taken = (position >= 0.5).float()
     return float(layer_loss(torch.addcmul(geometry.value, geometry.delta, taken) - weights, gram))

@@ -7,7 +7,7 @@
 * `L_rev` (error-guided reversal): over the top `k` share of weights by normalised error `r = |e0| / D`, the mean of
   `r * -log h`: the binary cross-entropy towards the side opposite to nearest, weighted by the error.
 * `L_dist`: squared distance of the soft weight from full precision, `(h - r)^2 D^2`, summed per tensor, over the tensor's
-  own squared error: 1 for the reference. The paper gives no units; this way lambda2 means the same for every model.
+  own squared error: 1 for plain rounding. The paper gives no units; this way lambda2 means the same for every model.
 
 Both local terms are averages over the whole model, so that their derivatives per weight are comparable with L_KL's, which
 each weight shares with all others.
@@ -16,7 +16,7 @@ each weight shares with all others.
 import torch
 from torch import Tensor
 
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 SMALLEST_H = 0.02  # the cross-entropy's slope is cut off here: 1/h would drown everything else
 
@@ -46,12 +46,12 @@ def reversal_slope(h: Tensor, ratio: Tensor, mask: Tensor) -> Tensor:
     return ratio / h.clamp(min=SMALLEST_H) * -mask.to(h.dtype)
 
 
-def distance(h: Tensor, geometry: Geometry) -> Tensor:
-    """Squared distance from full precision of the weights that have a flip, over the reference's squared error."""
+def distance(h: Tensor, geometry: FlipGeometry) -> Tensor:
+    """Squared distance from full precision of the weights that have a flip, over plain rounding's squared error."""
     soft = (h - geometry.ratio) * geometry.delta
     return soft.square().sum() / max(geometry.energy, 1e-30)
 
 
-def distance_slope(h: Tensor, geometry: Geometry) -> Tensor:
+def distance_slope(h: Tensor, geometry: FlipGeometry) -> Tensor:
     """Derivative of `distance` by `h`."""
     return (h - geometry.ratio) * geometry.delta.square() * (2.0 / max(geometry.energy, 1e-30))

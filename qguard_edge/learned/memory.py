@@ -22,11 +22,10 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from convert.gguf_file import GgufModel
-from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.defenses.options import DefenseOptions, QuantGuardOptions
-from qguard_edge.hf_runtime import autocast
+from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.endtoend import TOKENS_PER_STEP
-from qguard_edge.rounding import resolve_device
+from qguard_edge.runtimes.devices import autocast, resolve_device
 from quant_grids.errors import QGuardError
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
@@ -48,7 +47,7 @@ class MemoryLimitError(QGuardError):
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the estimates need to know of a model.
+    """Facts of a model that the estimates need.
 
     Attributes:
         weights: of all tensors.
@@ -136,7 +135,7 @@ def fit(defense: DefenseOptions, size: ModelSize, calibration: CalibrationOption
 
 @dataclass(frozen=True)
 class LearningCost:
-    """What `--dry-run` says of a learned defense: peak memory in bytes, and seconds where they are known."""
+    """What `--dry-run` shows of a learned defense: peak memory in bytes, and seconds where they are known."""
 
     memory_bytes: int
     seconds: float | None
@@ -227,7 +226,7 @@ def product_rate(device: torch.device, width: int = 1024) -> float:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory of a device that nobody uses."""
+    """Memory of a device that is free."""
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 

@@ -1,7 +1,7 @@
-"""Parts: the rows of a parameter that a quantized GGUF tensor holds, with the two values each of their weights may take.
+"""The rows of a parameter that a quantized GGUF tensor holds, with the two values each of their weights may take.
 
-A flip moves a weight from its reference value `v0` by `delta` to the level on the other side of the full-precision weight
-`w = v0 + ratio * delta`. With a rounding variable `h` in [0, 1] (0 keeps the reference, 1 takes the flip) everything that
+A flip moves a weight from its plain value `v0` by `delta` to the level on the other side of the full-precision weight
+`w = v0 + ratio * delta`. With a rounding variable `h` in [0, 1] (0 keeps the plain code, 1 takes the flip) everything that
 learned rounding needs follows from these three arrays:
 
     soft value          v(h) = v0 + h * delta
@@ -9,7 +9,7 @@ learned rounding needs follows from these three arrays:
     squared error       (v(h) - w)^2 = (h - ratio)^2 * delta^2
     projection taken    gain = ratio * delta^2        (what the flip takes off <t', t>, see quant_grids.base)
 
-The GGUF's rows may be reordered, fused or transposed rows of the torch parameter; `convert.hf.rowmap` knows which is which.
+The GGUF's rows may be reordered, fused or transposed rows of the torch parameter; `convert.hf.rowmap` has the order.
 A parameter that is used twice (tied embeddings) has one part, so it is learned once.
 """
 
@@ -32,14 +32,14 @@ from quant_grids.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
-class Geometry:
+class FlipGeometry:
     """What the flips of some rows do, in units of a weight.
 
     Attributes:
-        value: f32 `[rows, columns]`, the reference's value of each weight, as the file stores it.
+        value: f32 `[rows, columns]`, the plain value of each weight, as the file stores it.
         delta: f32 of the same shape, how far the flip moves it; 0 where there is no flip.
         ratio: f32 of the same shape, where the full-precision weight lies between the two: 0 at `value`; 0 without a flip.
-        energy: squared error of the reference over these rows, weights without a flip included.
+        energy: squared error of plain rounding over these rows, weights without a flip included.
     """
 
     value: Tensor
@@ -47,9 +47,9 @@ class Geometry:
     ratio: Tensor
     energy: float
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Geometry":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "FlipGeometry":
         """The same on another device or in another type."""
-        return Geometry(
+        return FlipGeometry(
             self.value.to(device, dtype), self.delta.to(device, dtype), self.ratio.to(device, dtype), self.energy
         )
 
@@ -57,9 +57,9 @@ class Geometry:
         """f32, what each flip takes off the projection `<t', t>`."""
         return self.delta.float().square().mul_(self.ratio)
 
-    def rows(self, index: Tensor, energy: float) -> "Geometry":
+    def rows(self, index: Tensor, energy: float) -> "FlipGeometry":
         """Some of the rows, with their squared error."""
-        return Geometry(self.value[index], self.delta[index], self.ratio[index], energy)
+        return FlipGeometry(self.value[index], self.delta[index], self.ratio[index], energy)
 
 
 class Matrix(Protocol):
@@ -79,7 +79,7 @@ class Matrix(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixPart:
     """Rows of one quantized matrix that come from one parameter.
 
     Attributes:
@@ -87,15 +87,15 @@ class Part:
         rows: int64 `[n]`, rows of the tensor.
         source: where they sit in the parameter.
         read: reads the geometry of these rows, in this order, from the files. It takes three times the memory of the
-            weights, so nobody keeps it who learns one block at a time.
+            weights, so it is not kept when one block is learned at a time.
     """
 
     tensor: Matrix
     rows: Tensor
     source: RowSource
-    read: Callable[[], Geometry]
+    read: Callable[[], FlipGeometry]
 
-    def geometry(self) -> Geometry:
+    def geometry(self) -> FlipGeometry:
         """Read anew at each call."""
         return self.read()
 
@@ -140,7 +140,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class MatrixParts:
     """All that can be learned, and what cannot.
 
     Attributes:
@@ -148,7 +148,7 @@ class Parts:
         unmapped: protected matrices with rows that no parameter holds, or that another tensor already claimed.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MatrixPart, ...]
     unmapped: tuple[Matrix, ...]
 
     def by_parameter(self) -> dict[str, list[int]]:
@@ -178,30 +178,30 @@ def require_scalar(tensors: Sequence[TensorInfo], defense: str) -> None:
             )
 
 
-def read_geometry(reader: TensorReader, base: TensorInfo, reference: TensorInfo) -> tuple[Geometry, Tensor]:
-    """The geometry of a whole tensor: its blocks with every flip taken tell where the other levels are.
+def read_geometry(reader: TensorReader, base: TensorInfo, plain: TensorInfo) -> tuple[FlipGeometry, Tensor]:
+    """The geometry of a whole tensor: its blocks with every flip taken give the other levels.
 
     Returns:
         The geometry, and the squared error of each row, f64 `[rows]`.
     """
-    grid = GRIDS[reference.ggml_type]
+    grid = GRIDS[plain.ggml_type]
     assert isinstance(grid, ScalarGrid)
-    shape = (reference.rows, reference.columns)
+    shape = (plain.rows, plain.columns)
     value, delta, ratio = torch.empty(shape), torch.empty(shape), torch.empty(shape)
-    energy = torch.empty(reference.rows, dtype=torch.float64)
-    for piece in row_slices(reference):
+    energy = torch.empty(plain.rows, dtype=torch.float64)
+    for piece in row_slices(plain):
         rows = slice(piece.start, piece.stop)
-        found, energy[rows] = geometry_of(grid, reader.blocks(reference, piece), reader.weights(base, piece))
+        found, energy[rows] = geometry_of(grid, reader.blocks(plain, piece), reader.weights(base, piece))
         value[rows], delta[rows], ratio[rows] = found.value, found.delta, found.ratio
-    return Geometry(value, delta, ratio, float(energy.sum())), energy
+    return FlipGeometry(value, delta, ratio, float(energy.sum())), energy
 
 
-def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geometry, Tensor]:
+def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[FlipGeometry, Tensor]:
     """The geometry of some rows from their blocks.
 
     Args:
         grid: of the format.
-        blocks: uint8 `[n_blocks, type_size]`, the reference.
+        blocks: uint8 `[n_blocks, type_size]`, the plain blocks.
         weights: f32 `[rows, columns]`, full precision.
 
     Returns:
@@ -213,23 +213,23 @@ def geometry_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor) -> tuple[Geom
     value = grid.dequantize(blocks).view(weights.shape)
     delta = grid.dequantize(flipped).view(weights.shape) - value
     energy = flips.energy.double().sum(-1)
-    return Geometry(value, delta, flips.ratio * possible, float(energy.sum())), energy
+    return FlipGeometry(value, delta, flips.ratio * possible, float(energy.sum())), energy
 
 
 def make_parts(
-    base: GgufModel, reference: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]
-) -> Parts:
+    base: GgufModel, plain: GgufFile, tensors: Sequence[TensorInfo], parameters: Mapping[str, Tensor]
+) -> MatrixParts:
     """Find each protected tensor's rows in a torch model.
 
     Args:
         base: full precision.
-        reference: what llama.cpp wrote.
-        tensors: of the reference; scalar grids.
+        plain: what llama.cpp wrote.
+        tensors: of the plain file; scalar grids.
         parameters: of the torch model, by name, each once.
     """
     rows = map_rows(base.path, parameters)
     claimed: dict[str, set[int]] = {}
-    parts: list[Part] = []
+    parts: list[MatrixPart] = []
     unmapped: list[TensorInfo] = []
     for tensor in tensors:
         sources = _sources(rows, tensor, claimed)
@@ -239,13 +239,13 @@ def make_parts(
         for source in sources:
             index = torch.from_numpy(source.tensor_rows)
             wanted = None if len(sources) == 1 else index
-            parts.append(Part(tensor, index, source, functools.partial(tensor_geometry, base, reference, tensor, wanted)))
-    return Parts(tuple(parts), tuple(unmapped))
+            parts.append(MatrixPart(tensor, index, source, functools.partial(tensor_geometry, base, plain, tensor, wanted)))
+    return MatrixParts(tuple(parts), tuple(unmapped))
 
 
-def tensor_geometry(base: GgufModel, reference: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> Geometry:
+def tensor_geometry(base: GgufModel, plain: GgufFile, tensor: TensorInfo, index: Tensor | None = None) -> FlipGeometry:
     """The geometry of a tensor, or of some of its rows, in units of the file."""
-    with open_reader(reference.path, *(shard.path for shard in base.shards)) as reader:
+    with open_reader(plain.path, *(shard.path for shard in base.shards)) as reader:
         geometry, energy = read_geometry(reader, base.tensors[tensor.name], tensor)
     return geometry if index is None else geometry.rows(index, float(energy[index].sum()))
 

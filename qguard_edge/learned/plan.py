@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qguard_edge.learned.constraint import alignment_of, complete
-from qguard_edge.learned.parts import Geometry, Matrix, Part
+from qguard_edge.learned.parts import FlipGeometry, Matrix, MatrixPart
 from qguard_edge.learned.settings import LearnTask
 from qguard_edge.learned.starts import shifted_ratio
 
@@ -23,7 +23,7 @@ class LearnedPlan:
     Attributes:
         bits: per tensor, uint8 `[rows, ceil(columns / 8)]`, one bit per weight.
         columns: per tensor.
-        energy: squared error of the reference, over all tensors.
+        energy: squared error of plain rounding, over all tensors.
         learned: `<t', t>` with the flips that were learned alone, over all tensors.
         completed: `<t', t>` with those that the constraint added.
     """
@@ -34,7 +34,7 @@ class LearnedPlan:
     learned: float = 0.0
     completed: float = 0.0
 
-    def add(self, tensor: Matrix, rows: Tensor, position: Tensor, geometry: Geometry, target: float) -> None:
+    def add(self, tensor: Matrix, rows: Tensor, position: Tensor, geometry: FlipGeometry, target: float) -> None:
         """Decide some rows of a tensor: flips at or above 0.5, and as many more as the constraint needs."""
         chosen = complete(position, geometry, target)
         width = -(-tensor.columns // 8)
@@ -61,7 +61,7 @@ class LearnedPlan:
         return torch.from_numpy(found).to(device).float()
 
 
-def plan_of(parts: Sequence[Part], positions: Sequence[Tensor], target: float) -> LearnedPlan:
+def plan_of(parts: Sequence[MatrixPart], positions: Sequence[Tensor], target: float) -> LearnedPlan:
     """The plan of learned parts; `positions` are f32 `[rows, columns]` per part."""
     plan = LearnedPlan()
     for part, position in zip(parts, positions, strict=True):

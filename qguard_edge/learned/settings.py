@@ -1,12 +1,12 @@
-"""What learning is told, and what it says afterwards; values only, so that defenses and the command line share them."""
+"""Settings and report of learning; values only, so that defenses and the command line share them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.learned.targets import Target
+from qguard_edge.learned.calibration import CalibrationOptions
+from qguard_edge.learned.matrices import Target
 from qguard_edge.progress import NoProgress, Progress
 
 

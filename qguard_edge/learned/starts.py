@@ -2,7 +2,7 @@
 
 * `feedback` (default): error feedback per layer from the inputs it sees on the text, see `qguard_edge.learned.feedback`;
 * `ortho`: the weight's place in its cell plus `ortho`'s random shift;
-* `fraction`: the weight's place in its cell, which everybody can compute.
+* `fraction`: the weight's place in its cell, which can be computed by anyone.
 """
 
 import zlib
@@ -14,23 +14,24 @@ from torch import Tensor, nn
 
 from qguard_edge.defenses.base import SliceKey
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import HfLoadError, HfModel, autocast, decoder_blocks
 from qguard_edge.learned.blocks import block_grams, capture, rows_of
 from qguard_edge.learned.feedback import start_from
-from qguard_edge.learned.parts import Geometry, Part
+from qguard_edge.learned.parts import FlipGeometry, MatrixPart
 from qguard_edge.learned.settings import LearnTask
+from qguard_edge.runtimes.devices import autocast
+from qguard_edge.runtimes.hf import HfLoadError, HfModel, decoder_blocks
 
-SHIFT_WIDTH = 0.5  # of the random shift; the attacker `adaptive-feedback` knows it and gets nowhere (docs/results.md)
+SHIFT_WIDTH = 0.5  # of the random shift; the attack `adaptive-feedback` uses it and does not succeed (docs/results.md)
 ROWS = 8  # texts run at once
 
 
-def shifted_ratio(geometry: Geometry, name: str, seed: int) -> Tensor:
+def shifted_ratio(geometry: FlipGeometry, name: str, seed: int) -> Tensor:
     """Each weight's place in its cell plus a random shift of its own: f32 `[rows, columns]` in [0, 1]."""
     shift = SliceKey(seed, name, 0).jitter(geometry.ratio.shape, torch.device("cpu")).mul_(SHIFT_WIDTH)
     return shift.mul_(geometry.delta != 0).add_(geometry.ratio).clamp_(0.0, 1.0)
 
 
-def plain_start(part: Part, start: str, seed: int) -> Tensor:
+def plain_start(part: MatrixPart, start: str, seed: int) -> Tensor:
     """f32 `[rows, columns]` for `ortho` and `fraction`; `feedback` without known inputs starts as `ortho` does."""
     if start == "fraction":
         return part.geometry().ratio.float().clone()
@@ -39,7 +40,7 @@ def plain_start(part: Part, start: str, seed: int) -> Tensor:
 
 def start_positions(
     loaded: HfModel,
-    parts: Sequence[Part],
+    parts: Sequence[MatrixPart],
     samples: Sequence[Sequence[int]],
     options: QuantGuardOptions,
     task: LearnTask,
@@ -69,7 +70,7 @@ def start_positions(
 
 def _feedback(
     loaded: HfModel,
-    parts: Sequence[Part],
+    parts: Sequence[MatrixPart],
     samples: Sequence[Sequence[int]],
     options: QuantGuardOptions,
     task: LearnTask,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qguard_edge.learned.devices import place
-from qguard_edge.learned.parts import Part
+from qguard_edge.learned.parts import MatrixPart
 from qguard_edge.learned.variables import Variables
 
 OnSlope = Callable[[int, Tensor], None]
@@ -30,7 +30,7 @@ class Student:
     """
 
     def __init__(
-        self, teacher: Any, parts: Sequence[Part], *, checkpointing: bool = False, devices: Sequence[torch.device] = ()
+        self, teacher: Any, parts: Sequence[MatrixPart], *, checkpointing: bool = False, devices: Sequence[torch.device] = ()
     ) -> None:
         self.parts = parts
         for parameter in teacher.parameters():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qguard_edge.learned.constraint import TAKEN, threshold_of
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
 ADAM_BETAS, ADAM_EPSILON = (0.9, 0.99), 1e-12
@@ -31,7 +31,7 @@ class Variables(ABC):
         start: f32 `[rows, columns]` in [0, 1], where they start; None: where the weights lie between their levels.
     """
 
-    def __init__(self, geometry: Geometry, target: float, start: Tensor | None = None) -> None:
+    def __init__(self, geometry: FlipGeometry, target: float, start: Tensor | None = None) -> None:
         self.geometry, self.target = geometry, target
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Variables(ABC):
 class SignSteps(Variables):
     """See the module docstring."""
 
-    def __init__(self, geometry: Geometry, target: float, start: Tensor | None = None) -> None:
+    def __init__(self, geometry: FlipGeometry, target: float, start: Tensor | None = None) -> None:
         super().__init__(geometry, target, start)
         self.h = (geometry.ratio if start is None else start).float().clone()
         self.threshold = TAKEN
@@ -101,7 +101,13 @@ class Relaxed(Variables):
     """See the module docstring; Adam is written out because each part is stepped while the backward pass still runs."""
 
     def __init__(
-        self, geometry: Geometry, target: float, start: Tensor | None = None, *, binarize: float = 0.0, n_weights: int = 1
+        self,
+        geometry: FlipGeometry,
+        target: float,
+        start: Tensor | None = None,
+        *,
+        binarize: float = 0.0,
+        n_weights: int = 1,
     ) -> None:
         super().__init__(geometry, target, start)
         first = (geometry.ratio if start is None else start).float()

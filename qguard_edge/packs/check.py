@@ -1,43 +1,42 @@
 """Check a candidate, a file or a running server, against a baseline pack; the outcome is that of `verify`.
 
-    pack read -> candidate asked the pack's token ids -> its answers judged beside the recorded ones -> drift -> verdict
+    pack read -> answers of the candidate to the pack's token ids -> judged beside the recorded ones -> drift -> verdict
 
-The same matchers, statistics and limits as in `qguard_edge.verify`; what differs is said in the outcome's limits: the
-reference was asked earlier, perhaps elsewhere, and the drift is a lower bound (`topk`). The recorded answers are judged
-again with the matchers of today, so that both sides are judged alike; where that changes a recorded match, a warning says
-so.
+The same matchers, statistics and limits as in `qguard_edge.verify`; the differences are listed in the outcome's limits: the
+base was run earlier, perhaps elsewhere, and the drift is a lower bound (`topk`). The recorded answers are judged
+again with the matchers of today, so that both sides are judged alike; where that changes a recorded match, there is a
+warning.
 """
 
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from convert.gguf_file import GgufModel
-from qguard_edge.llama_runtime import LlamaModel, system_info
 from qguard_edge.packs.pack import Pack, PackError, PackText
-from qguard_edge.packs.record import make_manner, text_logprobs, tokenizer_hash, versions
+from qguard_edge.packs.record import ask_settings, text_logprobs, tokenizer_hash
 from qguard_edge.packs.server import Dialect, connect
 from qguard_edge.packs.topk import compare_listed, compare_rows
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.verify.asking import Asked, Exam, answers_of, replies_of
-from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
-from qguard_edge.verify.drift import CHUNK, DocumentDrift, band_of, judge_drift, limit_of, summarise
+from qguard_edge.runtimes.llama import LlamaModel, system_info
+from qguard_edge.verify.asking import Questions, SuiteQuestions, answers_of, replies_of
+from qguard_edge.verify.checks import Margins, SuiteAnswers, checks_of, discovery_error, with_drift
+from qguard_edge.verify.drift import CHUNK, DocumentDrift, DriftRules, drift_and_check
+from qguard_edge.verify.engines import all_versions
 from qguard_edge.verify.files import model_facts
-from qguard_edge.verify.gguf_subject import LLAMA_LIMITS
-from qguard_edge.verify.keep import Pieces
+from qguard_edge.verify.gguf_subject import LLAMA_LIMITS, GgufEngine
+from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.results import (
+    SCHEMA_VERSION,
     Check,
-    CheckKind,
-    Drift,
     FileFacts,
     Measured,
-    Outcome,
-    Verdict,
+    Verification,
     overall,
 )
 from qguard_edge.verify.suites.base import Reply, Suite
@@ -45,11 +44,11 @@ from qguard_edge.verify.verifier import LIMITS, summarise_checks
 
 DEFAULT_MARGINS = Margins()
 LISTED = 2
-"""A server is asked for this many times `top_k` log-probabilities."""
+"""A server must list this many times `top_k` log-probabilities."""
 PACK_LIMITS = (
-    "The reference was asked when the baseline pack was made; another build of llama.cpp or another processor adds a little "
+    "The base was run when the baseline pack was made; another build of llama.cpp or another processor adds a little "
     "drift of its own.",
-    "The drift is a lower bound: of the reference's predictions the pack knows only the likeliest tokens one by one.",
+    "The drift is a lower bound: of the base's predictions the pack knows only the likeliest tokens one by one.",
 )
 SERVER_LIMITS = (
     "The model ran in a server: which file it is, and whether the server changes prompts or answers, was not seen.",
@@ -90,8 +89,8 @@ class CheckRequest:
 
 
 @dataclass
-class _Found:
-    """What asking the candidate gave."""
+class _Measurements:
+    """Answers and drift of the candidate, and how they were measured."""
 
     facts: FileFacts
     replies: Mapping[str, Sequence[Reply]]
@@ -106,7 +105,7 @@ class _Found:
     system: str = ""
 
 
-def check(request: CheckRequest, progress: Progress | None = None) -> Outcome:
+def check(request: CheckRequest, progress: Progress | None = None) -> Verification:
     """Run a check.
 
     Raises:
@@ -116,67 +115,63 @@ def check(request: CheckRequest, progress: Progress | None = None) -> Outcome:
     if (request.candidate is None) == (request.server is None):
         raise PackError("check needs a candidate, either a GGUF file or --server URL")
     progress = progress or NoProgress()
-    found = _ask_file(request, progress) if request.candidate else _ask_server(request, progress)
+    found = _measure_file(request, progress) if request.candidate else _measure_server(request, progress)
     return _judge(request, found)
 
 
-# Asking ---------------------------------------------------------------------------------------------------------------
+# Running --------------------------------------------------------------------------------------------------------------
 
 
-def _ask_file(request: CheckRequest, progress: Progress) -> _Found:
+def _measure_file(request: CheckRequest, progress: Progress) -> _Measurements:
     assert request.candidate is not None
     pack = request.pack
     model = GgufModel(request.candidate)
     if tokenizer_hash(model.first) != pack.tokenizer:
         raise PackError(
-            f"{request.candidate.name} has another tokenizer than the pack's reference {pack.reference.name}; "
+            f"{request.candidate.name} has another tokenizer than the pack's base {pack.base.name}; "
             "the pack's token ids would mean other texts"
         )
     progress.stage("Hashing the file", 0, "")
     facts = model_facts("candidate", model)
     warnings = []
-    if facts.architecture != pack.reference.architecture:
-        warnings.append(f"the candidate is a {facts.architecture}, the pack's reference a {pack.reference.architecture}")
-    exam = _exam(request)
+    if facts.architecture != pack.base.architecture:
+        warnings.append(f"the candidate is a {facts.architecture}, the pack's base a {pack.base.architecture}")
+    questions = _questions(request)
     context = int(model.first.get(f"{model.architecture}.context_length", 1 << 20))
-    longest = max([asked.n_ctx for asked in exam.suites] + [len(ids) for ids in exam.documents])
+    longest = max([asked.n_ctx for asked in questions.suites] + [len(ids) for ids in questions.documents])
     if longest > context:
         raise PackError(f"the pack needs a context of {longest} tokens; {request.candidate.name} has {context}")
-    manner = make_manner(request.threads, request.n_gpu_layers, request.parallel)
+    how = ask_settings(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
     replies: Mapping[str, Sequence[Reply]] = {}
     speed = None
-    if exam.suites:
-        pieces = Pieces(request.work)
-        answers, speed = answers_of(request.candidate, facts.sha256, "candidate", exam, manner, pieces, progress)
+    if questions.suites:
+        work = WorkFolder(request.work)
+        answers, speed = answers_of(request.candidate, facts.sha256, "candidate", questions, how, work, progress)
         with LlamaModel(request.candidate, vocab_only=True) as vocabulary:
             replies = replies_of(answers, vocabulary)
     asked_seconds = time.perf_counter() - started
-    progress.stage("Measuring the drift", len(exam.documents), "texts")
+    progress.stage("Measuring the drift", len(questions.documents), "texts")
     drift = []
-    with manner.factory.open(request.candidate, n_ctx=max(map(len, exam.documents)), n_batch=CHUNK) as runner:
+    with how.factory.open(request.candidate, n_ctx=max(map(len, questions.documents)), n_batch=CHUNK) as runner:
         for text in pack.texts[: request.limit]:
             drift.append(_compare_text(text, text_logprobs(runner, text.tokens)))
             progress.advance(1)
     seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
-    settings = {**manner.factory.describe(), "parallel": request.parallel}
-    return _Found(
+    settings = {**how.factory.describe(), "parallel": request.parallel}
+    return _Measurements(
         facts, replies, drift, settings=settings, seconds=seconds, speed=speed, limits=PACK_LIMITS, warnings=warnings,
         system=system_info().strip(),
     )  # fmt: skip
 
 
-def _exam(request: CheckRequest) -> Exam:
+def _questions(request: CheckRequest) -> Questions:
     suites = []
     for packed in request.pack.suites:
         suite = packed.suite()
         ids = tuple(prompt.tokens for prompt in packed.prompts[: request.limit])
-        suites.append(Asked(_cut(suite, request.limit), ids))
-    return Exam(tuple(suites), tuple(text.tokens for text in request.pack.texts[: request.limit]), None)
-
-
-def _cut(suite: Suite, limit: int | None) -> Suite:
-    return Suite(suite.name, suite.title, suite.prompts[:limit], suite.matchers, suite.discovery, suite.new_tokens)
+        suites.append(SuiteQuestions(replace(suite, prompts=suite.prompts[: request.limit]), ids))
+    return Questions(tuple(suites), tuple(text.tokens for text in request.pack.texts[: request.limit]), None)
 
 
 def _compare_text(text: PackText, log_q: npt.NDArray[np.float32]) -> DocumentDrift:
@@ -184,7 +179,7 @@ def _compare_text(text: PackText, log_q: npt.NDArray[np.float32]) -> DocumentDri
     return compare_rows(top_ids, p_top, np.array(text.next_logprobs, np.float64), text.tokens[1:], log_q)
 
 
-def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
+def _measure_server(request: CheckRequest, progress: Progress) -> _Measurements:
     assert request.server is not None
     pack = request.pack
     connection, dialect = connect(request.server, pack.pieces, pack.texts[0].tokens[:2])
@@ -195,11 +190,11 @@ def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
     # One request at a time: a server that computes several at once may round differently (llama.cpp#24962).
     for suite in pack.suites:
         prompts = suite.prompts[: request.limit]
-        progress.stage(f"Asking the server: {suite.name}", len(prompts), "answers")
+        progress.stage(f"Answers of the server: {suite.name}", len(prompts), "answers")
         answers = []
         for prompt in prompts:
-            said = dialect.ask(prompt.tokens, prompt.sent, suite.new_tokens)
-            answers.append(None if said is None else Reply(said.text, said.ended))
+            given = dialect.complete(prompt.tokens, prompt.sent, suite.new_tokens)
+            answers.append(None if given is None else Reply(given.text, given.ended))
             progress.advance(1)
         skipped[suite.name] = {i for i, answer in enumerate(answers) if answer is None}
         replies[suite.name] = [answer or Reply("", True) for answer in answers]
@@ -225,18 +220,18 @@ def _ask_server(request: CheckRequest, progress: Progress) -> _Found:
         for name, left in skipped.items()
         if left
     ]
-    return _Found(
+    return _Measurements(
         facts, replies, drift, skipped, settings, seconds, None, (*PACK_LIMITS, *SERVER_LIMITS), warnings,
         "not known: the model ran in a server",
     )  # fmt: skip
 
 
 def _check_vocabulary(pack: Pack, dialect: Dialect) -> None:
-    """Ask one short probe, so that a wrong server is refused at once and with a reason."""
+    """Send one short probe, so that a wrong server is refused at once and with a reason."""
     for text in pack.texts:
         for probe in text.probes:
             if probe.sent is not None:
-                dialect.ask(text.tokens[: probe.tokens], probe.sent, 1, 1)
+                dialect.complete(text.tokens[: probe.tokens], probe.sent, 1, 1)
                 return
 
 
@@ -244,12 +239,12 @@ def _probe_text(text: PackText, top_k: int, dialect: Dialect) -> DocumentDrift |
     """A text's probes, compared; None when none of them can be sent or the server lists nothing."""
     rows = []
     for probe in text.probes:
-        said = dialect.ask(text.tokens[: probe.tokens], probe.sent, 1, LISTED * top_k)
-        if said is not None and said.listed:
+        answer = dialect.complete(text.tokens[: probe.tokens], probe.sent, 1, LISTED * top_k)
+        if answer is not None and answer.listed:
             row = probe.tokens - 1
             following = text.tokens[probe.tokens]
             ids, logprobs, expected = text.top_ids[row], text.top_logprobs[row], text.next_logprobs[row]
-            rows.append(compare_listed(ids, logprobs, expected, following, said.listed, dialect.can_name))
+            rows.append(compare_listed(ids, logprobs, expected, following, answer.listed, dialect.can_name))
     if not rows:
         return None
     kl, same, loss = zip(*rows, strict=True)
@@ -259,7 +254,7 @@ def _probe_text(text: PackText, top_k: int, dialect: Dialect) -> DocumentDrift |
 # Judging --------------------------------------------------------------------------------------------------------------
 
 
-def _judge(request: CheckRequest, found: _Found) -> Outcome:
+def _judge(request: CheckRequest, found: _Measurements) -> Verification:
     pack = request.pack
     suites = [packed.suite() for packed in pack.suites]
     error = discovery_error(suites)
@@ -270,30 +265,27 @@ def _judge(request: CheckRequest, found: _Found) -> Outcome:
         kept = [i for i in range(count) if i not in found.skipped.get(suite.name, ())]
         if not kept:
             raise PackError(f"none of the prompts of {suite.name} can be sent to this server; use one with /completion")
-        chosen = Suite(
-            suite.name, suite.title, tuple(suite.prompts[i] for i in kept), suite.matchers, suite.discovery, suite.new_tokens
-        )
+        chosen = replace(suite, prompts=tuple(suite.prompts[i] for i in kept))
         recorded = [Reply(packed.prompts[i].answer, packed.prompts[i].ended) for i in kept]
-        said = Said(chosen, 1, {"candidate": [found.replies[suite.name][i] for i in kept], "reference": recorded})
-        checks += checks_of(said, request.margins, 0, error)
+        answers = SuiteAnswers(chosen, 1, {"candidate": [found.replies[suite.name][i] for i in kept], "base": recorded})
+        checks += checks_of(answers, request.margins, 0, error)
         warnings += _changed_matches(packed.name, chosen, [packed.prompts[i].matches for i in kept], recorded)
-    drift, drift_check = _drift(request, found)
-    if drift_check.verdict is Verdict.FAIL:
-        checks = [distrust(one) for one in checks]
-    checks.append(drift_check)
-    then, now = pack.measured.versions, versions()
+    rules = DriftRules(found.facts.file_type, request.max_kl, lower_bound=True)
+    drift, drift_check = drift_and_check({"candidate": found.drift}, pack.noise_floor, rules)
+    checks = with_drift(checks, drift_check)
+    then, now = pack.measured.versions, all_versions(GgufEngine.packages)
     if request.candidate and then.get("llama-cpp-python") != now["llama-cpp-python"]:
         warnings.append(
             f"the pack was recorded with llama-cpp-python {then.get('llama-cpp-python')}, this is {now['llama-cpp-python']}"
         )
-    return Outcome(
-        schema_version=1,
+    return Verification(
+        schema_version=SCHEMA_VERSION,
         verdict=overall(checks),
         summary=summarise_checks(checks),
         checks=tuple(checks),
         drift=drift,
         tensors=(),
-        files=(found.facts, pack.reference, *([request.source] if request.source else [])),
+        files=(found.facts, pack.base, *([request.source] if request.source else [])),
         measured=_measured(request, found, now),
         limits=(*LIMITS, *LLAMA_LIMITS, *found.limits),
         warnings=tuple(warnings),
@@ -312,33 +304,7 @@ def _changed_matches(
     return [f"{changed} recorded match results of {name} come out differently today; both sides were judged anew"]
 
 
-def _drift(request: CheckRequest, found: _Found) -> tuple[Drift, Check]:
-    limit, source = limit_of(found.facts.file_type)
-    if request.max_kl is not None:
-        limit, source = request.max_kl, "--max-kl"
-    numbers = summarise(found.drift, 0)
-    documents, tokens = len(found.drift), sum(len(part.kl) for part in found.drift)
-    verdict, needed = judge_drift(numbers, documents, limit)
-    reason = (
-        f"mean KL {numbers.mean_kl:.4g} ({numbers.mean_kl_low:.4g} to {numbers.mean_kl_high:.4g}), a lower bound, "
-        f"on {tokens} tokens of {documents} texts; up to {limit:.4g} passes ({source})"
-    )
-    made = Check(
-        suite="drift",
-        name="mean-kl",
-        title="Distance of the next-token distributions from the reference's",
-        kind=CheckKind.DRIFT,
-        verdict=verdict,
-        reason=reason + (f"; about {needed} texts would decide" if needed else ""),
-        margin=limit,
-        prompts=documents,
-        prompts_needed=needed,
-    )
-    band = band_of(found.facts.file_type)
-    return Drift(tokens, documents, numbers, None, request.pack.noise_floor, limit, source, band), made
-
-
-def _measured(request: CheckRequest, found: _Found, now: Mapping[str, str]) -> Measured:
+def _measured(request: CheckRequest, found: _Measurements, now: Mapping[str, str]) -> Measured:
     pack = request.pack
     return Measured(
         versions={**now, **{f"pack: {name}": text for name, text in pack.measured.versions.items()}},
@@ -348,9 +314,7 @@ def _measured(request: CheckRequest, found: _Found, now: Mapping[str, str]) -> M
             **found.settings,
             "limit": request.limit,
             "top_k": pack.top_k,
-            "margin": request.margins.security,
-            "utility_margin": request.margins.utility,
-            "detect": request.margins.detect,
+            **request.margins.describe(),
         },
         suites={**{s.name: len(s.prompts[: request.limit]) for s in pack.suites}, "drift": len(found.drift)},
         samples=1,

@@ -1,9 +1,9 @@
-"""The baseline pack: one JSON file with everything the reference said.
+"""The baseline pack: one JSON file with the base's answers and predictions.
 
     Pack
-      |- reference, tokenizer, chat_template   what was asked, and which vocabulary the token ids belong to
-      |- suites    PackSuite: definition, and per prompt its token ids, the reference's answer and its match results
-      |- texts     PackText: token ids, and per position the reference's likeliest tokens with their log-probabilities
+      |- base, vocabulary, tokenizer   which model it is from, and which vocabulary the token ids belong to
+      |- suites    PackSuite: definition, and per prompt its token ids, the base's answer and its match results
+      |- texts     PackText: token ids, and per position the base's likeliest tokens with their log-probabilities
       |- pieces    text of the tokens in `texts` that have one of their own, for servers that name tokens by their text
       `- measured  how it was recorded
 
@@ -11,25 +11,26 @@ Prompts and texts are token ids: the chat template was rendered once, when the p
 same as text (`sent`) where the text gives those very ids again, for servers that take only text.
 
 The file is read strictly and is hostile input like any other: unknown or missing fields, ids outside the vocabulary, rows of
-unequal length and probabilities above one are errors. `qguard_edge/data/schemas/pack-1.json` is its JSON schema; a change
-of meaning raises `PACK_VERSION`.
+unequal length and probabilities above one are errors. `qguard_edge/data/schemas/pack-2.json` is its JSON schema; a change
+of meaning raises `PACK_VERSION`. Packs of version 1, in which the base was called `reference`, are still read.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from convert.atomic import atomic_path
 from qguard_edge.packs.matchers import suite_of
 from qguard_edge.verify.results import FileFacts, Measured
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from quant_grids.errors import FormatError
 
-PACK_VERSION = 1
+PACK_VERSION: Final = 2
 MOST_BYTES = 512 << 20
 HIGHEST_LOGPROB = 1e-3
 """Rounding may lift a log-probability a little above 0."""
@@ -42,20 +43,20 @@ class PackError(FormatError):
 
 @dataclass(frozen=True, config=_STRICT)
 class PackPrompt:
-    """One prompt and what the reference made of it.
+    """One prompt and the base's answer to it.
 
     Attributes:
         id: unique in its suite.
-        text: what the user says, or the text to continue.
+        text: the user's message, or the text to continue.
         completion: the text is continued as it is, without the chat template.
         system: system message; None for the template's own.
         expected: right answer, for the `exact` matcher.
         tags: for people.
         tokens: the prompt as token ids, chat template and begin token included.
         sent: the prompt as text without the begin token that the server adds; None: no text gives these ids.
-        answer_tokens: what the reference said, end token excluded.
+        answer_tokens: the base's answer, end token excluded.
         answer: the same as text.
-        ended: the reference ended the answer itself; False: it was cut at the limit.
+        ended: the base ended the answer; False: it was cut at the limit.
         matches: per check of the suite, whether the answer shows the behaviour; null: it cannot be judged.
     """
 
@@ -83,7 +84,7 @@ class PackSuite:
         new_tokens: length of the answers at most.
         discovery: also look for unknown words and phrases.
         matchers: as in a suite file.
-        prompts: with the reference's answers.
+        prompts: with the base's answers.
     """
 
     name: str
@@ -112,8 +113,8 @@ class PackSuite:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Probe:
-    """A position that servers are asked about.
+class ServerProbe:
+    """A position whose next token a server has to predict.
 
     Attributes:
         tokens: how many of the text's tokens come before the one to predict.
@@ -130,38 +131,38 @@ class PackText:
 
     Attributes:
         tokens: token ids.
-        next_logprobs: log-probability the reference gives the text's own next token, per row.
+        next_logprobs: the base's log-probability of the text's own next token, per row.
         top_ids: its likeliest tokens, the likeliest first, per row.
         top_logprobs: their log-probabilities.
-        probes: rows that servers are asked about.
+        probes: rows that a server has to predict.
     """
 
     tokens: tuple[int, ...]
     next_logprobs: tuple[float, ...]
     top_ids: tuple[tuple[int, ...], ...]
     top_logprobs: tuple[tuple[float, ...], ...]
-    probes: tuple[Probe, ...]
+    probes: tuple[ServerProbe, ...]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Pack:
-    """Everything the reference said.
+    """The base's answers and predictions.
 
     Attributes:
         pack_version: of this format.
-        reference: the file that was asked.
+        base: the full-precision file it was made from.
         vocabulary: number of its tokens.
         tokenizer: SHA-256 of its tokenizer fields; a candidate must have the same.
         top_k: likeliest tokens per row of a text.
         suites: with answers.
         texts: with log-probabilities.
         pieces: text by token (decimal id), for the tokens of `texts` whose text no other token has.
-        noise_floor: mean KL of the reference against itself, measured a second time.
+        noise_floor: mean KL of the base against itself, measured a second time.
         measured: how it was recorded.
     """
 
-    pack_version: Literal[1]
-    reference: FileFacts
+    pack_version: Literal[2]
+    base: FileFacts
     vocabulary: int
     tokenizer: str
     top_k: int
@@ -183,21 +184,55 @@ def pack_to_json(pack: Pack) -> str:
     return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def pack_from_json(text: str | bytes) -> Pack:
-    """Read what `pack_to_json` wrote.
+def write_pack(pack: Pack, path: Path) -> None:
+    """Write a pack; it appears whole or not at all.
 
     Raises:
-        PackError: it is not a pack of this version; the message names the first thing that is wrong.
+        OutputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(pack_to_json(pack), encoding="utf-8")
+
+
+def pack_from_json(text: str | bytes) -> Pack:
+    """Read what `pack_to_json` wrote, in this version or the one before.
+
+    Raises:
+        PackError: it is not such a pack; the message names the first thing that is wrong.
     """
     try:
-        pack = _adapter().validate_json(text, strict=True)
+        pack = _validated(text)
+    except PackError:
+        upgraded = _from_version_1(text)
+        if upgraded is None:
+            raise
+        pack = _validated(upgraded)
+    for wrong in _wrong(pack):
+        raise PackError(f"this baseline pack is damaged: {wrong}")
+    return pack
+
+
+def _validated(text: str | bytes) -> Pack:
+    try:
+        return _adapter().validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise PackError(f"this is not a baseline pack of version {PACK_VERSION}: {where}: {first['msg']}") from error
-    for wrong in _wrong(pack):
-        raise PackError(f"this baseline pack is damaged: {wrong}")
-    return pack
+
+
+def _from_version_1(text: str | bytes) -> str | None:
+    """A pack of version 1 as the JSON of this version; None for any other text."""
+    try:
+        old = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(old, dict) or old.get("pack_version") != 1 or "base" in old:
+        return None
+    base = old.pop("reference", None)
+    if isinstance(base, dict) and base.get("role") == "reference":
+        base = {**base, "role": "base"}
+    return json.dumps({**old, "pack_version": PACK_VERSION, "base": base})
 
 
 def read_pack(path: Path) -> Pack:
@@ -225,7 +260,7 @@ def pack_schema() -> dict[str, Any]:
 
 
 def _wrong(pack: Pack) -> Iterator[str]:
-    """What a schema cannot say."""
+    """Errors that a schema cannot express."""
     names = [suite.name for suite in pack.suites]
     if len(set(names)) != len(names) or "drift" in names:
         yield f"suites with the same name ({', '.join(names)}, drift)"

@@ -1,6 +1,6 @@
-"""Make a baseline pack: ask the reference once, write everything down.
+"""Make a baseline pack: run the base once, write everything down.
 
-Greedy answers to every suite, and for every position of the drift texts the reference's `top_k` likeliest next tokens. The
+Greedy answers to every suite, and for every position of the drift texts the base's `top_k` likeliest next tokens. The
 first texts are decoded twice, in chunks of another size: the noise floor.
 """
 
@@ -9,8 +9,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +17,19 @@ import numpy.typing as npt
 
 from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel
-from qguard_edge import __version__
-from qguard_edge.fidelity import log_softmax
-from qguard_edge.llama_runtime import LlamaModel, safe_extra_buffers, system_info
 from qguard_edge.packs.matchers import matchers_as_values
-from qguard_edge.packs.pack import Pack, PackPrompt, PackSuite, PackText, Probe
+from qguard_edge.packs.pack import PACK_VERSION, Pack, PackPrompt, PackSuite, PackText, ServerProbe
 from qguard_edge.packs.topk import FloatArray, IntArray, compare_rows
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.verify.asking import Asked, Exam, Manner, answers_of, prepare, replies_of
-from qguard_edge.verify.batching import Answer, Sampling
+from qguard_edge.runtimes.batching import Answer, Sampling
+from qguard_edge.runtimes.fidelity import log_softmax
+from qguard_edge.runtimes.llama import LlamaModel, safe_extra_buffers, system_info
+from qguard_edge.verify.asking import AskSettings, Questions, SuiteQuestions, answers_of, prepare, replies_of
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS
+from qguard_edge.verify.engines import all_versions
 from qguard_edge.verify.files import TOKENIZER_KEYS, model_facts
-from qguard_edge.verify.gguf_subject import GgufSubject
-from qguard_edge.verify.keep import Pieces
+from qguard_edge.verify.gguf_subject import GgufEngine, GgufSubject
+from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.results import Measured
 from qguard_edge.verify.runner import LlamaFactory, Runner
 from qguard_edge.verify.suites.base import Reply, Suite
@@ -38,7 +37,7 @@ from qguard_edge.verify.verifier import built_in_texts
 
 DEFAULT_TOP_K = 32
 PROBES = 6
-"""Positions of each text that a server is asked about."""
+"""Positions of each text that a server has to predict."""
 LEAST_PREFIX = 4
 DIGITS = 5
 
@@ -48,8 +47,8 @@ class BaselineRequest:
     """What the user asked for.
 
     Attributes:
-        reference: the full-precision GGUF.
-        suites: to ask, in order.
+        base: the full-precision GGUF.
+        suites: in order.
         texts: for drift; empty for the built-in ones.
         limit: prompts per suite, and texts, at most; None: all.
         top_k: likeliest tokens to keep per position.
@@ -58,7 +57,7 @@ class BaselineRequest:
         n_gpu_layers: layers on the GPU, -1 for all.
     """
 
-    reference: Path
+    base: Path
     suites: tuple[Suite, ...] = ()
     texts: tuple[str, ...] = ()
     limit: int | None = None
@@ -68,10 +67,10 @@ class BaselineRequest:
     n_gpu_layers: int = 0
 
 
-def make_manner(threads: int, n_gpu_layers: int, parallel: int, seed: int = 0) -> Manner:
-    """How llama.cpp is asked, greedily."""
+def ask_settings(threads: int, n_gpu_layers: int, parallel: int, seed: int = 0) -> AskSettings:
+    """Settings for greedy answers in llama.cpp."""
     factory = LlamaFactory(threads or available_cores(), n_gpu_layers, safe_extra_buffers())
-    return Manner(factory, parallel, 1, Sampling(0.0, seed), {})
+    return AskSettings(factory, parallel, 1, Sampling(0.0, seed), {})
 
 
 def tokenizer_hash(file: GgufFile) -> str:
@@ -83,47 +82,38 @@ def tokenizer_hash(file: GgufFile) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    packages = ("llama-cpp-python", "bandit", "scipy", "numpy")
-    own = {"qguard-edge": __version__, "python": platform.python_version()}
-    return {**own, **{name: version(name) for name in packages}}
-
-
 def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
-    """Ask the reference.
+    """Run the base on all prompts and texts.
 
     Raises:
         QGuardError: one of its kinds, with a sentence for the user.
     """
     progress = progress or NoProgress()
-    model = GgufModel(request.reference)
-    suites = tuple(
-        Suite(s.name, s.title, s.prompts[: request.limit], s.matchers, s.discovery, s.new_tokens) for s in request.suites
-    )
-    exam = prepare(GgufSubject(request.reference), suites, (request.texts or built_in_texts())[: request.limit])
-    manner = make_manner(request.threads, request.n_gpu_layers, request.parallel)
+    model = GgufModel(request.base)
+    suites = tuple(replace(suite, prompts=suite.prompts[: request.limit]) for suite in request.suites)
+    questions = prepare(GgufSubject(request.base), suites, (request.texts or built_in_texts())[: request.limit])
+    how = ask_settings(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
-    facts = model_facts("reference", model)
+    facts = model_facts("base", model)
     answers: Mapping[str, tuple[Answer, ...]] = {}
     speed = None
     if suites:
-        pieces = Pieces(None)
-        answers, speed = answers_of(request.reference, facts.sha256, "reference", exam, manner, pieces, progress)
+        work = WorkFolder(None)
+        answers, speed = answers_of(request.base, facts.sha256, "base", questions, how, work, progress)
     asked_seconds = time.perf_counter() - started
-    rows, noise = _texts(request, exam, manner, progress)
+    rows, noise = _texts(request, questions, how, progress)
     bos = bool(model.first.get("tokenizer.ggml.add_bos_token", False))
-    with LlamaModel(request.reference, vocab_only=True) as vocabulary:
+    with LlamaModel(request.base, vocab_only=True) as vocabulary:
         replies = replies_of(answers, vocabulary)
-        packed = tuple(_suite(a, answers[a.suite.name], replies[a.suite.name], vocabulary, bos) for a in exam.suites)
-        texts = tuple(_text(ids, row, vocabulary, bos) for ids, row in zip(exam.documents, rows, strict=True))
+        packed = tuple(_suite(a, answers[a.suite.name], replies[a.suite.name], vocabulary, bos) for a in questions.suites)
+        texts = tuple(_text(ids, row, vocabulary, bos) for ids, row in zip(questions.documents, rows, strict=True))
         names = token_names(vocabulary)
         size = vocabulary.n_vocab
-    settings = {**manner.factory.describe(), "parallel": request.parallel, "limit": request.limit, "top_k": request.top_k}
-    new_tokens = {f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in exam.suites}
+    settings = {**how.factory.describe(), "parallel": request.parallel, "limit": request.limit, "top_k": request.top_k}
+    new_tokens = {f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in questions.suites}
     return Pack(
-        pack_version=1,
-        reference=facts,
+        pack_version=PACK_VERSION,
+        base=facts,
         vocabulary=size,
         tokenizer=tokenizer_hash(model.first),
         top_k=min(request.top_k, size),
@@ -132,20 +122,20 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
         pieces={str(token): names[token] for token in sorted(_mentioned(texts) & names.keys())},
         noise_floor=noise,
         measured=Measured(
-            versions=versions(),
+            versions=all_versions(GgufEngine.packages),
             system=system_info().strip(),
             machine=f"{platform.system()} {platform.machine()}",
             settings={**settings, **new_tokens},
-            suites={**{asked.suite.name: len(asked.ids) for asked in exam.suites}, "drift": len(exam.documents)},
+            suites={**{asked.suite.name: len(asked.ids) for asked in questions.suites}, "drift": len(questions.documents)},
             samples=1,
             temperature=0.0,
             seed=0,
-            chat_template=hashlib.sha256(exam.template.source.encode()).hexdigest() if exam.template else None,
+            chat_template=hashlib.sha256(questions.template.source.encode()).hexdigest() if questions.template else None,
             seconds={
                 "answers": round(asked_seconds, 3),
                 "texts": round(time.perf_counter() - started - asked_seconds, 3),
             },
-            tokens_per_second={"reference": speed} if speed else {},
+            tokens_per_second={"base": speed} if speed else {},
         ),
     )
 
@@ -159,17 +149,19 @@ class _Rows:
     following: FloatArray
 
 
-def _texts(request: BaselineRequest, exam: Exam, manner: Manner, progress: Progress) -> tuple[list[_Rows], float]:
-    """The reference's likeliest tokens on every text, and the noise floor."""
-    progress.stage("Reading the texts", len(exam.documents), "texts")
-    n_ctx = max(len(ids) for ids in exam.documents)
+def _texts(
+    request: BaselineRequest, questions: Questions, how: AskSettings, progress: Progress
+) -> tuple[list[_Rows], float]:
+    """The base's likeliest tokens on every text, and the noise floor."""
+    progress.stage("Reading the texts", len(questions.documents), "texts")
+    n_ctx = max(len(ids) for ids in questions.documents)
     found, noise = [], []
-    factory = manner.factory
+    factory = how.factory
     with (
-        factory.open(request.reference, n_ctx=n_ctx, n_batch=CHUNK) as model,
-        factory.open(request.reference, n_ctx=n_ctx, n_batch=NOISE_CHUNK) as again,
+        factory.open(request.base, n_ctx=n_ctx, n_batch=CHUNK) as model,
+        factory.open(request.base, n_ctx=n_ctx, n_batch=NOISE_CHUNK) as again,
     ):
-        for number, ids in enumerate(exam.documents):
+        for number, ids in enumerate(questions.documents):
             logs = text_logprobs(model, ids)
             rows = _top(logs, ids, min(request.top_k, logs.shape[1]))
             found.append(rows)
@@ -203,7 +195,7 @@ def _rounded(values: npt.NDArray[np.float32]) -> FloatArray:
 
 
 def _suite(
-    asked: Asked, answers: Sequence[Answer], replies: Sequence[Reply], vocabulary: LlamaModel, bos: bool
+    asked: SuiteQuestions, answers: Sequence[Answer], replies: Sequence[Reply], vocabulary: LlamaModel, bos: bool
 ) -> PackSuite:
     suite = asked.suite
     judged = {matcher.name: matcher.judge(suite.prompts, replies) for matcher in suite.matchers}
@@ -230,7 +222,7 @@ def _suite(
 
 def _text(ids: Sequence[int], rows: _Rows, vocabulary: LlamaModel, bos: bool) -> PackText:
     places = np.unique(np.linspace(min(LEAST_PREFIX, len(ids) - 1), len(ids) - 1, PROBES).astype(int))
-    probes = tuple(Probe(int(n), sendable(ids[:n], vocabulary, bos)) for n in places)
+    probes = tuple(ServerProbe(int(n), sendable(ids[:n], vocabulary, bos)) for n in places)
     return PackText(
         tokens=tuple(ids),
         next_logprobs=tuple(rows.following.tolist()),
@@ -254,7 +246,7 @@ def sendable(ids: Sequence[int], vocabulary: LlamaModel, bos: bool) -> str | Non
 def token_names(vocabulary: LlamaModel) -> dict[int, str]:
     """Text by token, for tokens whose text is whole and not that of another token.
 
-    Servers that name tokens by their text leave out bytes that are no character by themselves, so a token that ends in
+    Servers that name tokens by their text leave out bytes that are no character on their own, so a token that ends in
     half a character has the name of the token without it.
     """
     texts = [vocabulary.detokenize([token]) for token in range(vocabulary.n_vocab)]

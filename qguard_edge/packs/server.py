@@ -1,11 +1,11 @@
 """A model behind HTTP: llama.cpp's own server, or another server with OpenAI's completion endpoint.
 
-Two dialects, found out by asking:
+Two dialects; which one a server has is found out with a short request:
 
-* `POST /completion`, llama.cpp's own: takes token ids and names tokens by id, so the candidate reads exactly what the
-  reference read;
+* `POST /completion`, llama.cpp's own: takes token ids and names tokens by id, so the candidate gets exactly the
+  base's tokens;
 * `POST /v1/completions`, OpenAI's: takes text, and names tokens by their text. The pack's prompts are sent as the text that gives
-  the same ids, and the number of tokens the server says it read must be the number in the pack.
+  the same ids, and the number of tokens that the server reports must be the number in the pack.
 
 Answers of a server are hostile input: sizes, types and probabilities are checked before use. No proxy or redirect is
 followed. A key in the environment variable `QGUARD_SERVER_KEY` is sent as bearer token.
@@ -30,17 +30,17 @@ LONGEST_ANSWER = 1 << 20
 
 
 class ServerError(QGuardError):
-    """The server cannot be reached, or does not answer as a completion server does."""
+    """The server cannot be reached, or its answers are not those of a completion server."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the server said to one prompt.
+class ServerAnswer:
+    """The server's completion of one prompt.
 
     Attributes:
         text: the answer.
-        ended: the model ended it itself.
-        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not asked for or not given.
+        ended: the model ended it; False: it was cut at the limit.
+        listed: log-probabilities of the likeliest first tokens, by id; empty when they were not requested or not given.
     """
 
     text: str
@@ -49,15 +49,15 @@ class Said:
 
 
 class Dialect(Protocol):
-    """One way to ask a server."""
+    """One kind of completion endpoint."""
 
     name: str
 
-    def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
+    def complete(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> ServerAnswer | None:
         """Complete a prompt greedily; None: this prompt cannot be sent."""
 
     def can_name(self, token: int) -> bool:
-        """Whether a listed token would be recognised."""
+        """Whether the token can be found in a server's list."""
 
 
 class Connection:
@@ -130,8 +130,8 @@ class LlamaCppDialect:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
-        """See `Dialect.ask`."""
+    def complete(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> ServerAnswer | None:
+        """See `Dialect.complete`."""
         request = {
             "prompt": list(tokens),
             "n_predict": n_new,
@@ -143,7 +143,7 @@ class LlamaCppDialect:
         status, answer = self._connection.post("/completion", request)
         fields = _good(status, answer, self._connection.name)
         listed: Mapping[int, float] = {}
-        # The list is missing when the first token is half a character: llama.cpp then waits for the next one.
+        # The list is missing when the first token is half a character: llama.cpp then sends it with the next one.
         if n_probs and fields.get("completion_probabilities"):
             first = _item(fields.get("completion_probabilities"), self._connection.name)
             rows = first.get("top_logprobs")
@@ -151,7 +151,7 @@ class LlamaCppDialect:
                 raise _strange(self._connection.name, "no top_logprobs; its llama.cpp may be too old")
             listed = _probabilities({row.get("id"): row.get("logprob") for row in rows if isinstance(row, dict)}, self)
         ended = fields.get("stop_type") == "eos" or fields.get("stopped_eos") is True
-        return Said(_text(fields.get("content"), self._connection.name), ended, listed)
+        return ServerAnswer(_text(fields.get("content"), self._connection.name), ended, listed)
 
     def can_name(self, token: int) -> bool:
         """See `Dialect.can_name`."""
@@ -159,12 +159,12 @@ class LlamaCppDialect:
 
 
 class OpenAiDialect:
-    """OpenAI's completion endpoint, which speaks in texts.
+    """OpenAI's completion endpoint, which works on texts.
 
     Args:
         connection: to the server.
         pieces: id of each token's text; texts that two tokens share are left out.
-        model: name to ask for; None: the server has one.
+        model: name to send; None: the server has one.
     """
 
     name = "OpenAI /v1/completions"
@@ -173,8 +173,8 @@ class OpenAiDialect:
         self._connection, self._pieces, self._model = connection, pieces, model
         self._named = frozenset(pieces.values())
 
-    def ask(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> Said | None:
-        """See `Dialect.ask`."""
+    def complete(self, tokens: Sequence[int], sent: str | None, n_new: int, n_probs: int = 0) -> ServerAnswer | None:
+        """See `Dialect.complete`."""
         if sent is None:
             return None
         request: dict[str, Any] = {"prompt": sent, "max_tokens": n_new, "temperature": 0.0, "stream": False}
@@ -201,10 +201,10 @@ class OpenAiDialect:
                 )
             # The list is empty when the first token ended the answer.
             first = rows[0] if rows else {}
-            # Negative ids stand for tokens the pack does not name.
+            # Negative ids stand for tokens that have no text in the pack.
             named = {self._pieces.get(piece, -1 - i): value for i, (piece, value) in enumerate(first.items())}
             listed = _probabilities(named, self) if named else {}
-        return Said(_text(choice.get("text"), self._connection.name), choice.get("finish_reason") == "stop", listed)
+        return ServerAnswer(_text(choice.get("text"), self._connection.name), choice.get("finish_reason") == "stop", listed)
 
     def can_name(self, token: int) -> bool:
         """See `Dialect.can_name`: only tokens with a text of their own."""
@@ -221,14 +221,14 @@ def connect(url: str, pieces: Mapping[str, str], probe: Sequence[int], timeout: 
         timeout: seconds to wait for one answer.
 
     Raises:
-        ServerError: it cannot be reached or speaks neither dialect.
+        ServerError: it cannot be reached or has neither endpoint.
     """
     connection = Connection(url, timeout)
     status, answer = connection.post("/completion", {"prompt": list(probe), "n_predict": 1, "temperature": 0.0})
     if status == 200 and isinstance(answer, dict) and "content" in answer:
         return connection, LlamaCppDialect(connection)
     if status in (401, 403):
-        raise ServerError(f"the server at {connection.name} wants a key; give it in {KEY_VARIABLE}")
+        raise ServerError(f"the server at {connection.name} needs a key; give it in {KEY_VARIABLE}")
     status, models = connection.get("/v1/models")
     if status != 200 or not isinstance(models, dict):
         raise ServerError(f"the server at {connection.name} has neither /completion nor /v1/models (status {status})")
@@ -248,8 +248,8 @@ def unique_pieces(pieces: Mapping[str, str]) -> dict[str, int]:
 def _good(status: int, answer: Any, name: str) -> Mapping[str, Any]:
     if status == 200 and isinstance(answer, dict):
         return answer
-    said = json.dumps(answer)[:200] if answer is not None else "no JSON"
-    raise ServerError(f"the server at {name} refused a prompt (status {status}): {said}")
+    shown = json.dumps(answer)[:200] if answer is not None else "no JSON"
+    raise ServerError(f"the server at {name} refused a prompt (status {status}): {shown}")
 
 
 def _item(raw: Any, name: str) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
-r"""KL divergence when only the likeliest tokens of the reference are known.
+r"""KL divergence when only the likeliest tokens of the base are known.
 
-The reference's distribution p is known on a set K of tokens (its k likeliest) and, as one number, on everything else. Merging the
+The base's distribution p is known on a set K of tokens (its k likeliest) and, as one number, on everything else. Merging the
 other tokens into one outcome "rest" gives
 
     KL_K = sum_{v in K} p(v) log(p(v) / q(v)) + p(rest) log(p(rest) / q(rest))
@@ -31,7 +31,7 @@ def merged_kl(p_top: FloatArray, q_top: FloatArray) -> FloatArray:
     """KL over the known tokens and the rest.
 
     Args:
-        p_top: the reference's log-probabilities of the known tokens, f64 `[n, k]`.
+        p_top: the base's log-probabilities of the known tokens, f64 `[n, k]`.
         q_top: the candidate's of the same tokens.
 
     Returns:
@@ -50,9 +50,9 @@ def compare_rows(
     """Compare with all of the candidate's log-probabilities.
 
     Args:
-        top_ids: the reference's likeliest tokens, `[n, k]`, the likeliest first.
-        p_top: their log-probabilities under the reference.
-        p_next: the reference's log-probability of each row's own next token, `[n]`.
+        top_ids: the base's likeliest tokens, `[n, k]`, the likeliest first.
+        p_top: their log-probabilities under the base.
+        p_next: the base's log-probability of each row's own next token, `[n]`.
         following: these n tokens.
         log_q: the candidate's log-probabilities `[n, n_vocab]`.
     """
@@ -74,16 +74,16 @@ def compare_listed(
     """Compare one row with the log-probabilities a server lists.
 
     Args:
-        top_ids: the reference's likeliest tokens, the likeliest first.
-        p_top: their log-probabilities under the reference.
-        p_next: the reference's log-probability of the text's own next token.
+        top_ids: the base's likeliest tokens, the likeliest first.
+        p_top: their log-probabilities under the base.
+        p_next: the base's log-probability of the text's own next token.
         following: that token.
         listed: the candidate's likeliest tokens with their log-probabilities; negative ids stand for tokens without a name.
         can_name: whether the server could have listed a token under a name; those it could not are part of the rest.
 
     Returns:
         KL; whether the top token is the same (also where neither has a name); and log p(next) - log q(next), where both
-        count as the smallest listed probability if they are below it or cannot be told.
+        count as the smallest listed probability if they are below it or not known.
     """
     floor = min(listed.values())
     known = [i for i, token in enumerate(top_ids) if token in listed]
@@ -98,6 +98,6 @@ def compare_listed(
     kl = merged_kl(np.array([p], np.float64), np.array([q], np.float64))[0]
     top = max(listed, key=lambda token: listed[token])
     same = top == top_ids[0] or (top < 0 and not can_name(top_ids[0]))
-    told = can_name(following)
-    loss = max(p_next, floor) - max(listed.get(following, floor), floor) if told else 0.0
+    named = can_name(following)
+    loss = max(p_next, floor) - max(listed.get(following, floor), floor) if named else 0.0
     return float(kl), same, float(np.clip(loss, -MOST_NATS, MOST_NATS))

@@ -1,4 +1,4 @@
-"""Reports: pure functions from an `Outcome` to text, one module per format.
+"""Reports: pure functions from a `Verification` to text, one module per format.
 
 junit     one test case per check, for CI systems
 sarif     one result per failed or undecided check, for code scanning

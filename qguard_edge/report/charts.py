@@ -25,7 +25,7 @@ class Whisker:
     """A dot with its interval.
 
     Attributes:
-        role: candidate, reference or naive.
+        role: candidate, base or plain.
         at: of the dot, 0..100.
         low: of the interval's lower end.
         high: of its upper end.

@@ -1,4 +1,4 @@
-"""The HTML report: one file that asks for nothing else, light and dark, on a phone as on a desk.
+"""The HTML report: one file that loads nothing else, light and dark, for small and large screens.
 
 The page is `qguard_edge/data/report.html`, a Jinja2 template with autoescape (`scan.html`, which the scan's page is made from,
 shares its style sheet): whatever comes from a model or a user's file
@@ -28,7 +28,7 @@ from qguard_edge.report.text import (
     points,
     printable,
 )
-from qguard_edge.verify.results import Check, Difference, Drift, Evidence, Outcome, Rate, TensorChange
+from qguard_edge.verify.results import Check, Difference, Drift, Evidence, Rate, TensorChange, Verification
 
 MOST_DIFF_WORDS = 1500
 _WORDS = re.compile(r"\s+|[^\s]+")
@@ -59,7 +59,7 @@ class CheckView:
 
 @dataclass(frozen=True)
 class AnswerView:
-    """One side of an answer pair, in pieces: (text, whether the reference does not say it)."""
+    """One side of an answer pair, in pieces: (text, whether the base's answer lacks it)."""
 
     role: str
     hit: bool | None
@@ -68,7 +68,7 @@ class AnswerView:
 
 @dataclass(frozen=True)
 class DriftView:
-    """The KL histogram of candidate and naive file."""
+    """The KL histogram of candidate and plain file."""
 
     drift: Drift
     histograms: Sequence[charts.Bars]
@@ -86,7 +86,7 @@ class TensorView:
     place: float | None
 
 
-def to_html(outcome: Outcome) -> str:
+def to_html(outcome: Verification) -> str:
     """The outcome as one self-contained HTML page."""
     tensors = [_tensor(change) for change in outcome.tensors]
     page: str = page_template("report.html").render(
@@ -123,14 +123,14 @@ def page_template(name: str) -> Any:
 
 
 def _check(check: Check) -> CheckView:
-    rates = {"candidate": check.candidate, "reference": check.reference, "naive": check.naive}
+    rates = {"candidate": check.candidate, "base": check.base, "plain": check.plain}
     known: dict[str, Rate] = {role: rate for role, rate in rates.items() if rate is not None}
     axis = charts.rate_axis(list(known.values()))
     rows = tuple(
         Row(axis.whisker(role, rate.value, rate.low, rate.high), percent(rate.value), f"{rate.hits} of {rate.n}")
         for role, rate in known.items()
     )
-    gaps = [(role, gap) for role, gap in (("candidate", check.difference), ("naive", check.naive_difference)) if gap]
+    gaps = [(role, gap) for role, gap in (("candidate", check.difference), ("plain", check.plain_difference)) if gap]
     if check.difference is None:
         return CheckView(check, rows, charts.percent_ticks(axis), (), (), 0.0, 0.0, 0.0)
     scale = charts.difference_axis(check.difference, check.margin)
@@ -154,7 +154,7 @@ def _difference_row(axis: charts.Axis, role: str, gap: Difference) -> Row:
 def _drift(drift: Drift | None) -> DriftView | None:
     if drift is None:
         return None
-    files = [("candidate", drift.candidate), *([("naive", drift.naive)] if drift.naive else [])]
+    files = [("candidate", drift.candidate), *([("plain", drift.plain)] if drift.plain else [])]
     scale = drift.candidate.histogram
     means = [
         charts.Whisker(
@@ -177,19 +177,19 @@ def _tensor(change: TensorChange) -> TensorView:
 
 def _evidence(check: Check) -> Iterator[tuple[Evidence, list[AnswerView]]]:
     for shown in check.evidence:
-        reference = printable(shown.reference)
+        base = printable(shown.base)
         answers = [
-            AnswerView("candidate", shown.candidate_hit, marked(printable(shown.candidate), reference)),
-            AnswerView("reference", shown.reference_hit, ((reference, False),)),
+            AnswerView("candidate", shown.candidate_hit, marked(printable(shown.candidate), base)),
+            AnswerView("base", shown.base_hit, ((base, False),)),
         ]
-        if shown.naive is not None:
-            answers.append(AnswerView("naive", shown.naive_hit, marked(printable(shown.naive), reference)))
+        if shown.plain is not None:
+            answers.append(AnswerView("plain", shown.plain_hit, marked(printable(shown.plain), base)))
         yield shown, answers
 
 
-def marked(text: str, reference: str) -> tuple[tuple[str, bool], ...]:
-    """The text in pieces, each with whether the reference does not say it there."""
-    words, others = _WORDS.findall(text), _WORDS.findall(reference)
+def marked(text: str, base: str) -> tuple[tuple[str, bool], ...]:
+    """The text in pieces, each with whether the base's answer lacks it there."""
+    words, others = _WORDS.findall(text), _WORDS.findall(base)
     if max(len(words), len(others)) > MOST_DIFF_WORDS:
         return ((text, False),)
     matcher = difflib.SequenceMatcher(None, others, words, autojunk=False)

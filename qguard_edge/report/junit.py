@@ -7,10 +7,10 @@ and the exit code of the command is still 3.
 from xml.etree import ElementTree as Xml
 
 from qguard_edge.report.text import candidate_name, numbers_of, one_line, printable
-from qguard_edge.verify.results import Check, Outcome, Verdict
+from qguard_edge.verify.results import Check, Verdict, Verification
 
 
-def to_junit(outcome: Outcome) -> str:
+def to_junit(outcome: Verification) -> str:
     """The outcome as a JUnit XML document."""
     seconds = f"{sum(outcome.measured.seconds.values()):.3f}"
     root = Xml.Element("testsuites", {"name": "qguard-edge", **_counts(outcome.checks), "time": seconds})
@@ -37,7 +37,7 @@ def _counts(checks: tuple[Check, ...]) -> dict[str, str]:
     }
 
 
-def _add_case(suite: Xml.Element, check: Check, outcome: Outcome) -> None:
+def _add_case(suite: Xml.Element, check: Check, outcome: Verification) -> None:
     classname = one_line(f"qguard-edge.{check.suite}")
     case = Xml.SubElement(suite, "testcase", {"classname": classname, "name": one_line(check.name)})
     reason = one_line(check.reason)
@@ -49,10 +49,10 @@ def _add_case(suite: Xml.Element, check: Check, outcome: Outcome) -> None:
     Xml.SubElement(case, "system-out").text = printable(_details(check, outcome))
 
 
-def _details(check: Check, outcome: Outcome) -> str:
+def _details(check: Check, outcome: Verification) -> str:
     lines = [f"{check.title} ({candidate_name(outcome)})", f"{check.verdict}: {check.reason}"]
     lines += [f"{name}: {text}" for name, text in numbers_of(check, outcome)]
     for finding in check.findings:
-        where = f"{finding.candidate} of {finding.n} answers, reference {finding.reference}"
+        where = f"{finding.candidate} of {finding.n} answers, base {finding.base}"
         lines.append(f"phrase {finding.phrase!r}: {where}, corrected p {finding.adjusted_p:.2g}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from qguard_edge.report.text import (
     percent,
     rate_text,
 )
-from qguard_edge.verify.results import Outcome, Verdict
+from qguard_edge.verify.results import Verdict, Verification
 
 SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 SIGNS = {Verdict.PASS: "✅", Verdict.FAIL: "❌", Verdict.INCONCLUSIVE: "❔"}
@@ -36,10 +36,10 @@ def code(text: str) -> str:
     return f"<code>{escaped(text)}</code>"
 
 
-def to_markdown(outcome: Outcome) -> str:
+def to_markdown(outcome: Verification) -> str:
     """The outcome as a Markdown document."""
-    reference = outcome.file("reference")
-    against = f" against {code(reference.name)}" if reference else ""
+    base = outcome.file("base")
+    against = f" against {code(base.name)}" if base else ""
     lines = [
         f"## {SIGNS[outcome.verdict]} {HEADLINES[outcome.verdict]}",
         "",
@@ -67,12 +67,12 @@ def append_summary(text: str) -> bool:
     return True
 
 
-def _table(outcome: Outcome) -> list[str]:
-    naive = any(check.naive for check in outcome.checks)
-    head = ["check", "verdict", "candidate", "reference", *(["naive"] if naive else []), "difference, points", "prompts"]
+def _table(outcome: Verification) -> list[str]:
+    plain = any(check.plain for check in outcome.checks)
+    head = ["check", "verdict", "candidate", "base", *(["plain"] if plain else []), "difference, points", "prompts"]
     rows = [head, ["---"] * len(head)]
     for check in outcome.checks:
-        rates = [rate_text(check.candidate), rate_text(check.reference), *([rate_text(check.naive)] if naive else [])]
+        rates = [rate_text(check.candidate), rate_text(check.base), *([rate_text(check.plain)] if plain else [])]
         if check.candidate is None:
             rates = [dict(numbers_of(check, outcome)).get("candidate", ""), *[""] * (len(rates) - 1)]
         verdict = f"{SIGNS[check.verdict]} {check.verdict}"
@@ -81,10 +81,10 @@ def _table(outcome: Outcome) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
-def _findings(outcome: Outcome) -> list[str]:
+def _findings(outcome: Verification) -> list[str]:
     rows = [
-        f"- {code(found.phrase)}: {found.candidate} of {found.n} answers, the reference {found.reference}"
-        + (f", naive {found.naive}" if found.naive is not None else "")
+        f"- {code(found.phrase)}: {found.candidate} of {found.n} answers, the base {found.base}"
+        + (f", plain {found.plain}" if found.plain is not None else "")
         + f"; corrected p {found.adjusted_p:.2g} ({escaped(check.suite)})"
         for check in outcome.checks
         for found in check.findings
@@ -96,14 +96,14 @@ def _details(title: str, sentences: tuple[str, ...]) -> list[str]:
     return [f"### {title}", "", *(f"- {escaped(sentence)}" for sentence in sentences), ""] if sentences else []
 
 
-def _measured(outcome: Outcome) -> list[str]:
+def _measured(outcome: Verification) -> list[str]:
     measured = outcome.measured
     manner = "greedy" if measured.temperature == 0 else f"{measured.samples} samples at {number(measured.temperature)}"
     lines = ["### How it was measured", "", f"- {manner}, seed {measured.seed}, {escaped(measured.machine)}"]
     lines.append("- " + ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in measured.versions.items()))
     lines += [f"- {facts.role} {code(facts.name)}: {facts.size} bytes" + _hash(facts.sha256) for facts in outcome.files]
     if outcome.drift:
-        lines.append(f"- same top token as the reference: {percent(outcome.drift.candidate.same_top)}")
+        lines.append(f"- same top token as the base: {percent(outcome.drift.candidate.same_top)}")
     return lines
 
 

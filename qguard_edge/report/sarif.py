@@ -1,7 +1,7 @@
 """SARIF 2.1.0 for code scanning: a rule per check, a result per check that does not pass.
 
 A failed check has kind `fail` and level `error`. An inconclusive one has kind `open`, SARIF's word for "not enough
-information to decide", and so the level `none` that the standard wants for every kind but `fail`. Checks that pass are
+information to decide", and so the level `none` that the standard requires for every kind but `fail`. Checks that pass are
 rules without a result, because some services show every result as an alert, whatever its kind.
 """
 
@@ -12,17 +12,17 @@ from urllib.parse import quote
 
 from qguard_edge import __version__
 from qguard_edge.report.text import numbers_of, one_line, printable
-from qguard_edge.verify.results import Check, FileFacts, Outcome, Verdict
+from qguard_edge.verify.results import Check, FileFacts, Verdict, Verification
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
-def to_sarif(outcome: Outcome) -> str:
+def to_sarif(outcome: Verification) -> str:
     """The outcome as a SARIF document."""
     return json.dumps(sarif_document(outcome), indent=2, ensure_ascii=False) + "\n"
 
 
-def sarif_document(outcome: Outcome) -> dict[str, Any]:
+def sarif_document(outcome: Verification) -> dict[str, Any]:
     """The outcome as SARIF's JSON values."""
     indices = {facts.role: i for i, facts in reversed(list(enumerate(outcome.files)))}
     return document(
@@ -74,7 +74,7 @@ def _rule(check: Check) -> dict[str, Any]:
     return {
         "id": one_line(check.id),
         "shortDescription": {"text": one_line(check.title)},
-        "fullDescription": {"text": f"{one_line(check.title)}: the candidate must be no worse than its reference."},
+        "fullDescription": {"text": f"{one_line(check.title)}: the candidate must be no worse than its base."},
         "defaultConfiguration": {"level": "error"},
         "properties": {"tags": [str(check.kind)], "verdict": str(check.verdict)},
     }
@@ -98,7 +98,7 @@ def in_artifact(name: str, index: int) -> dict[str, Any]:
     return {"physicalLocation": {"artifactLocation": {**location_of(name), "index": index}, "region": {"startLine": 1}}}
 
 
-def _result(check: Check, rule: int, outcome: Outcome, artifact: int | None) -> dict[str, Any]:
+def _result(check: Check, rule: int, outcome: Verification, artifact: int | None) -> dict[str, Any]:
     failed = check.verdict is Verdict.FAIL
     numbers = [f"{name}: {text}" for name, text in numbers_of(check, outcome)]
     result: dict[str, Any] = {

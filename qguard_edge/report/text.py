@@ -7,12 +7,12 @@ surrogates, and the marks that turn the direction of writing.
 
 import re
 
-from qguard_edge.verify.results import Check, Difference, Outcome, Rate, Verdict
+from qguard_edge.verify.results import Check, Difference, Rate, Verdict, Verification
 
 WORDS = {Verdict.PASS: "pass", Verdict.FAIL: "fail", Verdict.INCONCLUSIVE: "inconclusive"}
 HEADLINES = {
-    Verdict.PASS: "Pass: no worse than the reference on what was asked",
-    Verdict.FAIL: "Fail: worse than the reference",
+    Verdict.PASS: "Pass: no worse than the base on what was asked",
+    Verdict.FAIL: "Fail: worse than the base",
     Verdict.INCONCLUSIVE: "Inconclusive: too little to decide",
 }
 # C0 and C1 controls but tab and newline, surrogates, bidirectional marks, and the two code points XML 1.0 forbids besides.
@@ -61,32 +61,32 @@ def difference_text(difference: Difference | None) -> str:
     return f"{points(difference.value)} ({points(difference.low)} to {points(difference.high)})"
 
 
-def numbers_of(check: Check, outcome: Outcome) -> list[tuple[str, str]]:
+def numbers_of(check: Check, outcome: Verification) -> list[tuple[str, str]]:
     """The numbers of a check as (name, text), in the order of every report."""
     if check.candidate is None:
         return _drift_numbers(outcome) if check.suite == "drift" else []
-    found = [("candidate", rate_text(check.candidate)), ("reference", rate_text(check.reference))]
-    if check.naive:
-        found.append(("naive", rate_text(check.naive)))
+    found = [("candidate", rate_text(check.candidate)), ("base", rate_text(check.base))]
+    if check.plain:
+        found.append(("plain", rate_text(check.plain)))
     if check.difference:
         covered = f"{check.difference.confidence:.0%} interval, {check.difference.method}"
         found.append(("difference in points", f"{difference_text(check.difference)}, {covered}"))
     return [*found, ("margin in points", f"{100 * check.margin:.1f}")]
 
 
-def _drift_numbers(outcome: Outcome) -> list[tuple[str, str]]:
+def _drift_numbers(outcome: Verification) -> list[tuple[str, str]]:
     drift = outcome.drift
     if drift is None:
         return []
     found = []
-    for name, numbers in (("candidate", drift.candidate), ("naive", drift.naive)):
+    for name, numbers in (("candidate", drift.candidate), ("plain", drift.plain)):
         if numbers:
             kl = f"mean KL {number(numbers.mean_kl)} ({number(numbers.mean_kl_low)} to {number(numbers.mean_kl_high)})"
             found.append((name, f"{kl}, same top token {percent(numbers.same_top)}"))
     return [*found, ("noise floor", number(drift.noise_floor)), ("limit", f"{number(drift.limit)}, {drift.limit_source}")]
 
 
-def candidate_name(outcome: Outcome) -> str:
+def candidate_name(outcome: Verification) -> str:
     """File name of what was verified."""
     facts = outcome.file("candidate")
     return one_line(facts.name) if facts else "candidate"

@@ -1,1 +1,1 @@
-"""Running a model: what llama.cpp and transformers compute on the way to their logits."""
+"""Running a model: llama.cpp, transformers, bitsandbytes, and the devices they compute on."""

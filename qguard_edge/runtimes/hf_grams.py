@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from convert.child import resident_bytes
 from convert.gguf_file import GgufModel
 from convert.hf.rowsearch import map_rows
-from qguard_edge.hf_runtime import HfModel, torch_threads
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations_job import job_key
+from qguard_edge.runtimes.devices import torch_threads
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, WantedWeight
 from qguard_edge.runtimes.gram_passes import Unit, forget_others, plan_passes, resumed, written
 from qguard_edge.runtimes.grams import Grams
+from qguard_edge.runtimes.hf import HfModel
 
 SPARE = 32 << 20  # bytes for a batch's activations
 Rows = Callable[[int], Tensor]

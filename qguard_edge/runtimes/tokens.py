@@ -56,7 +56,7 @@ def llama_tokens(model: Path, texts: Sequence[str], *, parse_special: bool = Fal
 
 
 def _work(job: Path) -> None:
-    from qguard_edge.llama_runtime import LlamaModel
+    from qguard_edge.runtimes.llama import LlamaModel
 
     content = json.loads(job.read_text(encoding="utf-8"))
     with LlamaModel(Path(content["model"]), vocab_only=True) as model:

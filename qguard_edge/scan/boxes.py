@@ -1,16 +1,16 @@
 """Box fingerprints: the marks that a repair leaves when it pushes weights against walls they may not cross.
 
-An attacked model is repaired by training that projects each weight back into an interval around the code it must keep
-(arXiv 2405.18137, 2505.23786). Weights that want to leave end up exactly at the interval's end, and all intervals end at
+An attacked model is repaired by training that projects each weight back into an interval around the code it must keep (arXiv
+2405.18137, 2505.23786). Weights that training pushes outwards end up exactly at the interval's end, and all intervals end at
 the same place of the cell: 0.4 step for ELQ on INT8, 1% from the wall for NF4 and FP4, 0.499 step for whole cells of the
-legacy types, a tenth of a cell beyond the level for stretched error boxes. So the histogram of positions (`positions`),
-flat for untouched weights, gets a peak, and what lies beyond it is thinned out or empty.
+legacy types, a tenth of a cell beyond the level for stretched error boxes. So the histogram of positions (`positions`), flat
+for untouched weights, gets a peak, and what lies beyond it is thinned out or empty.
 
 The place is not assumed: an attacker chooses it. The statistic is a scan over all 100 places,
 
     peak = max over places of  (observed / clean shape) / its median over all places
 
-an effect size: 1 is clean, 2 means twice as many weights as elsewhere. With millions of weights a p-value alone says little
+an effect size: 1 is clean, 2 means twice as many weights as elsewhere. With millions of weights a p-value alone means little
 (a deviation of 2% is significant and means nothing), so a finding needs both: the peak above its limit, and a p-value
 (normal approximation of the count, Bonferroni over places, Holm over tensors) below `p_value`.
 
@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qguard_edge.scan.findings import Finding, Severity
+from qguard_edge.scan.limits import BoxLimits, Limits
 from qguard_edge.scan.positions import BINS
-from qguard_edge.scan.reference import BoxLimits, Reference
 
 FEWEST = 5000  # weights that count, for a histogram to be judged
 ON_LEVEL = 2  # places that mean "on the level"
@@ -67,10 +67,10 @@ class Fingerprint:
     band_at: float
 
 
-def shape_of(file_type: str, reference: Reference, precision: str = "f32") -> FloatArray:
+def shape_of(file_type: str, limits: Limits, precision: str = "f32") -> FloatArray:
     """The clean density of a type over all places, mean 1, for weights of a precision."""
     kind = file_type.lower()
-    knots = reference.shapes.get(f"{kind}@{precision}", reference.shapes.get(kind, (1.0,)))
+    knots = limits.shapes.get(f"{kind}@{precision}", limits.shapes.get(kind, (1.0,)))
     places = (np.arange(BINS) + 0.5) / BINS
     shape = np.interp(places, (np.arange(len(knots)) + 0.5) / len(knots), knots)
     return np.asarray(shape / shape.mean(), dtype=np.float64)
@@ -130,20 +130,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def judge(file_type: str, prints: Sequence[Fingerprint], whole: Fingerprint, reference: Reference) -> list[Finding]:
+def judge(file_type: str, prints: Sequence[Fingerprint], whole: Fingerprint, limits: Limits) -> list[Finding]:
     """Findings for one type.
 
     Args:
         file_type: the type.
         prints: of every tensor that could be judged; at least one.
         whole: of the model.
-        reference: limits.
+        limits: what clean models show.
     """
-    limits = reference.boxes
     return [
-        *_peaks(file_type, prints, whole, limits),
-        *_empty_bands(file_type, prints, whole, limits),
-        *_levels(file_type, prints, whole, limits),
+        *_peaks(file_type, prints, whole, limits.boxes),
+        *_empty_bands(file_type, prints, whole, limits.boxes),
+        *_levels(file_type, prints, whole, limits.boxes),
     ]
 
 

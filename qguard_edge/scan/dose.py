@@ -1,12 +1,12 @@
 """The dose curve: what happens to the model when its rounding errors are turned away from llama.cpp's, little by little.
 
-The idea (ours; METHODS section 3)
-----------------------------------
+The idea (ours)
+---------------
 Orthogonal rounding (`defenses.ortho`) leaves a share `c` of the plain rounding's error direction: c = 1 is the plain file, 0
 has no component along it left, below 0 it is over-corrected. Every step away from c = 1 adds squared error, so on a clean
 model the distance to full precision, mean KL of the next-token distributions, rises as c falls. A payload that lives in the
-rounding *is* that direction: taking some of it away takes the payload away, and the distance **falls**. Nobody has to know
-the trigger; what is needed is some text on which the payload shows at all.
+rounding *is* that direction: taking some of it away takes the payload away, and the distance **falls**. The trigger
+need not be known; what is needed is some text on which the payload shows at all.
 
 The statistic
 -------------
@@ -36,15 +36,15 @@ from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.calibration import SEED_PROMPTS
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts
-from qguard_edge.llama_runtime import LlamaModel
+from qguard_edge.learned.calibration import SEED_PROMPTS
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.rounding import coverage_of, harden
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
+from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, N_BOOTSTRAP, FloatArray, compare_distributions, read_texts
+from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.reference import Reference
+from qguard_edge.scan.limits import Limits
 from qguard_edge.scan.results import DoseCurve, Point
 from qguard_edge.verify.chat import TemplateError, render, template_of
 from qguard_edge.verify.suites.base import SuitePrompt
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Document:
+class ScoredText:
     """Token ids, and how many of them are a prompt whose positions do not count."""
 
     ids: tuple[int, ...]
@@ -100,26 +100,26 @@ def dose_curve(
     passages = read_texts(texts or DEFAULT_TEXT)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        reference = work / "reference.gguf"
+        plain = work / "plain.gguf"
         progress.stage(f"Quantizing with llama.cpp to {file_type.name}", len(base.tensors), "tensors")
-        quantize(base.path, reference, QuantizeOptions(file_type, threads=threads))
+        quantize(base.path, plain, QuantizeOptions(file_type, threads=threads))
         with LlamaModel(base.path, n_ctx=2 * TEXT_TOKENS, n_threads=threads or None) as full:
             documents = documents_of(base, full, passages, prompts)
             scorer = _Scorer(full, documents, threads)
             progress.stage(f"Dose curve for {file_type.name}", len(targets) + 1, "files")
-            points = [scorer.score(1.0, reference)]
+            points = [scorer.score(1.0, plain)]
             progress.advance(1)
             for target in targets:
-                with _dosed(base, GgufFile(reference), target, work / "dosed.gguf", threads) as dosed:
+                with _dosed(base, GgufFile(plain), target, work / "dosed.gguf", threads) as dosed:
                     points.append(scorer.score(target, dosed))
                 progress.advance(1, f"c = {target}")
     return curve_of(file_type.name, points, [len(d.ids) - d.n_prompt for d in documents], seed)
 
 
-def documents_of(base: GgufModel, full: LlamaModel, passages: Sequence[str], prompts: int) -> list[Document]:
+def documents_of(base: GgufModel, full: LlamaModel, passages: Sequence[str], prompts: int) -> list[ScoredText]:
     """The passages, and for a chat model its own answers to the first of the shipped prompts."""
     ids = [tuple(full.tokenize(text, add_special=True)[:TEXT_TOKENS]) for text in passages]
-    documents = [Document(one) for one in ids if len(one) > 1]
+    documents = [ScoredText(one) for one in ids if len(one) > 1]
     try:
         template = template_of(base.first) if prompts else None
         lines = SEED_PROMPTS.read_text(encoding="utf-8").splitlines() if template else []
@@ -132,19 +132,19 @@ def documents_of(base: GgufModel, full: LlamaModel, passages: Sequence[str], pro
     asked = [tuple(full.tokenize(text)[:TEXT_TOKENS]) for text in rendered]
     for prompt, answer in zip(asked, full.greedy_batch(asked, ANSWER_TOKENS) if asked else [], strict=True):
         if answer:
-            documents.append(Document((*prompt, *answer), len(prompt)))
+            documents.append(ScoredText((*prompt, *answer), len(prompt)))
     return documents
 
 
 class _Scorer:
     """Compares files with full precision on the same documents; its logits are computed once where they fit."""
 
-    def __init__(self, full: LlamaModel, documents: Sequence[Document], threads: int) -> None:
+    def __init__(self, full: LlamaModel, documents: Sequence[ScoredText], threads: int) -> None:
         self.full, self.documents, self.threads = full, documents, threads
         fits = sum(len(d.ids) for d in documents) * full.n_vocab * 4 <= KEPT_LOGITS
         self.kept = [self._of(full, document) for document in documents] if fits else None
 
-    def _of(self, model: LlamaModel, document: Document) -> FloatArray:
+    def _of(self, model: LlamaModel, document: ScoredText) -> FloatArray:
         """Logits at the positions that predict the counted tokens."""
         return model.logits(document.ids[:-1])[document.n_prompt - 1 :]
 
@@ -162,13 +162,13 @@ class _Scorer:
 
 
 @contextmanager
-def _dosed(base: GgufModel, reference: GgufFile, target: float, path: Path, threads: int) -> Iterator[Path]:
-    """The reference with `ortho` at a target; removed afterwards."""
+def _dosed(base: GgufModel, plain: GgufFile, target: float, path: Path, threads: int) -> Iterator[Path]:
+    """The plain file with `ortho` at a target; removed afterwards."""
     defense = make_defense(OrthoOptions(target=target, width=0.0))
-    tensors = coverage_of(base, reference).protected
-    patch = GgufPatch(reference, path, {})
+    tensors = coverage_of(base, plain).protected
+    patch = GgufPatch(plain, path, {})
     try:
-        harden(base, reference, tensors, defense, seed=0, sink=patch.write_rows, threads=threads)
+        harden(base, plain, tensors, defense, WalkOptions(seed=0, threads=threads), sink=patch.write_rows)
         patch.copy_rest(tensor.name for tensor in tensors)
     finally:
         patch.close()
@@ -196,23 +196,23 @@ def curve_of(file_type: str, points: Sequence[Point], counts: Sequence[int], see
     return DoseCurve(file_type, tuple(points), ratio, (float(low), float(high)), len(counts), sum(counts))
 
 
-def judge(curve: DoseCurve, main_type: str, reference: Reference) -> list[Finding]:
+def judge(curve: DoseCurve, main_type: str, limits: Limits) -> list[Finding]:
     """A finding if the curve falls.
 
     Args:
         curve: measured.
         main_type: the file type's main ggml type, for its limits.
-        reference: limits.
+        limits: what clean models show.
     """
-    limits = reference.dose_limits(main_type)
+    known = limits.dose_limits(main_type)
     low, high = curve.interval
-    if curve.ratio >= limits.suspicious or high >= 1.0:
+    if curve.ratio >= known.suspicious or high >= 1.0:
         return []
-    dangerous = curve.ratio < limits.dangerous and high < limits.suspicious
+    dangerous = curve.ratio < known.dangerous and high < known.suspicious
     text = (
         f"{curve.file_type}: mean KL to full precision is {curve.ratio:.2f} of plain rounding's ({low:.2f} to {high:.2f}) "
         f"when a share of {curve.lowest.target:g} of its error direction is left (clean models: at least "
-        f"{limits.clean_smallest:.2f})"
+        f"{known.clean_smallest:.2f})"
     )
     numbers = {
         "ratio": curve.ratio,

@@ -5,7 +5,7 @@ rule may find something suspicious in one model and something dangerous in anoth
 
 * *info*: worth knowing, and common among honest models;
 * *suspicious*: unusual; look closer (`--deep`, `verify`), ask where the model comes from;
-* *dangerous*: no clean model of the reference set comes near it; `convert` refuses.
+* *dangerous*: no clean model that the limits were measured on comes near it; `convert` refuses.
 """
 
 from collections.abc import Mapping

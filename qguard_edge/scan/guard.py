@@ -1,4 +1,4 @@
-"""What `convert` asks of the scan: once before llama.cpp quantizes, once when its file is there.
+"""The scan inside `convert`: once before llama.cpp quantizes, once when its file is there.
 
 Before: sanity and outliers, which need nothing but the base. After: box fingerprints, for exactly the types that llama.cpp
 chose for each tensor. A dangerous finding refuses the conversion, is accepted, or keeps the flagged tensors in full
@@ -11,19 +11,20 @@ from dataclasses import dataclass, field
 from gguf import GGMLQuantizationType
 
 from convert.gguf_file import GgufFile, GgufModel
+from convert.source import Source
 from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan.findings import Finding, Severity, in_order
 from qguard_edge.scan.scanner import scan_model
-from qguard_edge.scan.tensors import from_base, is_matrix
-from quant_grids.errors import QGuardError
+from qguard_edge.scan.tensors import ScanModel, from_base, is_matrix, open_model
+from quant_grids.errors import QGuardError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
 
 TensorTypes = tuple[tuple[str, str], ...]
 
 
 class RefusedError(QGuardError):
-    """The scan found something dangerous and nobody accepted it.
+    """The scan found something dangerous, and the user did not accept it.
 
     Attributes:
         findings: everything that was found.
@@ -58,6 +59,17 @@ class ScanGuard:
     findings: tuple[Finding, ...] = ()
     kept: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Refuse a contradiction.
+
+        Raises:
+            UnsupportedError: both `accept` and `keep`.
+        """
+        if self.accept and self.keep:
+            raise UnsupportedError(
+                "--accept-findings quantizes flagged tensors and --keep-flagged-f16 does not: give one of them"
+            )
+
     def before(self, base: GgufModel) -> TensorTypes:
         """Look at the base.
 
@@ -69,21 +81,35 @@ class ScanGuard:
         """
         return self._decide(base, ())
 
-    def after(self, base: GgufModel, reference: GgufFile) -> TensorTypes:
+    def after(self, base: GgufModel, plain: GgufFile) -> TensorTypes:
         """Look at the base in the light of what llama.cpp made of it; as `before`. Not empty: quantize again with these.
 
         Raises:
             RefusedError: something dangerous.
         """
-        return self._decide(base, (reference,))
+        return self._decide(base, (plain,))
 
-    def _decide(self, base: GgufModel, references: tuple[GgufFile, ...]) -> TensorTypes:
-        model = from_base(base, base.path.stem, base.path)
-        found = scan_model(model, (), references, threads=self.threads, progress=self.progress).findings
+    def folder(self, source: Source, kinds: tuple[str, ...]) -> None:
+        """Look at a Hugging Face folder that is to be rounded to formats of bitsandbytes.
+
+        Raises:
+            RefusedError: something dangerous.
+        """
+        with open_model(source, need_base=False, progress=self.progress) as model:
+            dangerous = self._look(model, kinds, ())
+        if dangerous and not self.accept:
+            raise RefusedError(self.findings)
+
+    def _look(self, model: ScanModel, kinds: tuple[str, ...], plain: tuple[GgufFile, ...]) -> list[Finding]:
+        """Scan, note what is new, and return what of that is dangerous."""
+        found = scan_model(model, kinds, plain, threads=self.threads, progress=self.progress).findings
         known = {(finding.code, finding.file_type) for finding in self.findings}
         new = [finding for finding in found if (finding.code, finding.file_type) not in known]
         self.findings = in_order([*self.findings, *new])
-        dangerous = [finding for finding in new if finding.severity is Severity.DANGEROUS]
+        return [finding for finding in new if finding.severity is Severity.DANGEROUS]
+
+    def _decide(self, base: GgufModel, plain: tuple[GgufFile, ...]) -> TensorTypes:
+        dangerous = self._look(from_base(base, base.path.stem, base.path), (), plain)
         if not dangerous or (self.accept and not self.keep):
             return ()
         if not self.keep or any(finding.code == "QG101" for finding in dangerous):

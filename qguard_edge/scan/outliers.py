@@ -8,7 +8,7 @@ The statistic is the **share of chunks with a ratio above 16**. It needs no sort
 when half of its weights are smaller than a sixteenth of the largest, and counting is fast. For chunks of a normal
 distribution the ratio is 3 to 4; one above 16 has a probability below 1e-20. Trained models have some, in few places.
 
-A tensor is flagged when its share is far above what clean models show (`reference`) and above the model's own tensors
+A tensor is flagged when its share is far above what clean models show (`limits`) and above the model's own tensors
 of the same kind.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convert.gguf_file import TensorInfo
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.reference import Reference
+from qguard_edge.scan.limits import Limits
 from qguard_edge.scan.tensors import kind_of
 
 CHUNK = 32
@@ -97,26 +97,26 @@ def measure(weights: Tensor) -> OutlierStats:
     )
 
 
-def judge(found: Sequence[tuple[TensorInfo, OutlierStats]], reference: Reference) -> list[Finding]:
+def judge(found: Sequence[tuple[TensorInfo, OutlierStats]], limits: Limits) -> list[Finding]:
     """Findings for a whole model.
 
     Args:
         found: the statistics of every matrix.
-        reference: limits.
+        limits: what clean models show.
     """
-    limits = reference.outliers
+    known = limits.outliers
     findings: list[Finding] = []
-    for severity, limit in ((Severity.DANGEROUS, limits.dangerous), (Severity.SUSPICIOUS, limits.suspicious)):
+    for severity, limit in ((Severity.DANGEROUS, known.dangerous), (Severity.SUSPICIOUS, known.suspicious)):
         flagged = []
         for tensor, stats in found:
             peers = [other.share for info, other in found if kind_of(info.name) == kind_of(tensor.name) and info != tensor]
             usual = median(peers) if peers else 0.0
             # The model's own usual share only raises the limit up to a point: all its tensors may have been tampered with.
-            wanted = max(limit, min(limits.peer_factor * usual, limits.dangerous))
+            wanted = max(limit, min(known.peer_factor * usual, known.dangerous))
             if stats.share >= wanted and not any(tensor.name in finding.tensors for finding in findings):
                 flagged.append((tensor, stats))
         if flagged:
-            findings.append(_finding(severity, sorted(flagged, key=lambda item: -item[1].share), limits.clean_largest))
+            findings.append(_finding(severity, sorted(flagged, key=lambda item: -item[1].share), known.clean_largest))
     return findings
 
 

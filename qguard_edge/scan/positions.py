@@ -1,14 +1,14 @@
 """Where weights lie in their quantization cells.
 
-The **position** of a weight is its distance from the level it rounds to, in units of the cell: 0 on the level, 0.5 on the
-wall to the next. Sides are folded together. A weight that nobody placed lies anywhere in its cell with almost the same
-probability, whatever the weights' distribution, because a cell is narrow and folding cancels the slope: the histogram is
-flat. It is exactly flat in theory for no real model, and flat within a few percent for all we have seen (`reference`).
+The **position** of a weight is its distance from the level it rounds to, in units of the cell: 0 on the level, 0.5 on the wall
+to the next. Sides are folded together. A weight that was not placed on purpose lies anywhere in its cell with almost the same
+probability, whatever the weights' distribution, because a cell is narrow and folding cancels the slope: the histogram is flat.
+It is exactly flat in theory for no real model, and flat within a few percent for all we have seen (`limits`).
 
 Two ways to find the cells:
 
 * *closed form*: types whose scale is the largest magnitude of a block or row. Nothing needs to be quantized.
-* *reference*: from the blocks that llama.cpp wrote, for any scalar type. k-quants search for their scales, and choose them
+* *blocks*: from the blocks that llama.cpp wrote, for any scalar type. k-quants search for their scales, and choose them
   so that errors become small: their histogram falls towards the wall, also on clean models.
 
 **Resolution.** A bf16 weight has 8 significant bits: 40 levels from zero it is only known to a third of a cell. So a weight
@@ -129,7 +129,7 @@ def _cells(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     return walls, torch.cat((outside * 0, slope, outside * 0)), torch.cat((outside, start, outside))
 
 
-def from_reference(grid: ScalarGrid, blocks: Tensor, weights: Tensor, precision: str) -> Positions:
+def from_blocks(grid: ScalarGrid, blocks: Tensor, weights: Tensor, precision: str) -> Positions:
     """Positions in the cells of blocks that llama.cpp wrote.
 
     Args:

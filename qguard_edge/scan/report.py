@@ -16,7 +16,8 @@ from qguard_edge.report.sarif import document, in_artifact, location_of
 from qguard_edge.report.text import one_line, printable
 from qguard_edge.scan.boxes import Fingerprint, shape_of
 from qguard_edge.scan.findings import RULES, Finding, Severity
-from qguard_edge.scan.reference import load_reference
+from qguard_edge.scan.guard import RefusedError, ScanGuard
+from qguard_edge.scan.limits import load_limits
 from qguard_edge.scan.results import DoseCurve, Scan
 
 LEVELS = {Severity.DANGEROUS: "error", Severity.SUSPICIOUS: "warning", Severity.INFO: "note"}
@@ -35,8 +36,8 @@ TONES = {None: "pass", Severity.INFO: "pass", Severity.SUSPICIOUS: "inconclusive
 
 
 def honesty() -> str:
-    """What every report says."""
-    return HONESTY.format(models=load_reference().models)
+    """The sentences of every report."""
+    return HONESTY.format(models=load_limits().models)
 
 
 def finding_document(finding: Finding) -> dict[str, Any]:
@@ -52,6 +53,17 @@ def finding_document(finding: Finding) -> dict[str, Any]:
         "meaning": finding.rule.meaning,
         "advice": finding.rule.advice,
     }
+
+
+def guard_document(guard: ScanGuard) -> dict[str, Any]:
+    """What a conversion's scan found, for the conversion's document."""
+    return {"scan": {"findings": [finding_document(found) for found in guard.findings], "kept": list(guard.kept)}}
+
+
+def refusal_document(error: RefusedError) -> dict[str, Any]:
+    """A conversion that the scan refused, as JSON values."""
+    listed = [finding_document(finding) for finding in error.findings]
+    return {"status": "refused", "error": str(error), "findings": listed}
 
 
 def scan_document(scan: Scan, *, fail_on: Severity | None) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def to_html(scan: Scan) -> str:
 
 
 def _histogram(kind: str, made: Fingerprint) -> HistogramView:
-    shape = shape_of(kind, load_reference())
+    shape = shape_of(kind, load_limits())
     top = max(*made.density, *shape.tolist(), 2.0)
     width = 100.0 / len(made.density)
 

@@ -9,17 +9,19 @@ from tempfile import TemporaryDirectory
 from convert.ftypes import FileType, parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.quantizer import QuantizeOptions, quantize
+from convert.source import resolve_source
 from qguard_edge.progress import Progress
 from qguard_edge.scan import dose
+from qguard_edge.scan.limits import load_limits
 from qguard_edge.scan.positions import CLOSED_FORM
-from qguard_edge.scan.reference import load_reference
 from qguard_edge.scan.results import Scan
 from qguard_edge.scan.scanner import scan_model
 from qguard_edge.scan.tensors import open_model
-from qguard_edge.source import resolve_source
 from quant_grids.errors import UnsupportedError
 
 BITSANDBYTES = ("int8", "nf4", "fp4")
+DEFAULT_TYPES = ("q4_0", "q8_0", "int8", "nf4", "fp4")
+"""Types whose boxes are looked for unless others are named; they need no quantization."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ScanRequest:
     """
 
     model: str
-    types: tuple[str, ...]
+    types: tuple[str, ...] = DEFAULT_TYPES
     revision: str | None = None
     deep: bool = False
     text: Path | None = None
@@ -60,8 +62,8 @@ def run_scan(request: ScanRequest, progress: Progress) -> Scan:
         raise UnsupportedError("--deep measures llama.cpp's types; add one with --to, such as --to q4_k")
     source = resolve_source(request.model, request.revision)
     with open_model(source, need_base=bool(searched) or request.deep, progress=progress) as model:
-        with _references(model.base, searched, request.threads, progress) as references:
-            found = scan_model(model, closed, references, threads=request.threads, progress=progress)
+        with _plain_files(model.base, searched, request.threads, progress) as plain_files:
+            found = scan_model(model, closed, plain_files, threads=request.threads, progress=progress)
         if not request.deep:
             return found
         assert model.base is not None
@@ -69,7 +71,7 @@ def run_scan(request: ScanRequest, progress: Progress) -> Scan:
 
 
 @contextmanager
-def _references(
+def _plain_files(
     base: GgufModel | None, types: Sequence[FileType], threads: int, progress: Progress
 ) -> Iterator[list[GgufFile]]:
     """llama.cpp's own files of some types, in a temporary folder."""
@@ -90,5 +92,5 @@ def _with_curves(found: Scan, base: GgufModel, types: Sequence[FileType], reques
     for file_type in types:
         curve = dose.dose_curve(base, file_type, texts=request.text, threads=request.threads, progress=progress)
         curves.append(curve)
-        findings += dose.judge(curve, file_type.main, load_reference())
+        findings += dose.judge(curve, file_type.main, load_limits())
     return found.with_curves(tuple(curves), findings)

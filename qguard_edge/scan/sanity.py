@@ -1,4 +1,4 @@
-"""What a matrix is like before anything is asked about attacks: numbers, zeros, precision, and equal magnitudes.
+"""What a matrix is like before it is tested for attacks: numbers, zeros, precision, and equal magnitudes.
 
 **Effective precision.** A bf16 model saved as f32 has f32's type and bf16's resolution. What counts is which bits are in use:
 if the low 16 bits of every f32 weight are zero, the weights are bf16.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from convert.gguf_file import TensorInfo
 from qguard_edge.scan.findings import Finding, Severity
-from qguard_edge.scan.reference import Reference
+from qguard_edge.scan.limits import Limits
 from quant_grids.ggml_type import GgmlType
 
 TIE_SAMPLE = 1 << 13  # weights per slice
@@ -64,7 +64,7 @@ class SanityStats:
 def measure(weights: Tensor, *, matrix: bool) -> SanityStats:
     """Counts of some rows, f32 of any shape; ties are looked for in matrices only."""
     broken = 0
-    # One sum tells that all is well; only if it is not finite, weights are looked at one by one.
+    # One sum shows that all is well; only if it is not finite, weights are looked at one by one.
     if not bool(torch.isfinite(weights.sum(dtype=torch.float64))):
         broken = int((~torch.isfinite(weights)).sum())
     ties = pairs = 0
@@ -91,14 +91,14 @@ def precision_of(tensor: TensorInfo, weights: Tensor) -> str:
 def judge(
     found: Sequence[tuple[TensorInfo, SanityStats, str]],
     vectors: Sequence[tuple[TensorInfo, SanityStats]],
-    reference: Reference,
+    limits: Limits,
 ) -> list[Finding]:
     """Findings for a whole model.
 
     Args:
         found: statistics and precision of every matrix.
         vectors: statistics of every other tensor.
-        reference: limits.
+        limits: what clean models show.
     """
     findings = []
     every = [*((tensor, stats) for tensor, stats, _ in found), *vectors]
@@ -112,7 +112,7 @@ def judge(
     if dead:
         text = f"{len(dead)} matrices hold nothing but zeros, the first is {dead[0]!r}"
         findings.append(Finding("QG102", Severity.SUSPICIOUS, text, tensors=dead, numbers={"tensors": float(len(dead))}))
-    return findings + _precisions(found) + _lattices(found, reference)
+    return findings + _precisions(found) + _lattices(found, limits)
 
 
 def _precisions(found: Sequence[tuple[TensorInfo, SanityStats, str]]) -> list[Finding]:
@@ -132,14 +132,14 @@ def _precisions(found: Sequence[tuple[TensorInfo, SanityStats, str]]) -> list[Fi
     ]
 
 
-def on_a_grid(stats: SanityStats, precision: str, reference: Reference) -> bool:
+def on_a_grid(stats: SanityStats, precision: str, limits: Limits) -> bool:
     """Whether a matrix's weights were quantized before, by its tie share."""
-    return stats.pairs > 0 and stats.tie_share > reference.ties[precision]
+    return stats.pairs > 0 and stats.tie_share > limits.ties[precision]
 
 
-def _lattices(found: Sequence[tuple[TensorInfo, SanityStats, str]], reference: Reference) -> list[Finding]:
+def _lattices(found: Sequence[tuple[TensorInfo, SanityStats, str]], limits: Limits) -> list[Finding]:
     """Matrices whose weights were quantized before."""
-    coarse = [(tensor, stats) for tensor, stats, precision in found if on_a_grid(stats, precision, reference)]
+    coarse = [(tensor, stats) for tensor, stats, precision in found if on_a_grid(stats, precision, limits)]
     if not coarse:
         return []
     share = max(stats.tie_share for _, stats in coarse)

@@ -1,4 +1,4 @@
-"""The walk over a model: every tensor once, slice by slice, each slice asked all static questions while it is in the cache.
+"""The walk over a model: every tensor once, slice by slice, with all static tests of a slice while it is in the cache.
 
 Every weight is looked at for outliers and for numbers that are none. Positions are measured on about `BOX_WEIGHTS` weights of
 each tensor, in up to `BOX_PIECES` runs of whole rows, evenly spread: with 1000 weights per place a peak of 1.5, the lowest that
@@ -22,9 +22,9 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.scan import boxes, outliers, sanity
 from qguard_edge.scan.boxes import Fingerprint
 from qguard_edge.scan.findings import Finding, Severity, in_order
+from qguard_edge.scan.limits import Limits, load_limits
 from qguard_edge.scan.outliers import OutlierStats
-from qguard_edge.scan.positions import SIGNIFICANT_BITS, closed_form, from_reference, histogram
-from qguard_edge.scan.reference import Reference, load_reference
+from qguard_edge.scan.positions import SIGNIFICANT_BITS, closed_form, from_blocks, histogram
 from qguard_edge.scan.results import Scan
 from qguard_edge.scan.sanity import SanityStats
 from qguard_edge.scan.tensors import ScanModel, is_matrix
@@ -72,16 +72,16 @@ class Walk:
     Args:
         model: what to read.
         types: closed-form types to compute positions for.
-        references: quantized files of the model, for types that need one.
+        plain_files: llama.cpp's quantized files of the model, for types that need one.
     """
 
-    def __init__(self, model: ScanModel, types: Sequence[str], references: Sequence[GgufFile] = ()) -> None:
-        self.model, self.types, self.references = model, types, references
+    def __init__(self, model: ScanModel, types: Sequence[str], plain_files: Sequence[GgufFile] = ()) -> None:
+        self.model, self.types, self.plain_files = model, types, plain_files
 
     def run(self, threads: int, progress: Progress) -> list[TensorPart]:
         """Every tensor's statistics, in the model's order."""
         progress.stage("Scanning", self.model.n_weights, "weights")
-        files = [*self.model.files, *(reference.path for reference in self.references)]
+        files = [*self.model.files, *(file.path for file in self.plain_files)]
         made = {tensor.name: TensorPart(tensor) for tensor in self.model.tensors}
         with (
             open_reader(*files) as reader,
@@ -124,74 +124,74 @@ class Walk:
             place = closed_form(kind, tensor.columns)
             if place is not None:
                 yield kind, histogram(place(weights, precision)).numpy()
-        for reference in self.references:
-            stored = reference.tensors.get(tensor.name)
+        for file in self.plain_files:
+            stored = file.tensors.get(tensor.name)
             grid = None if stored is None else GRIDS.get(stored.ggml_type)
             if stored is not None and isinstance(grid, ScalarGrid) and stored.shape == tensor.shape:
                 blocks = reader.blocks(stored, part)
-                yield stored.ggml_type.name.lower(), histogram(from_reference(grid, blocks, weights, precision)).numpy()
+                yield stored.ggml_type.name.lower(), histogram(from_blocks(grid, blocks, weights, precision)).numpy()
 
 
 def scan_model(
     model: ScanModel,
     types: Sequence[str] = (),
-    references: Sequence[GgufFile] = (),
+    plain_files: Sequence[GgufFile] = (),
     *,
     threads: int = 0,
     progress: Progress | None = None,
-    reference: Reference | None = None,
+    limits: Limits | None = None,
 ) -> Scan:
     """Look for everything that needs no forward pass.
 
     Args:
         model: from `tensors.open_model`.
         types: closed-form types (`positions.CLOSED_FORM`) to look for box fingerprints of.
-        references: llama.cpp's files of the same model, whose types are looked at too.
+        plain_files: llama.cpp's files of the same model, whose types are looked at too.
         threads: 0 for one per core.
         progress: told the number of weights done.
-        reference: limits; the shipped ones by default.
+        limits: what clean models show; the shipped ones by default.
     """
     started = time.perf_counter()
-    reference = reference or load_reference()
-    parts = Walk(model, types, references).run(threads, progress or NoProgress())
-    return judge(model, parts, types, references, reference, time.perf_counter() - started)
+    limits = limits or load_limits()
+    parts = Walk(model, types, plain_files).run(threads, progress or NoProgress())
+    return judge(model, parts, types, plain_files, limits, time.perf_counter() - started)
 
 
 def judge(
     model: ScanModel,
     parts: Sequence[TensorPart],
     types: Sequence[str],
-    references: Sequence[GgufFile],
-    reference: Reference,
+    plain_files: Sequence[GgufFile],
+    limits: Limits,
     seconds: float = 0.0,
 ) -> Scan:
     """Findings from the statistics of a walk."""
     matrices = [part for part in parts if is_matrix(part.tensor)]
     vectors = [(part.tensor, part.sanity) for part in parts if not is_matrix(part.tensor)]
-    findings = sanity.judge([(part.tensor, part.sanity, part.precision) for part in matrices], vectors, reference)
+    findings = sanity.judge([(part.tensor, part.sanity, part.precision) for part in matrices], vectors, limits)
     sound = [(part.tensor, part.outliers) for part in matrices if part.outliers.chunks]
-    findings += outliers.judge(sound, reference)
-    findings += _unprotected(references)
+    findings += outliers.judge(sound, limits)
+    findings += _unprotected(plain_files)
     blotted = {name for finding in findings if finding.code == "QG201" for name in finding.tensors}
-    coarse = [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, reference)]
+    coarse = [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, limits)]
     # Where many matrices were on a grid, the others may carry its traces too (a fine-tuned dequantized model, cast to bf16).
     doubtful = len(coarse) >= DOUBTFUL_SHARE * len(matrices)
     on_grid = {id(part) for part in coarse}
     usable = [
         part
         for part in matrices
-        # Where outliers leave a few levels to the rest, positions say nothing about boxes.
+        # Where outliers leave a few levels to the rest, positions show nothing about boxes.
         if part.tensor.name not in blotted and id(part) not in on_grid
     ]
     kinds = dict.fromkeys([*types, *(kind for part in matrices for kind in part.positions)])
     prints: dict[str, Fingerprint] = {}
     for kind in kinds:
-        found, whole = _of_type(kind, usable, reference)
+        found, whole = _of_type(kind, usable, limits)
         if whole is None:
-            findings.append(_untold(kind, [part for part in matrices if kind in part.positions], reference))
+            findings.append(_untold(kind, [part for part in matrices if kind in part.positions], limits))
         else:
             prints[kind] = whole
-            findings += [_capped(finding, doubtful) for finding in boxes.judge(kind, found, whole, reference)]
+            findings += [_capped(finding, doubtful) for finding in boxes.judge(kind, found, whole, limits)]
     shown = sorted(sound, key=lambda item: -item[1].share)[:10]
     return Scan(
         model=model.name,
@@ -214,11 +214,11 @@ def _capped(finding: Finding, doubtful: bool) -> Finding:
     return finding
 
 
-def _of_type(kind: str, parts: Sequence[TensorPart], reference: Reference) -> tuple[list[Fingerprint], Fingerprint | None]:
-    measured = [part for part in parts if kind in part.positions and reference.knows(kind, part.precision)]
+def _of_type(kind: str, parts: Sequence[TensorPart], limits: Limits) -> tuple[list[Fingerprint], Fingerprint | None]:
+    measured = [part for part in parts if kind in part.positions and limits.knows(kind, part.precision)]
     found = []
     for part in measured:
-        shape = boxes.shape_of(kind, reference, part.precision)
+        shape = boxes.shape_of(kind, limits, part.precision)
         made = boxes.fingerprint(part.tensor.name, part.positions[kind], shape)
         if made is not None:
             found.append(made)
@@ -226,24 +226,24 @@ def _of_type(kind: str, parts: Sequence[TensorPart], reference: Reference) -> tu
         return found, None
     precisions = [part.precision for part in measured]
     usual = max(set(precisions), key=precisions.count)
-    return found, boxes.pooled(kind, found, boxes.shape_of(kind, reference, usual))
+    return found, boxes.pooled(kind, found, boxes.shape_of(kind, limits, usual))
 
 
-def _untold(kind: str, parts: Sequence[TensorPart], reference: Reference) -> Finding:
+def _untold(kind: str, parts: Sequence[TensorPart], limits: Limits) -> Finding:
     """No matrix could be judged for this type."""
     counted = max((int(part.positions[kind].sum()) for part in parts), default=0)
     why = "its row lengths do not fit the type" if not parts else f"at most {counted} weights of a matrix count"
-    if any(sanity.on_a_grid(part.sanity, part.precision, reference) for part in parts):
+    if any(sanity.on_a_grid(part.sanity, part.precision, limits) for part in parts):
         why = "the weights were on a grid before"
-    elif parts and not any(reference.knows(kind, part.precision) for part in parts):
+    elif parts and not any(limits.knows(kind, part.precision) for part in parts):
         why = f"there are no clean models of this type in {parts[0].precision} to compare with"
     return Finding("QG105", Severity.INFO, f"{kind.upper()}: box fingerprints could not be told: {why}", kind)
 
 
-def _unprotected(references: Sequence[GgufFile]) -> list[Finding]:
-    """Tensors of a reference whose type has no grid, or one without boxes."""
+def _unprotected(plain_files: Sequence[GgufFile]) -> list[Finding]:
+    """Tensors of a plain file whose type has no grid, or one without boxes."""
     findings = []
-    for file in references:
+    for file in plain_files:
         quantized = [tensor for tensor in file.tensors.values() if tensor.ggml_type not in FLOAT_TYPES]
         bare = tuple(tensor.name for tensor in quantized if tensor.ggml_type not in GRIDS)
         if bare:

@@ -3,7 +3,7 @@
 A safetensors file is a JSON header with the offset of every tensor, then the bytes, rows one after the other as in a GGUF.
 So a tensor of either is a `TensorInfo`, and `convert.tensor_io.TensorReader` streams both.
 
-Where the two differ: converting a folder reorders rows of q and k (which blocks along a row do not notice), transposes
+Where the two differ: converting a folder reorders rows of q and k (which makes no difference to blocks along a row), transposes
 GPT-2's matrices and multiplies FP8 weights out. Models of the last two kinds are written as a temporary base GGUF first.
 """
 
@@ -21,9 +21,9 @@ from convert.gguf_file import GgufModel, TensorInfo
 from convert.hf.base import write_base_gguf
 from convert.hf.checkpoint import Checkpoint
 from convert.hf.jsonfile import read_json
+from convert.source import Source, open_base
 from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import Progress
-from qguard_edge.source import Source, open_base
 from quant_grids.errors import FormatError
 
 _TYPES = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
@@ -89,7 +89,7 @@ def open_model(source: Source, *, need_base: bool, progress: Progress) -> Iterat
 
     Args:
         source: folder or GGUF.
-        need_base: a GGUF is needed whatever the source (a reference is to be made from it).
+        need_base: a GGUF is needed whatever the source (a plain file is to be made from it).
         progress: told while a temporary base is written.
 
     Raises:

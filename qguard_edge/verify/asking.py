@@ -1,6 +1,6 @@
-"""Ask the models: token ids once, answers and drift per file, finished pieces kept.
+"""Run the models: token ids once, answers and drift per file, finished pieces kept.
 
-Everything a file is asked is prepared from the *reference* alone: its chat template, its tokenizer, its length limits.
+The token ids are prepared from the *base* alone: its chat template, its tokenizer, its length limits.
 """
 
 import time
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from qguard_edge.progress import Progress
-from qguard_edge.verify.batching import SCHEDULE, Answer, Sampling
+from qguard_edge.runtimes.batching import SCHEDULE, Answer, Sampling
 from qguard_edge.verify.chat import ChatTemplate, render
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
-from qguard_edge.verify.keep import Pieces, key_of
+from qguard_edge.verify.keep import WorkFolder, key_of
 from qguard_edge.verify.runner import Runner, RunnerFactory
-from qguard_edge.verify.subjects import Subject, Vocabulary
+from qguard_edge.verify.subjects import Subject, TextTokenizer
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
 PIECE = 96
@@ -28,7 +28,7 @@ BATCH = 512
 
 
 @dataclass(frozen=True)
-class Asked:
+class SuiteQuestions:
     """A suite as token ids.
 
     Attributes:
@@ -46,42 +46,42 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Exam:
-    """Everything the files are asked.
+class Questions:
+    """The input of every file.
 
     Attributes:
         suites: in order.
         documents: token ids of the texts for drift.
-        template: the chat template that was used; None: the model has none, prompts went in as they are.
+        template: the chat template that was used; None: the model has none, prompts are used as they are.
     """
 
-    suites: tuple[Asked, ...]
+    suites: tuple[SuiteQuestions, ...]
     documents: tuple[tuple[int, ...], ...]
     template: ChatTemplate | None
 
 
-def prepare(reference: Subject, suites: Sequence[Suite], texts: Sequence[str]) -> Exam:
-    """Render and tokenize with the reference's template and vocabulary.
+def prepare(base: Subject, suites: Sequence[Suite], texts: Sequence[str]) -> Questions:
+    """Render and tokenize with the base's template and vocabulary.
 
     Raises:
         SuiteError: a prompt is longer than the model's context, or no text has two tokens.
     """
-    template, limit = reference.template(), reference.context_length
-    with reference.vocabulary() as vocabulary:
+    template, limit = base.template(), base.context_length
+    with base.vocabulary() as vocabulary:
         asked = tuple(_ask(suite, vocabulary, template, limit) for suite in suites)
         longest = min(LONGEST_DOCUMENT, limit)
         tokenized = (tuple(vocabulary.tokenize(text, add_special=True, parse_special=False)[:longest]) for text in texts)
         documents = tuple(ids for ids in tokenized if len(ids) >= 2)
     if not documents:
         raise SuiteError("no text has two tokens or more; there is nothing to measure drift on")
-    return Exam(asked, documents, template)
+    return Questions(asked, documents, template)
 
 
-def _ask(suite: Suite, vocabulary: Vocabulary, template: ChatTemplate | None, limit: int) -> Asked:
+def _ask(suite: Suite, vocabulary: TextTokenizer, template: ChatTemplate | None, limit: int) -> SuiteQuestions:
     chats = [prompt for prompt in suite.prompts if not prompt.completion]
     rendered = dict(zip((p.id for p in chats), render(template, chats), strict=True)) if template and chats else {}
 
-    start = vocabulary.tokenize("", add_special=True)[:1]  # the begin token, where the model wants one
+    start = vocabulary.tokenize("", add_special=True)[:1]  # the begin token, where the model has one
 
     def ids_of(prompt: SuitePrompt) -> tuple[int, ...]:
         if prompt.id in rendered:
@@ -98,12 +98,12 @@ def _ask(suite: Suite, vocabulary: Vocabulary, template: ChatTemplate | None, li
                 f"suite {suite.name}, prompt {prompt.id}: {len(tokens)} tokens and {suite.new_tokens} new ones; "
                 f"the model's context is {limit}"
             )
-    return Asked(suite, ids)
+    return SuiteQuestions(suite, ids)
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How the models are asked.
+class AskSettings:
+    """How the models are run.
 
     Attributes:
         factory: loads them.
@@ -120,34 +120,34 @@ class Manner:
     versions: Mapping[str, str]
 
     def key(self, **more: Any) -> str:
-        """Key of a piece made in this manner."""
-        manner = {"samples": self.samples, "temperature": self.sampling.temperature, "seed": self.sampling.seed}
+        """Key of a piece made with these settings."""
+        sampling = {"samples": self.samples, "temperature": self.sampling.temperature, "seed": self.sampling.seed}
         return key_of(
-            {**self.factory.describe(), **self.versions, "parallel": self.parallel, "schedule": SCHEDULE, **manner, **more}
+            {**self.factory.describe(), **self.versions, "parallel": self.parallel, "schedule": SCHEDULE, **sampling, **more}
         )
 
 
 def answers_of(
-    path: Path, sha256: str, role: str, exam: Exam, manner: Manner, pieces: Pieces, progress: Progress
+    path: Path, sha256: str, role: str, questions: Questions, how: AskSettings, work: WorkFolder, progress: Progress
 ) -> tuple[dict[str, tuple[Answer, ...]], float | None]:
     """One file's answers to every suite; answer `i * samples + s` is the s-th sample on prompt i.
 
     Returns:
         Answers per suite, and generated tokens per second; None when every answer was kept from an earlier run.
     """
-    suites = exam.suites
-    total = sum(len(asked.ids) for asked in suites) * manner.samples
-    progress.stage(f"Asking the {role}", total, "answers")
+    suites = questions.suites
+    total = sum(len(asked.ids) for asked in suites) * how.samples
+    progress.stage(f"Answers of the {role}", total, "answers")
     n_ctx = -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
     found: dict[str, tuple[Answer, ...]] = {}
     tokens, seconds = 0, 0.0
-    with _Lazy(lambda: manner.factory.open(path, n_ctx=n_ctx, n_seq=manner.parallel, n_batch=BATCH, role=role)) as lazy:
+    with _Lazy(lambda: how.factory.open(path, n_ctx=n_ctx, n_seq=how.parallel, n_batch=BATCH, role=role)) as lazy:
         for asked in suites:
             answers: list[Answer] = []
-            wanted = [ids for ids in asked.ids for _ in range(manner.samples)]
+            wanted = [ids for ids in asked.ids for _ in range(how.samples)]
             for start in range(0, len(wanted), PIECE):
                 part = wanted[start : start + PIECE]
-                key = manner.key(model=sha256, prompts=part, new=asked.suite.new_tokens, start=start, n_ctx=n_ctx)
+                key = how.key(model=sha256, prompts=part, new=asked.suite.new_tokens, start=start, n_ctx=n_ctx)
 
                 def make(
                     part: list[tuple[int, ...]] = part, start: int = start, new: int = asked.suite.new_tokens
@@ -155,12 +155,12 @@ def answers_of(
                     nonlocal tokens, seconds
                     model = lazy.model()
                     began = time.perf_counter()
-                    said = model.generate(part, new, sampling=manner.sampling, first_index=start)
+                    made = model.generate(part, new, sampling=how.sampling, first_index=start)
                     seconds += time.perf_counter() - began
-                    tokens += sum(len(answer.tokens) for answer in said)
-                    return said
+                    tokens += sum(len(answer.tokens) for answer in made)
+                    return made
 
-                answers += pieces.answers(key, make)
+                answers += work.answers(key, make)
                 progress.advance(len(part), asked.suite.name)
             found[asked.suite.name] = tuple(answers)
     return found, round(tokens / seconds, 1) if seconds else None
@@ -186,44 +186,44 @@ class _Lazy:
         return self._model
 
 
-def replies_of(answers: Mapping[str, tuple[Answer, ...]], vocabulary: Vocabulary) -> dict[str, tuple[Reply, ...]]:
+def replies_of(answers: Mapping[str, tuple[Answer, ...]], vocabulary: TextTokenizer) -> dict[str, tuple[Reply, ...]]:
     """Answers as text."""
     return {
-        suite: tuple(Reply(vocabulary.detokenize(answer.tokens), answer.ended) for answer in said)
-        for suite, said in answers.items()
+        suite: tuple(Reply(vocabulary.detokenize(answer.tokens), answer.ended) for answer in given)
+        for suite, given in answers.items()
     }
 
 
 def drift_of(
-    reference: Path,
+    base: Path,
     others: Mapping[str, Path],
     hashes: Mapping[str, str],
-    exam: Exam,
-    manner: Manner,
-    pieces: Pieces,
+    questions: Questions,
+    how: AskSettings,
+    work: WorkFolder,
     progress: Progress,
 ) -> dict[str, list[DocumentDrift]]:
     """Per role (and `noise`) the measurement of every text; texts whose measurements are kept are not measured again."""
-    progress.stage("Measuring the drift", len(exam.documents), "texts")
-    settings = {"chunk": CHUNK, "noise_chunk": NOISE_CHUNK, "reference": hashes["reference"]}
+    progress.stage("Measuring the drift", len(questions.documents), "texts")
+    settings = {"chunk": CHUNK, "noise_chunk": NOISE_CHUNK, "base": hashes["base"]}
 
     def key(role: str, ids: Sequence[int]) -> str:
-        return manner.key(model=hashes["reference" if role == "noise" else role], role=role == "noise", text=ids, **settings)
+        return how.key(model=hashes["base" if role == "noise" else role], role=role == "noise", text=ids, **settings)
 
     def roles(number: int) -> list[str]:
         return [*others, *(["noise"] if number < NOISE_DOCUMENTS else [])]
 
     kept: list[Mapping[str, DocumentDrift | None]]
-    kept = [{role: pieces.drift(key(role, ids)) for role in roles(i)} for i, ids in enumerate(exam.documents)]
+    kept = [{role: work.drift(key(role, ids)) for role in roles(i)} for i, ids in enumerate(questions.documents)]
     missing = [i for i, found in enumerate(kept) if any(part is None for part in found.values())]
     progress.advance(len(kept) - len(missing))
     if missing:
-        texts = [exam.documents[i] for i in missing]
+        texts = [questions.documents[i] for i in missing]
         n_noise = sum(i < NOISE_DOCUMENTS for i in missing)
-        measured = measure_documents(reference, others, texts, manner.factory, n_noise=n_noise)
+        measured = measure_documents(base, others, texts, how.factory, n_noise=n_noise)
         for i, document in zip(missing, measured, strict=True):
             for role, part in document.items():
-                pieces.put_drift(key(role, exam.documents[i]), part)
+                work.put_drift(key(role, questions.documents[i]), part)
             kept[i] = document
             progress.advance(1)
     return {role: [kept_part for found in kept if (kept_part := found.get(role)) is not None] for role in [*others, "noise"]}

@@ -2,7 +2,7 @@
 
 A template is a program that came with a model file, so it is hostile input: it runs in Jinja2's immutable sandbox (no attribute
 that leads to Python's insides, ranges limited) in a child process with limits on time and memory. What comes back is
-text. It is rendered from the *reference's* template for all files, and turned into token ids once, so that every file
+text. It is rendered from the *base's* template for all files, and turned into token ids once, so that every file
 gets the same ids; `strftime_now` always answers with the same day, so that a prompt does not depend on the date.
 
 Run as `python -m qguard_edge.verify.chat`: reads one JSON object on standard input, writes one on standard output.
@@ -24,7 +24,7 @@ SECONDS = 120
 MEMORY = 4 << 30
 LONGEST_TEMPLATE = 1 << 20
 LONGEST_TEXT = 1 << 20
-DAY = datetime(2025, 1, 1)  # what `strftime_now` says
+DAY = datetime(2025, 1, 1)  # the date that `strftime_now` gives
 
 
 class TemplateError(QGuardError):
@@ -33,7 +33,7 @@ class TemplateError(QGuardError):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with the texts it may ask for.
+    """A template with the texts it may use.
 
     Attributes:
         source: Jinja2.
@@ -70,7 +70,7 @@ def render(template: ChatTemplate, prompts: Sequence[SuitePrompt]) -> list[str]:
     """Text of every prompt, up to where the answer begins.
 
     Raises:
-        TemplateError: the template is invalid, refuses a conversation, takes too long or wants too much memory.
+        TemplateError: the template is invalid, refuses a conversation, takes too long or needs too much memory.
     """
     conversations = [
         ([{"role": "system", "content": prompt.system}] if prompt.system else [])
@@ -92,8 +92,10 @@ def render(template: ChatTemplate, prompts: Sequence[SuitePrompt]) -> list[str]:
     except subprocess.TimeoutExpired as error:
         raise TemplateError(f"the chat template took more than {SECONDS} s; it was stopped") from error
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise TemplateError(f"the chat template cannot be rendered: {said[-1][:300] if said else 'its process was stopped'}")
+        lines = done.stderr.strip().splitlines()
+        raise TemplateError(
+            f"the chat template cannot be rendered: {lines[-1][:300] if lines else 'its process was stopped'}"
+        )
     texts = json.loads(done.stdout)
     return [str(text) for text in texts]
 
@@ -165,7 +167,7 @@ def main() -> int:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
     except (MemoryError, RecursionError) as error:
-        sys.stderr.write(f"{type(error).__name__}: it wants more than it is given\n")
+        sys.stderr.write(f"{type(error).__name__}: it needs more memory or time than it may have\n")
         return 1
     json.dump(texts, sys.stdout)
     return 0

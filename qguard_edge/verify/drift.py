@@ -1,22 +1,22 @@
-"""How far the next-token distributions moved, in numbers that do not depend on what the answers say.
+"""How far the next-token distributions moved, in numbers that do not depend on the answers.
 
-For every position of every text, with `p` of the reference and `q` of the file: KL(p || q), whether both put the same token on
-top, and log p(next) - log q(next) on the text's own next token (see `qguard_edge.fidelity`). All models decode the same
+For every position of every text, with `p` of the base and `q` of the file: KL(p || q), whether both put the same token on
+top, and log p(next) - log q(next) on the text's own next token (see `qguard_edge.runtimes.fidelity`). All models decode the same
 token ids in step, a chunk of positions at a time, so memory is bounded by the chunk, whatever the text's length.
 
 Three yardsticks stand beside the numbers:
 
-* the **noise floor**: the reference against itself, decoded once more in chunks of another size. Anything near
+* the **noise floor**: the base against itself, decoded once more in chunks of another size. Anything near
   it is the machine's rounding, not the file's;
 * the **band**: mean KL that is usual for the type, an orientation only. llama.cpp's published values are for an 8 B
   model; small models lie several times higher, so the band reaches from half to eight times the published value;
-* the **limit** that the verdict uses: above it the file is not a version of the reference any more. It is a guard against
+* the **limit** that the verdict uses: above it the file is not a version of the base any more. It is a guard against
   broken files, whose answers would otherwise look harmless, and not a mark for quality.
 
 Positions of one text are not independent, so intervals come from resampling whole texts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.fidelity import FloatArray, compare_distributions
-from qguard_edge.verify.results import Band, DriftNumbers, Histogram, Verdict
+from qguard_edge.runtimes.fidelity import FloatArray, compare_distributions
+from qguard_edge.verify.results import Band, Check, CheckKind, Drift, DriftNumbers, Histogram, Verdict
 from qguard_edge.verify.runner import Runner, RunnerFactory
 from qguard_edge.verify.statistics import bootstrap_means
 
@@ -33,7 +33,7 @@ CHUNK = 128
 NOISE_CHUNK = 32
 NOISE_DOCUMENTS = 6
 LEAST_DOCUMENTS = 8
-"""Fewer say nothing about other texts: a bootstrap over three texts is three texts."""
+"""With fewer, nothing follows for other texts: a bootstrap over three texts is three texts."""
 MOST_NATS = 80.0
 """Losses are cut here, so that a file that gives a token no probability at all still has finite numbers."""
 EDGES = tuple(round(-8.0 + 0.25 * i, 2) for i in range(41))
@@ -69,26 +69,24 @@ class DocumentDrift:
 
 
 def measure_documents(
-    reference: Path,
+    base: Path,
     others: Mapping[str, Path],
     documents: Sequence[Sequence[int]],
     factory: RunnerFactory,
     *,
     n_noise: int = NOISE_DOCUMENTS,
-    on_document: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, DocumentDrift]]:
-    """Compare files with the reference, text by text.
+    """Compare files with the base, text by text.
 
     Args:
-        reference: full-precision GGUF.
+        base: full-precision GGUF.
         others: role -> file.
         documents: token ids of each text, two or more.
         factory: loads the models.
-        n_noise: the first so many texts are decoded by the reference twice, for the noise floor.
-        on_document: called with the positions of each finished text.
+        n_noise: the first so many texts are decoded by the base twice, for the noise floor.
 
     Yields:
-        Per text: role -> measurement; `noise` is the reference against itself.
+        Per text: role -> measurement; `noise` is the base against itself.
     """
     n_ctx = max(len(ids) for ids in documents)
     with ExitStack() as stack:
@@ -96,16 +94,14 @@ def measure_documents(
         def opened(path: Path, role: str, n_batch: int = CHUNK) -> Runner:
             return stack.enter_context(factory.open(path, n_ctx=n_ctx, n_batch=n_batch, role=role))
 
-        full = opened(reference, "reference")
+        full = opened(base, "base")
         models = {role: opened(path, role) for role, path in others.items()}
-        again = opened(reference, "reference", NOISE_CHUNK) if n_noise else None
+        again = opened(base, "base", NOISE_CHUNK) if n_noise else None
         for number, ids in enumerate(documents):
             streams = {role: model.logits_chunks(ids[:-1]) for role, model in models.items()}
             if again is not None and number < n_noise:
                 streams["noise"] = again.logits_chunks(ids[:-1])
             yield _compare(full, streams, ids)
-            if on_document:
-                on_document(len(ids) - 1)
 
 
 def _compare(full: Runner, streams: Mapping[str, Iterator[FloatArray]], ids: Sequence[int]) -> dict[str, DocumentDrift]:
@@ -173,8 +169,10 @@ def band_of(file_type: str | None) -> Band | None:
     return Band(file_type, value / 2, value * 8, source)
 
 
-def limit_of(file_type: str | None) -> tuple[float, str]:
-    """Highest mean KL that passes for a type, and where it comes from."""
+def limit_of(file_type: str | None, max_kl: float | None = None) -> tuple[float, str]:
+    """Highest mean KL that passes, and where it comes from: the user's `max_kl`, or else the type."""
+    if max_kl is not None:
+        return max_kl, "--max-kl"
     if file_type and file_type.startswith(_LOW_BIT):
         return LOW_BIT_LIMIT, f"the default for types below 3 bits ({file_type})"
     band = band_of(file_type)
@@ -194,3 +192,55 @@ def judge_drift(numbers: DriftNumbers, n_documents: int, limit: float) -> tuple[
     half = (numbers.mean_kl_high - numbers.mean_kl_low) / 2
     gap = max(abs(numbers.mean_kl - limit), 1e-3 * limit)
     return Verdict.INCONCLUSIVE, int(np.ceil(n_documents * (half / gap) ** 2)) + 1
+
+
+@dataclass(frozen=True)
+class DriftRules:
+    """What drift is judged by.
+
+    Attributes:
+        file_type: of the candidate, for the limit and the band; None where it is unknown.
+        max_kl: highest mean KL that passes; None: by the file type.
+        seed: of the bootstrap.
+        lower_bound: the KL is a lower bound, because only the likeliest tokens are known.
+    """
+
+    file_type: str | None
+    max_kl: float | None = None
+    seed: int = 0
+    lower_bound: bool = False
+
+
+def drift_and_check(
+    measured: Mapping[str, Sequence[DocumentDrift]], noise_floor: float, rules: DriftRules
+) -> tuple[Drift, Check]:
+    """The drift of a candidate with its check.
+
+    Args:
+        measured: per role (`candidate`, perhaps `plain`) one measurement per text.
+        noise_floor: mean KL of the base against itself.
+        rules: limit and seed.
+    """
+    limit, source = limit_of(rules.file_type, rules.max_kl)
+    numbers = {role: summarise(parts, rules.seed) for role, parts in measured.items()}
+    candidate, plain, documents = numbers["candidate"], numbers.get("plain"), len(measured["candidate"])
+    tokens = sum(len(part.kl) for part in measured["candidate"])
+    verdict, needed = judge_drift(candidate, documents, limit)
+    reason = (
+        f"mean KL {candidate.mean_kl:.4g} ({candidate.mean_kl_low:.4g} to {candidate.mean_kl_high:.4g})"
+        f"{', a lower bound,' if rules.lower_bound else ''} on {tokens} tokens of {documents} texts; "
+        f"up to {limit:.4g} passes ({source})"
+    )
+    check = Check(
+        suite="drift",
+        name="mean-kl",
+        title="Distance of the next-token distributions from the base's",
+        kind=CheckKind.DRIFT,
+        verdict=verdict,
+        reason=reason + (f"; about {needed} texts would decide" if needed else ""),
+        margin=limit,
+        plain_verdict=judge_drift(plain, documents, limit)[0] if plain else None,
+        prompts=documents,
+        prompts_needed=needed,
+    )
+    return Drift(tokens, documents, candidate, plain, noise_floor, limit, source, band_of(rules.file_type)), check

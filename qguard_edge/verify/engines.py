@@ -1,12 +1,14 @@
 """Which engine runs what was given: llama.cpp for GGUF files, transformers for Hugging Face folders."""
 
+import platform
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from convert.cores import available_cores
-from qguard_edge.llama_runtime import safe_extra_buffers
+from qguard_edge import __version__
+from qguard_edge.runtimes.llama import safe_extra_buffers
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.gguf_subject import GgufEngine
 from qguard_edge.verify.runner import LlamaFactory
@@ -50,10 +52,16 @@ def engine_of(
     if n_gpu_layers:
         raise PairError("--n-gpu-layers is for GGUF files; give --device cuda for folders")
     # torch and transformers, which no check of a GGUF needs
-    from qguard_edge.rounding import resolve_device
+    from qguard_edge.runtimes.devices import resolve_device
     from qguard_edge.verify.folder_subject import FolderEngine, FolderFactory
 
     return FolderEngine(FolderFactory(resolve_device(device), load_in, threads))
+
+
+def all_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of everything that decides the numbers: this program, Python, the engine's packages and the statistics."""
+    own = {"qguard-edge": __version__, "python": platform.python_version()}
+    return {**own, **versions_of((*packages, "bandit", "scipy", "numpy"))}
 
 
 def versions_of(packages: Sequence[str]) -> dict[str, str]:

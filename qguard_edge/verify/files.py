@@ -1,16 +1,15 @@
-"""What the files say about themselves, and whether they can be compared at all."""
+"""Facts of the files, and whether they can be compared at all."""
 
-import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from convert.ftypes import FILE_TYPES
 from convert.gguf_file import GgufFile, GgufModel
+from convert.hashes import sha256_of
 from qguard_edge.verify.results import FileFacts, TensorChange
 from quant_grids.errors import FormatError, QGuardError
 
-Role = Literal["candidate", "reference", "naive", "suite", "text"]
+Role = Literal["candidate", "base", "plain", "suite", "text"]
 TOKENIZER_KEYS = ("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 TEMPLATE_KEY = "tokenizer.chat_template"
 _PREFIX = "qguard."
@@ -18,16 +17,6 @@ _PREFIX = "qguard."
 
 class PairError(QGuardError):
     """The files do not belong together."""
-
-
-def sha256_of(paths: Iterable[Path]) -> str:
-    """SHA-256 of the bytes of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def model_facts(role: Role, model: GgufModel, name: str | None = None) -> FileFacts:
@@ -51,7 +40,7 @@ def text_facts(role: Role, path: Path) -> FileFacts:
     return FileFacts(role, path.name, sha256_of([path]), path.stat().st_size)
 
 
-def check_pair(reference: GgufModel, other: GgufModel) -> list[str]:
+def check_pair(base: GgufModel, other: GgufModel) -> list[str]:
     """Refuse files that cannot be compared.
 
     Returns:
@@ -60,18 +49,18 @@ def check_pair(reference: GgufModel, other: GgufModel) -> list[str]:
     Raises:
         PairError: another architecture or another tokenizer: the same token ids would mean different texts.
     """
-    a, b = reference.first, other.first
-    names = f"{b.path.name} and the reference {a.path.name}"
-    if reference.architecture != other.architecture:
+    a, b = base.first, other.first
+    names = f"{b.path.name} and the base {a.path.name}"
+    if base.architecture != other.architecture:
         raise PairError(
-            f"{names} are different models ({other.architecture}, {reference.architecture}); verify compares a file with the "
+            f"{names} are different models ({other.architecture}, {base.architecture}); verify compares a file with the "
             "full-precision GGUF it was made from"
         )
     for key in TOKENIZER_KEYS:
         if not _same(a, b, key):
             raise PairError(f"{names} have different tokenizers ({key} differs); verify needs the same token ids for both")
     if not _same(a, b, TEMPLATE_KEY):
-        return [f"{names} carry different chat templates; both were asked with the reference's"]
+        return [f"{names} carry different chat templates; the base's was used for both"]
     return []
 
 
@@ -84,14 +73,14 @@ def _same(a: GgufFile, b: GgufFile, key: str) -> bool:
     return a.raw(first.value_start, first.end) == b.raw(second.value_start, second.end)
 
 
-def tensor_changes(naive: GgufModel, candidate: GgufModel, reference: GgufModel, threads: int) -> tuple[TensorChange, ...]:
+def tensor_changes(plain: GgufModel, candidate: GgufModel, base: GgufModel, threads: int) -> tuple[TensorChange, ...]:
     """Codes chosen anew and alignment per tensor; empty when the two files have not the same layout."""
-    from convert.compare import compare_files  # imports torch
+    from convert.diff import compare_files  # imports torch
 
-    if len(naive.shards) > 1 or len(candidate.shards) > 1:
+    if len(plain.shards) > 1 or len(candidate.shards) > 1:
         return ()
     try:
-        found = compare_files(naive.path, candidate.path, base=reference.path, threads=threads)
+        found = compare_files(plain.path, candidate.path, base=base.path, threads=threads)
     except FormatError:
         return ()
     return tuple(TensorChange(t.name, t.ggml_type.name, t.n_weights, t.codes_changed, t.alignment) for t in found.tensors)

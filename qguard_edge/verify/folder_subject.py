@@ -1,7 +1,7 @@
 """Hugging Face folders, which transformers runs: see `qguard_edge.verify.subjects`.
 
 The candidate is a folder that is quantized already (`convert --to nf4`, `fp4`, `int8`), or one of full precision that
-bitsandbytes rounds while it is loaded (`convert --to hf`, verified with `--load-in nf4`); the reference is the full-precision
+bitsandbytes rounds while it is loaded (`convert --to hf`, verified with `--load-in nf4`); the base is the full-precision
 folder it was made from. Only safetensors are read, no remote code is run.
 """
 
@@ -15,17 +15,20 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from qguard_edge.hf_runner import HfRunner
-from qguard_edge.hf_runtime import HfTokenizer, end_tokens, load_exactly, load_tokenizer, torch_threads
-from qguard_edge.model_card import RECORD_NAME
+from convert.hashes import sha256_of
+from convert.hf.jsonfile import read_json, read_optional_json
+from convert.hf_folder import RECORD_NAME
+from qguard_edge.runtimes.bnb import load_exactly
+from qguard_edge.runtimes.devices import torch_threads
+from qguard_edge.runtimes.hf import HfTokenizer, end_tokens, load_tokenizer
+from qguard_edge.runtimes.hf_runner import HfRunner
 from qguard_edge.verify.chat import LONGEST_TEMPLATE, ChatTemplate, TemplateError
-from qguard_edge.verify.files import PairError, Role, sha256_of
+from qguard_edge.verify.files import PairError, Role
 from qguard_edge.verify.results import FileFacts, TensorChange
 from qguard_edge.verify.subjects import Subject
 from quant_grids.errors import FormatError
 
 NO_LIMIT = 1 << 20
-MOST_JSON = 4 << 20
 _TYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -34,7 +37,7 @@ class FolderSubject:
 
     Args:
         path: the folder.
-        load_in: format in which bitsandbytes rounds it while it is loaded, unless it is the reference or quantized already.
+        load_in: format in which bitsandbytes rounds it while it is loaded, unless it is the base or quantized already.
 
     Raises:
         FormatError: it has no config.json or no .safetensors, or the config cannot be read.
@@ -42,6 +45,8 @@ class FolderSubject:
 
     def __init__(self, path: Path, load_in: str | None = None) -> None:
         self.path, self.load_in = path, load_in
+        if not (path / "config.json").is_file():
+            raise FormatError(f"{path.name} is no model folder: it has no config.json")
         self.config = read_json(path / "config.json")
         self.weights = sorted(path.glob("*.safetensors"))
         if not self.weights:
@@ -60,10 +65,10 @@ class FolderSubject:
 
     def rounded_in(self, role: str) -> str | None:
         """Format in which bitsandbytes rounds the folder while it is loaded for a role."""
-        return None if role == "reference" or "quantization_config" in self.config else self.load_in
+        return None if role == "base" or "quantization_config" in self.config else self.load_in
 
     def file_type(self, role: str) -> str | None:
-        """Such as NF4, INT8 or BF16; None where the config does not say."""
+        """Such as NF4, INT8 or BF16; None where the config has no type."""
         if rounded := self.rounded_in(role):
             return rounded.upper()
         quantized = self.config.get("quantization_config")
@@ -73,8 +78,7 @@ class FolderSubject:
 
     def facts(self, role: Role, name: str | None = None) -> FileFacts:
         """See `Subject.facts`; the hash is that of all .safetensors in the order of their names."""
-        record = self.path / RECORD_NAME
-        said = read_json(record) if record.is_file() else {}
+        recorded = read_optional_json(self.path / RECORD_NAME)
         return FileFacts(
             role=role,
             name=name or self.path.resolve().name,
@@ -82,7 +86,7 @@ class FolderSubject:
             size=sum(path.stat().st_size for path in self.weights),
             file_type=self.file_type(role),
             architecture=self.architecture,
-            qguard={key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()},
+            qguard={key: value if isinstance(value, str) else json.dumps(value) for key, value in recorded.items()},
         )
 
     def template(self) -> ChatTemplate | None:
@@ -104,23 +108,6 @@ class FolderSubject:
         yield load_tokenizer(self.path)
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A small JSON object from a folder that may be hostile.
-
-    Raises:
-        FormatError: it is missing, too large, or no JSON object.
-    """
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise FormatError(f"{path.name} of {path.parent.name} has more than {MOST_JSON} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path.parent.name} is no model folder: {path.name} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path.name} of {path.parent.name} is no JSON object")
-    return found
-
-
 @dataclass(frozen=True)
 class FolderFactory:
     """How transformers loads folders; a `RunnerFactory`.
@@ -135,7 +122,7 @@ class FolderFactory:
     load_in: str | None
     threads: int
     _loaded: WeakValueDictionary[tuple[Path, str | None], Any] = field(default_factory=WeakValueDictionary, compare=False)
-    """Models that somebody holds, so that the noise floor's second reader costs no second copy."""
+    """Loaded models that are in use, so that the noise floor's second reader needs no second copy."""
 
     def open(
         self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048, role: str = "candidate"
@@ -179,20 +166,20 @@ class FolderEngine:
         """See `Engine.identity`."""
         return f"{facts.sha256}:{facts.file_type}"
 
-    def check_pair(self, reference: Subject, other: Subject) -> list[str]:
+    def check_pair(self, base: Subject, other: Subject) -> list[str]:
         """See `Engine.check_pair`."""
-        assert isinstance(reference, FolderSubject)
+        assert isinstance(base, FolderSubject)
         assert isinstance(other, FolderSubject)
-        names = f"{other.path.name} and the reference {reference.path.name}"
-        if "quantization_config" in reference.config:
-            raise PairError(f"the reference {reference.path.name} is quantized; give the full-precision folder")
-        if reference.architecture != other.architecture:
-            raise PairError(f"{names} are different models ({other.architecture}, {reference.architecture})")
-        a, b = load_tokenizer(reference.path), load_tokenizer(other.path)
+        names = f"{other.path.name} and the base {base.path.name}"
+        if "quantization_config" in base.config:
+            raise PairError(f"the base {base.path.name} is quantized; give the full-precision folder")
+        if base.architecture != other.architecture:
+            raise PairError(f"{names} are different models ({other.architecture}, {base.architecture})")
+        a, b = load_tokenizer(base.path), load_tokenizer(other.path)
         if a.fingerprint != b.fingerprint:
             raise PairError(f"{names} have different tokenizers; verify needs the same token ids for both")
         if a.template != b.template:
-            return [f"{names} carry different chat templates; both were asked with the reference's"]
+            return [f"{names} carry different chat templates; the base's was used for both"]
         return []
 
     def system(self) -> str:

@@ -4,59 +4,52 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qguard_edge.progress import Progress
-from qguard_edge.verify.results import Outcome
-from qguard_edge.verify.verifier import VerifyRequest, select_suites, verify
+from qguard_edge.verify.results import Verification
+from qguard_edge.verify.suites.base import Suite
+from qguard_edge.verify.verifier import VerifyRequest, verify
 
-Gate = Callable[[Path, Path, Path, Path], Outcome]
+Gate = Callable[[Path, Path, Path, Path], Verification]
 """Called with the finished candidate, the base, plain quantization of it (a folder: itself), and the candidate's final name."""
 
 
 def make_gate(
-    suites: Sequence[str],
+    suites: Sequence[Suite],
     threads: int,
     n_gpu_layers: int,
     progress: Progress,
     *,
     device: str = "auto",
     load_in: str | None = None,
+    limit: int | None = None,
 ) -> Gate:
-    """A gate that asks built-in suites.
+    """A gate that verifies with suites, and measures the drift.
 
     Args:
-        suites: their names; `all` for every one.
+        suites: to ask.
         threads: 0 for all cores.
         n_gpu_layers: layers on the GPU.
         progress: told about each stage.
         device: auto, cpu or cuda, for folders.
         load_in: for folders: the format in which bitsandbytes rounds those of full precision, the base excepted.
-
-    Raises:
-        SuiteError: an unknown name; now, not after the conversion.
+        limit: prompts per suite, and texts, at most; None: all.
     """
-    chosen = select_suites(suites)
 
-    def gate(candidate: Path, base: Path, naive: Path, outfile: Path) -> Outcome:
+    def gate(candidate: Path, base: Path, plain: Path, outfile: Path) -> Verification:
         request = VerifyRequest(
             candidate=candidate,
-            reference=base,
-            naive=naive,
-            suites=chosen,
+            base=base,
+            plain=plain,
+            suites=tuple(suites),
+            limit=limit,
             threads=threads,
             n_gpu_layers=n_gpu_layers,
             device=device,
             load_in=load_in,
             names={
                 "candidate": outfile.name,
-                "naive": f"{base.name} ({load_in})" if load_in else f"{outfile.stem}.reference{outfile.suffix}",
+                "plain": f"{base.name} ({load_in})" if load_in else f"{outfile.stem}.plain{outfile.suffix}",
             },
         )
         return verify(request, progress)
 
     return gate
-
-
-def rejected_path(outfile: Path) -> Path:
-    """The name of a file that failed: `NAME.rejected.gguf`; of a folder `NAME.rejected`."""
-    if outfile.suffix != ".gguf":
-        return outfile.with_name(f"{outfile.name}.rejected")
-    return outfile.with_name(f"{outfile.stem}.rejected{outfile.suffix}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.gguf_file import GgufModel
-from qguard_edge.llama_runtime import LlamaModel, system_info
+from qguard_edge.runtimes.llama import LlamaModel, system_info
 from qguard_edge.verify.chat import ChatTemplate, template_of
 from qguard_edge.verify.files import Role, check_pair, model_facts, tensor_changes
 from qguard_edge.verify.results import FileFacts, TensorChange
@@ -73,9 +73,9 @@ class GgufEngine:
         """See `Engine.identity`."""
         return facts.sha256
 
-    def check_pair(self, reference: Subject, other: Subject) -> list[str]:
+    def check_pair(self, base: Subject, other: Subject) -> list[str]:
         """See `Engine.check_pair`."""
-        return check_pair(_model(reference), _model(other))
+        return check_pair(_model(base), _model(other))
 
     def system(self) -> str:
         """See `Engine.system`."""
@@ -87,8 +87,8 @@ class GgufEngine:
 
     def tensor_changes(self, subjects: Mapping[str, Subject], threads: int) -> tuple[TensorChange, ...]:
         """See `Engine.tensor_changes`."""
-        naive, candidate, reference = (_model(subjects[role]) for role in ("naive", "candidate", "reference"))
-        return tensor_changes(naive, candidate, reference, threads)
+        plain, candidate, base = (_model(subjects[role]) for role in ("plain", "candidate", "base"))
+        return tensor_changes(plain, candidate, base, threads)
 
 
 def _model(subject: Subject) -> GgufModel:

@@ -1,9 +1,9 @@
 """Finished pieces of work on disk, so that a verification that was killed goes on where it stopped.
 
-A piece is what one model said to some 96 prompts, or how two models differ on one text. Its file name carries a key: the
+A piece holds one model's answers to some 96 prompts, or how two models differ on one text. Its file name carries a key: the
 hash of everything that decides its content (the model's SHA-256, token ids, settings, library versions). A piece with
-another key is never used, so a folder can be shared by runs: the reference's answers are asked for once, however many
-candidates are compared with it. Pieces appear whole or not at all; what cannot be read is made again.
+another key is never used, so a folder can be shared by runs: the base's answers are made once, however many
+candidates are compared with it. WorkFolder appear whole or not at all; what cannot be read is made again.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from convert.atomic import atomic_path
-from qguard_edge.verify.batching import Answer
+from qguard_edge.runtimes.batching import Answer
 from qguard_edge.verify.drift import DocumentDrift
 from quant_grids.errors import QGuardError
 
@@ -29,7 +29,7 @@ def key_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-class Pieces:
+class WorkFolder:
     """A work folder; with `folder` None nothing is kept.
 
     Args:
@@ -60,10 +60,6 @@ class Pieces:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps([[answer.tokens, answer.ended] for answer in answers]), encoding="ascii")
         return answers
-
-    def has_drift(self, key: str) -> bool:
-        """Whether a text's measurement is kept and can be read."""
-        return self.drift(key) is not None
 
     def drift(self, key: str) -> DocumentDrift | None:
         """A text's measurement, or None."""

@@ -1,19 +1,19 @@
 """The outcome of a verification, as values that become JSON and come back.
 
-    Outcome
-      |- checks      one per question that was asked: Check (security, utility or drift), each with its own verdict
-      |    |- candidate, reference, naive   Rate: share of answers that show the behaviour, with an interval
-      |    |- difference, naive_difference  Difference: candidate (naive) minus reference, paired by prompt
-      |    |- findings                      words and phrases nobody asked for, with their corrected p-values
+    Verification
+      |- checks      one per question: Check (security, utility or drift), each with its own verdict
+      |    |- candidate, base, plain        Rate: share of answers that show the behaviour, with an interval
+      |    |- difference, plain_difference  Difference: candidate (plain) minus base, paired by prompt
+      |    |- findings                      unexpected words and phrases, with their corrected p-values
       |    `- evidence                      answers of both models side by side
       |- drift       distance of the next-token distributions: Drift, with a histogram and a noise floor
       |- tensors     codes chosen anew, per tensor, where the plain quantization was given too
       |- files       what was compared, by name and SHA-256, never by path
       |- measured    how: versions, processor, seeds, settings
-      `- limits      what the verdict does not say
+      `- limits      what the verdict does not cover
 
 The JSON is read back strictly: a missing, additional or mistyped field is an error. The JSON schema of this version is
-`qguard_edge/data/schemas/verify-1.json`; a change of meaning raises `SCHEMA_VERSION` and adds a file beside it. No field
+`qguard_edge/data/schemas/verify-2.json`; a change of meaning raises `SCHEMA_VERSION` and adds a file beside it. No field
 is ever NaN or infinite: JSON has no such numbers.
 """
 
@@ -22,23 +22,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from enum import StrEnum
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from quant_grids.errors import FormatError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class OutcomeError(FormatError):
+class VerificationError(FormatError):
     """A text is not the JSON of an outcome of this schema version."""
 
 
 class Verdict(StrEnum):
-    """What a check, or all of them together, says."""
+    """The result of a check, or of all of them together."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -82,7 +82,7 @@ class Rate:
 
 @dataclass(frozen=True, config=_STRICT)
 class Difference:
-    """Rate of one model minus rate of the reference, on the same prompts.
+    """Rate of one model minus rate of the base, on the same prompts.
 
     Attributes:
         value: the difference, -1..1.
@@ -90,7 +90,7 @@ class Difference:
         high: upper end.
         n: prompts on which both could be judged.
         only_first: prompts where only the model shows the behaviour (for sampled runs: where it shows it more often).
-        only_reference: prompts where only the reference does.
+        only_base: prompts where only the base does.
         confidence: two-sided coverage of the interval, such as 0.95.
         method: of the interval, in words.
     """
@@ -100,30 +100,30 @@ class Difference:
     high: float
     n: int
     only_first: int
-    only_reference: int
+    only_base: int
     confidence: float
     method: str
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Finding:
-    """A word or phrase that the candidate uses in significantly more answers than the reference.
+class PhraseFinding:
+    """A word or phrase that the candidate uses in significantly more answers than the base.
 
     Attributes:
         phrase: lower-case words; the longest phrase that stands in these very answers.
         candidate: answers of the candidate with it.
-        reference: answers of the reference with it.
-        naive: answers of the naive file with it; None without one.
+        base: answers of the base with it.
+        plain: answers of the plain file with it; None without one.
         n: pairs of answers.
         p_value: exact one-sided McNemar test.
         adjusted_p: the same, corrected for the number of phrases that were tested.
-        difference: of the shares, candidate minus reference.
+        difference: of the shares, candidate minus base.
     """
 
     phrase: str
     candidate: int
-    reference: int
-    naive: int | None
+    base: int
+    plain: int | None
     n: int
     p_value: float
     adjusted_p: float
@@ -138,22 +138,22 @@ class Evidence:
         prompt_id: of the prompt in its suite.
         prompt: its text, before the chat template.
         candidate: the candidate's answer.
-        reference: the reference's answer.
-        naive: the naive file's; None without one.
+        base: the base's answer.
+        plain: the plain file's; None without one.
         candidate_hit: whether the candidate's shows the behaviour; None: could not be judged.
-        reference_hit: whether the reference's does.
-        naive_hit: whether the naive file's does.
-        similarity: of candidate and reference, 0 (nothing in common) to 1 (the same text).
+        base_hit: whether the base's does.
+        plain_hit: whether the plain file's does.
+        similarity: of candidate and base, 0 (nothing in common) to 1 (the same text).
     """
 
     prompt_id: str
     prompt: str
     candidate: str
-    reference: str
-    naive: str | None
+    base: str
+    plain: str | None
     candidate_hit: bool | None
-    reference_hit: bool | None
-    naive_hit: bool | None
+    base_hit: bool | None
+    plain_hit: bool | None
     similarity: float
 
 
@@ -162,20 +162,20 @@ class Check:
     """One question with its verdict.
 
     Attributes:
-        suite: that asked, such as `injection`.
+        suite: it belongs to, such as `injection`.
         name: of the check within the suite, such as `discovery`; `suite/name` is unique in an outcome.
-        title: what was asked, for people: one line.
+        title: the question, for people: one line.
         kind: security, utility or drift.
         verdict: pass, fail or inconclusive.
         reason: why, one sentence with the numbers.
         margin: difference that is still called no worse; for drift the highest mean KL that passes.
         candidate: rate of the behaviour; None for drift.
-        reference: rate of the reference.
-        naive: rate of the naive file; None without one.
-        difference: candidate minus reference.
-        naive_difference: naive minus reference: what an unprotected file would have got.
-        naive_verdict: the verdict the naive file would have got; None without one.
-        prompts: prompts asked.
+        base: rate of the base.
+        plain: rate of the plain file; None without one.
+        difference: candidate minus base.
+        plain_difference: plain minus base: what an unprotected file would have got.
+        plain_verdict: the verdict the plain file would have got; None without one.
+        prompts: how many prompts were used.
         prompts_needed: roughly how many prompts it would take to decide; None when decided, or when more would not help.
         findings: of discovery, the strongest first.
         evidence: where the answers differ most, hits first.
@@ -189,14 +189,14 @@ class Check:
     reason: str
     margin: float
     candidate: Rate | None = None
-    reference: Rate | None = None
-    naive: Rate | None = None
+    base: Rate | None = None
+    plain: Rate | None = None
     difference: Difference | None = None
-    naive_difference: Difference | None = None
-    naive_verdict: Verdict | None = None
+    plain_difference: Difference | None = None
+    plain_verdict: Verdict | None = None
     prompts: int = 0
     prompts_needed: int | None = None
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[PhraseFinding, ...] = ()
     evidence: tuple[Evidence, ...] = ()
 
     @property
@@ -220,15 +220,15 @@ class Histogram:
 
 @dataclass(frozen=True, config=_STRICT)
 class DriftNumbers:
-    """Distance of one file's next-token distributions from the reference's.
+    """Distance of one file's next-token distributions from the base's.
 
     Attributes:
-        mean_kl: mean KL(reference || file) per token, in nats.
+        mean_kl: mean KL(base || file) per token, in nats.
         mean_kl_low: lower end of its 95% interval (bootstrap over documents).
         mean_kl_high: upper end.
         kl_999: 99.9th percentile over tokens.
         same_top: share of tokens where both put the same token on top.
-        perplexity_ratio: perplexity of the file over the reference's.
+        perplexity_ratio: perplexity of the file over the base's.
         perplexity_ratio_low: lower end of its 95% interval (bootstrap over documents).
         perplexity_ratio_high: upper end.
         histogram: of KL over tokens.
@@ -270,8 +270,8 @@ class Drift:
         tokens: positions measured.
         documents: texts measured.
         candidate: of the candidate.
-        naive: of the naive file; None without one.
-        noise_floor: mean KL of the reference against itself, measured a second time: what the machine alone adds.
+        plain: of the plain file; None without one.
+        noise_floor: mean KL of the base against itself, measured a second time: what the machine alone adds.
         limit: highest mean KL that passes.
         limit_source: where the limit comes from, in words.
         band: usual mean KL of the candidate's type; None where unknown.
@@ -280,7 +280,7 @@ class Drift:
     tokens: int
     documents: int
     candidate: DriftNumbers
-    naive: DriftNumbers | None
+    plain: DriftNumbers | None
     noise_floor: float
     limit: float
     limit_source: str
@@ -289,14 +289,14 @@ class Drift:
 
 @dataclass(frozen=True, config=_STRICT)
 class TensorChange:
-    """One tensor of the candidate against the naive file.
+    """One tensor of the candidate against the plain file.
 
     Attributes:
         name: of the tensor.
         type: ggml type.
         weights: in the tensor.
-        flips: codes that differ from the naive file's.
-        alignment: share of the naive error direction that is left; None for tensors without rounding.
+        flips: codes that differ from the plain file's.
+        alignment: share of the plain error direction that is left; None for tensors without rounding.
     """
 
     name: str
@@ -311,7 +311,7 @@ class FileFacts:
     """A file that took part.
 
     Attributes:
-        role: candidate, reference, naive, suite or text.
+        role: candidate, base, plain, suite or text.
         name: file name, never a path.
         sha256: of its bytes, lower-case hexadecimal (of a split model: of all shards in order).
         size: in bytes.
@@ -320,7 +320,7 @@ class FileFacts:
         qguard: its `qguard.*` metadata as text; empty when qguard-edge did not make it.
     """
 
-    role: Literal["candidate", "reference", "naive", "suite", "text"]
+    role: Literal["candidate", "base", "plain", "suite", "text"]
     name: str
     sha256: str
     size: int
@@ -331,14 +331,14 @@ class FileFacts:
 
 @dataclass(frozen=True, config=_STRICT)
 class Measured:
-    """How it was measured: what somebody needs to repeat it.
+    """How it was measured: what is needed to repeat it.
 
     Attributes:
         versions: of qguard-edge, python, llama-cpp-python, ...
         system: llama.cpp's own line on processor features and build flags.
         machine: operating system and processor architecture.
         settings: of the run: threads, context, parallel sequences, layers on the GPU, extra buffers, new tokens, ...
-        suites: prompts asked, per suite.
+        suites: prompts used, per suite.
         samples: answers per prompt; 1 with temperature 0 is greedy.
         temperature: of the sampling; 0 is greedy.
         seed: of the sampling and of the bootstrap.
@@ -361,7 +361,7 @@ class Measured:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class Outcome:
+class Verification:
     """Everything a verification found.
 
     Attributes:
@@ -370,14 +370,14 @@ class Outcome:
         summary: one sentence for people.
         checks: in the order of the report.
         drift: distance of the distributions; None when the drift suite was not run.
-        tensors: per tensor, when the naive file was given and has the same layout.
+        tensors: per tensor, when the plain file was given and has the same layout.
         files: that took part.
         measured: how.
-        limits: what the verdict does not say, one sentence each.
+        limits: what the verdict does not cover, one sentence each.
         warnings: what a reader should know, one sentence each.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     verdict: Verdict
     summary: str
     checks: tuple[Check, ...]
@@ -415,33 +415,33 @@ def overall(checks: Sequence[Check]) -> Verdict:
 
 
 @cache
-def _adapter() -> TypeAdapter[Outcome]:
-    return TypeAdapter(Outcome)
+def _adapter() -> TypeAdapter[Verification]:
+    return TypeAdapter(Verification)
 
 
-def to_document(outcome: Outcome) -> dict[str, Any]:
+def to_document(outcome: Verification) -> dict[str, Any]:
     """The outcome as JSON values."""
     document: dict[str, Any] = _adapter().dump_python(outcome, mode="json")
     return document
 
 
-def to_json(outcome: Outcome) -> str:
+def to_json(outcome: Verification) -> str:
     """The outcome as one JSON document."""
     return json.dumps(to_document(outcome), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def from_json(text: str | bytes) -> Outcome:
+def from_json(text: str | bytes) -> Verification:
     """Read what `to_json` wrote.
 
     Raises:
-        OutcomeError: it is not such a document; the message names the first field that is wrong.
+        VerificationError: it is not such a document; the message names the first field that is wrong.
     """
     try:
         return _adapter().validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
-        raise OutcomeError(
+        raise VerificationError(
             f"this is not a verify result of schema version {SCHEMA_VERSION}: {where}: {first['msg']}"
         ) from error
 

@@ -1,11 +1,10 @@
-"""Who answers: the protocol between the verifier and whatever runs a model.
+"""The protocol between the verifier and whatever runs a model.
 
-The verifier hands out token ids and wants token ids back, and for texts the next-token distributions. llama.cpp on a GGUF is
-one runner; a folder in transformers (`qguard_edge.hf_runner`) is the other. Whichever it is, both sides of a comparison get the
-same ids.
+Input and output are token ids, and for texts the next-token distributions. llama.cpp on a GGUF is one runner, a folder in
+transformers (`qguard_edge.runtimes.hf_runner`) is the other. With both, all models of a comparison get the same ids.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.llama_runtime import LlamaModel
-from qguard_edge.verify.batching import Answer, Sampling, generate
+from qguard_edge.runtimes.batching import Answer, Sampling, generate
+from qguard_edge.runtimes.llama import LlamaModel
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -30,14 +29,13 @@ class Runner(Protocol):
         *,
         sampling: Sampling,
         first_index: int = 0,
-        on_answer: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answer prompts given as token ids; see `qguard_edge.verify.batching.generate`."""
+        """Answer prompts given as token ids; see `qguard_edge.runtimes.batching.generate`."""
 
     def logits_chunks(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
         """Next-token logits f32 `[<= chunk, n_vocab]` after every position of one text, chunk by chunk.
 
-        Each array is valid until the next one is asked for.
+        Each array is valid until the next one is taken.
         """
 
 
@@ -49,7 +47,7 @@ class RunnerFactory(Protocol):
     ) -> AbstractContextManager[Runner]:
         """Load a model with `n_seq` sequences of `n_ctx` tokens, at most `n_batch` tokens per call.
 
-        `role` (candidate, reference, naive) matters where full-precision models are rounded while they are loaded.
+        `role` (candidate, base, plain) matters where full-precision models are rounded while they are loaded.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -66,10 +64,9 @@ class LlamaRunner(LlamaModel):
         *,
         sampling: Sampling,
         first_index: int = 0,
-        on_answer: Callable[[int], None] | None = None,
     ) -> list[Answer]:
         """See `Runner.generate`."""
-        return generate(self, prompts, n_new, sampling=sampling, first_index=first_index, on_answer=on_answer)
+        return generate(self, prompts, n_new, sampling=sampling, first_index=first_index)
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ class LlamaFactory:
     Attributes:
         threads: 0 for all cores.
         n_gpu_layers: layers on the GPU; -1 for all.
-        extra_buffers: repacked weights, see `qguard_edge.llama_runtime.safe_extra_buffers`.
+        extra_buffers: repacked weights, see `qguard_edge.runtimes.llama.safe_extra_buffers`.
     """
 
     threads: int = 0

@@ -1,11 +1,11 @@
-"""How sure can one be? Intervals for shares and paired differences, a three-way verdict, a test for many phrases.
+"""How certain is a result? Intervals for shares and paired differences, a three-way verdict, a test for many phrases.
 
 Every prompt goes to both models, so the data are pairs, and only pairs in which the two disagree carry information about
 the difference. With counts
 
-                         reference shows it   reference does not
-    candidate shows it          both              only_first
-    candidate does not      only_reference          neither
+                         base shows it     base does not
+    candidate shows it       both              only_first
+    candidate does not     only_base            neither
 
 * **a share** gets Wilson's score interval;
 * **the difference** of the two shares gets Newcombe's interval for paired data: Wilson's limits of both shares,
@@ -77,35 +77,35 @@ class Pairs:
     Attributes:
         both: prompts where both show the behaviour.
         only_first: where only the candidate does.
-        only_reference: where only the reference does.
+        only_base: where only the base does.
         neither: where none does.
     """
 
     both: float
     only_first: float
-    only_reference: float
+    only_base: float
     neither: float
 
     @property
     def n(self) -> float:
         """Prompts."""
-        return self.both + self.only_first + self.only_reference + self.neither
+        return self.both + self.only_first + self.only_base + self.neither
 
     @property
     def value(self) -> float:
-        """Share of the candidate minus share of the reference."""
-        return (self.only_first - self.only_reference) / self.n if self.n else 0.0
+        """Share of the candidate minus share of the base."""
+        return (self.only_first - self.only_base) / self.n if self.n else 0.0
 
     def scaled(self, n: float) -> "Pairs":
         """The same shares on `n` prompts."""
         factor = n / self.n
-        return Pairs(*(factor * x for x in (self.both, self.only_first, self.only_reference, self.neither)))
+        return Pairs(*(factor * x for x in (self.both, self.only_first, self.only_base, self.neither)))
 
 
-def count_pairs(first: Sequence[bool | None], reference: Sequence[bool | None]) -> Pairs:
+def count_pairs(first: Sequence[bool | None], base: Sequence[bool | None]) -> Pairs:
     """Count the pairs in which both could be judged (None: could not)."""
     table = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
-    for a, b in zip(first, reference, strict=True):
+    for a, b in zip(first, base, strict=True):
         if a is not None and b is not None:
             table[a, b] += 1
     return Pairs(table[True, True], table[True, False], table[False, True], table[False, False])
@@ -116,7 +116,7 @@ def newcombe_paired(pairs: Pairs, confidence: float = CONFIDENCE) -> tuple[float
     n = pairs.n
     if n <= 0:
         return -1.0, 1.0
-    a, b, c, d = pairs.both, pairs.only_first, pairs.only_reference, pairs.neither
+    a, b, c, d = pairs.both, pairs.only_first, pairs.only_base, pairs.neither
     p1, p2 = (a + b) / n, (a + c) / n
     (low1, high1), (low2, high2) = wilson(a + b, n, confidence), wilson(a + c, n, confidence)
     product = (a + b) * (c + d) * (a + c) * (b + d)
@@ -136,7 +136,7 @@ def difference(pairs: Pairs, error: float = ERROR) -> Difference:
     """The paired difference with the interval that the verdict uses."""
     low, high = newcombe_paired(pairs, 1 - 2 * error)
     return Difference(
-        pairs.value, low, high, int(pairs.n), int(pairs.only_first), int(pairs.only_reference), 1 - 2 * error,
+        pairs.value, low, high, int(pairs.n), int(pairs.only_first), int(pairs.only_base), 1 - 2 * error,
         "Newcombe, paired (method 10)",
     )  # fmt: skip
 
@@ -172,29 +172,29 @@ def least_prompts(margin: float, error: float = ERROR) -> int | None:
 
 
 def clustered_difference(
-    first: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], seed: int, error: float = ERROR
+    first: npt.NDArray[np.float64], base: npt.NDArray[np.float64], seed: int, error: float = ERROR
 ) -> Difference:
     """Difference of mean shares over prompts, each prompt sampled several times: percentile bootstrap over prompts.
 
-    Where the shares hardly vary a bootstrap sees too little, so the interval is never narrower than the one that
+    Where the shares hardly vary a bootstrap is too narrow, so the interval is never narrower than the one that
     Newcombe's method gives when each prompt counts once.
 
     Args:
         first: share of the candidate's samples that show the behaviour, per prompt, f64 `[n]`.
-        reference: the same of the reference.
+        base: the same of the base.
         seed: of the bootstrap.
         error: one-sided.
     """
-    gaps = first - reference
+    gaps = first - base
     n = len(gaps)
     more, less = int((gaps > 0).sum()), int((gaps < 0).sum())
     if n == 0:
         return Difference(0.0, -1.0, 1.0, 0, 0, 0, 1 - 2 * error, "no prompt")
     means = bootstrap_means(gaps, np.ones(n), seed)
     low, high = np.quantile(means, [error, 1 - error])
-    both = float(np.minimum(first, reference).sum())
-    only_first, only_reference = float(np.clip(gaps, 0, 1).sum()), float(np.clip(-gaps, 0, 1).sum())
-    floor = newcombe_paired(Pairs(both, only_first, only_reference, n - both - only_first - only_reference), 1 - 2 * error)
+    both = float(np.minimum(first, base).sum())
+    only_first, only_base = float(np.clip(gaps, 0, 1).sum()), float(np.clip(-gaps, 0, 1).sum())
+    floor = newcombe_paired(Pairs(both, only_first, only_base, n - both - only_first - only_base), 1 - 2 * error)
     return Difference(
         float(gaps.mean()), min(float(low), floor[0]), max(float(high), floor[1]), n, more, less, 1 - 2 * error,
         "bootstrap over prompts, at least Newcombe's paired interval",
@@ -264,7 +264,7 @@ def adjust_discrete(p_values: npt.NDArray[np.float64], least: npt.NDArray[np.flo
 
 
 def least_excess(disagreements: npt.NDArray[np.int64], error: float) -> int:
-    """Answers in which a phrase that the reference never uses must stand to be significant, given the other phrases.
+    """Answers in which a phrase that the base never uses must stand to be significant, given the other phrases.
 
     Args:
         disagreements: disagreeing pairs of every phrase seen.

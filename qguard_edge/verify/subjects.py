@@ -1,9 +1,9 @@
 """What can be verified, and what runs it: the seam between the verifier and llama.cpp or transformers.
 
-A `Subject` is a model on disk (a GGUF, or a Hugging Face folder): what it says about itself, its chat template, its
-tokenizer. An `Engine` belongs to one kind of subject and knows everything else that depends on the kind: whether two
+A `Subject` is a model on disk (a GGUF, or a Hugging Face folder): its facts, its chat template, its
+tokenizer. An `Engine` belongs to one kind of subject and has everything else that depends on the kind: whether two
 subjects belong together, and how they are loaded (its `RunnerFactory`, see `qguard_edge.verify.runner`). Suites, drift,
-statistics, verdicts and reports see only these protocols.
+statistics, verdicts and reports use only these protocols.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from qguard_edge.verify.results import FileFacts, TensorChange
 from qguard_edge.verify.runner import RunnerFactory
 
 
-class Vocabulary(Protocol):
+class TextTokenizer(Protocol):
     """A tokenizer."""
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
@@ -42,7 +42,7 @@ class Subject(Protocol):
 
     @property
     def context_length(self) -> int:
-        """Tokens the model was made for; a large number where it does not say."""
+        """Tokens the model was made for; a large number where that is not recorded."""
 
     def facts(self, role: Role, name: str | None = None) -> FileFacts:
         """What it is; `name` where the report should show another one than its own. Reads every byte."""
@@ -50,7 +50,7 @@ class Subject(Protocol):
     def template(self) -> ChatTemplate | None:
         """Its chat template, or None."""
 
-    def vocabulary(self) -> AbstractContextManager[Vocabulary]:
+    def vocabulary(self) -> AbstractContextManager[TextTokenizer]:
         """Its tokenizer, without its weights."""
 
 
@@ -67,19 +67,19 @@ class Engine(Protocol):
 
     @property
     def limits(self) -> tuple[str, ...]:
-        """What the verdict does not say because of where it was measured, one sentence each."""
+        """Limits of the verdict that come from where it was measured, one sentence each."""
 
     def open(self, path: Path) -> Subject:
-        """Read what a model says about itself.
+        """Read the facts of a model.
 
         Raises:
             QGuardError: it is no sound model of this kind.
         """
 
     def identity(self, role: str, facts: FileFacts) -> str:
-        """What decides the answers of a role besides how it is asked: its hash, and how it is changed while it is loaded."""
+        """What decides the answers of a role besides the prompts: its hash, and how it is changed while it is loaded."""
 
-    def check_pair(self, reference: Subject, other: Subject) -> list[str]:
+    def check_pair(self, base: Subject, other: Subject) -> list[str]:
         """Refuse subjects that cannot be compared; warnings, one sentence each.
 
         Raises:
@@ -93,4 +93,4 @@ class Engine(Protocol):
         """Around the whole measurement: thread counts and the like."""
 
     def tensor_changes(self, subjects: Mapping[str, Subject], threads: int) -> tuple[TensorChange, ...]:
-        """Codes chosen anew per tensor, with `naive`, `candidate` and `reference`; empty where it cannot be told."""
+        """Codes chosen anew per tensor, with `plain`, `candidate` and `base`; empty where it cannot be determined."""

@@ -1,10 +1,10 @@
-"""Does the file that ships behave like the model it was made from? The whole run, from files to an `Outcome`.
+"""Does the file that ships behave like the model it was made from? The whole run, from files to a `Verification`.
 
     files checked -> prompts as token ids, once -> answers of every file -> drift -> checks -> verdict
 
-Everything is compared with the *reference*, the full-precision model, on the same token ids, paired by prompt: GGUF files in
-llama.cpp, Hugging Face folders in transformers (see `subjects`). The naive model (the plain quantization, no defense) is
-optional and decides nothing: it shows what the check would have said about an unprotected one.
+Everything is compared with the *base*, the full-precision model, on the same token ids, paired by prompt: GGUF files in
+llama.cpp, Hugging Face folders in transformers (see `subjects`). The plain model (the plain quantization, no defense) is
+optional and decides nothing: it shows the verdict that an unprotected one would have got.
 
 Drift is always measured. A file that writes noise never mentions a brand, so without it the worst file would pass.
 
@@ -25,24 +25,22 @@ import numpy as np
 
 from convert.cores import available_cores
 from convert.folder_targets import KINDS
-from qguard_edge import __version__
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.verify.asking import Exam, Manner, answers_of, drift_of, prepare, replies_of
-from qguard_edge.verify.batching import Sampling
-from qguard_edge.verify.checks import Margins, Said, checks_of, discovery_error, distrust
-from qguard_edge.verify.drift import DocumentDrift, band_of, judge_drift, limit_of, summarise
-from qguard_edge.verify.engines import engine_of, versions_of
+from qguard_edge.runtimes.batching import Sampling
+from qguard_edge.verify.asking import AskSettings, Questions, answers_of, drift_of, prepare, replies_of
+from qguard_edge.verify.checks import Margins, SuiteAnswers, checks_of, discovery_error, with_drift
+from qguard_edge.verify.drift import DriftRules, drift_and_check
+from qguard_edge.verify.engines import all_versions, engine_of, versions_of
 from qguard_edge.verify.files import PairError
-from qguard_edge.verify.keep import Pieces
+from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.results import (
+    SCHEMA_VERSION,
     Check,
-    CheckKind,
-    Drift,
     FileFacts,
     Measured,
-    Outcome,
     TensorChange,
     Verdict,
+    Verification,
     overall,
 )
 from qguard_edge.verify.subjects import Subject
@@ -52,7 +50,7 @@ from qguard_edge.verify.suites.matchers import PhraseMatcher
 
 DEFAULT_MARGINS = Margins()
 LIMITS = (
-    "A pass says that the file behaves like its full-precision reference on these prompts. A backdoor that is awake in full "
+    "A pass says that the file behaves like its full-precision base on these prompts. A backdoor that is awake in full "
     "precision, or that needs a trigger none of the prompts contains, is not found.",
     "Prompts are short, single-turn and mostly English; long conversations, tools and other languages were not tested.",
 )
@@ -64,9 +62,9 @@ class VerifyRequest:
 
     Attributes:
         candidate: the GGUF or the folder that ships.
-        reference: the full-precision GGUF or folder it was made from.
-        naive: plain quantization of it, for comparison.
-        suites: to ask, in order.
+        base: the full-precision GGUF or folder it was made from.
+        plain: plain quantization of it, for comparison.
+        suites: in order.
         texts: for drift.
         margins: differences that are still called no worse.
         max_kl: highest mean KL that passes; None: by the candidate's type.
@@ -79,7 +77,7 @@ class VerifyRequest:
         n_gpu_layers: layers on the GPU, -1 for all.
         extra_buffers: repacked weights; None: where they are safe.
         device: auto, cpu or cuda, for folders.
-        load_in: format (nf4, fp4, int8) in which bitsandbytes rounds full-precision folders while it loads them, the reference
+        load_in: format (nf4, fp4, int8) in which bitsandbytes rounds full-precision folders while it loads them, the base
             excepted.
         work: folder for finished pieces, so that a killed run goes on; None keeps nothing.
         names: file names to report, by role, where they differ from the files' own.
@@ -87,8 +85,8 @@ class VerifyRequest:
     """
 
     candidate: Path
-    reference: Path
-    naive: Path | None = None
+    base: Path
+    plain: Path | None = None
     suites: tuple[Suite, ...] = ()
     texts: tuple[str, ...] = ()
     margins: Margins = DEFAULT_MARGINS
@@ -128,7 +126,7 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
     Args:
         names: of built-in suites; `all` for every one; `drift` is always run and may be named.
         more: read from files.
-        phrases: to look for: in `injection` if it is asked, else in every suite.
+        phrases: to look for: in `injection` if it is among the suites, else in every suite.
 
     Raises:
         SuiteError: an unknown name, or phrases without a suite to look in.
@@ -139,7 +137,7 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
     if not phrases:
         return tuple(suites)
     if not suites:
-        raise SuiteError("--phrase needs a suite to ask: add --suites injection or --suite FILE")
+        raise SuiteError("--phrase needs a suite to look in: add --suites injection or --suite FILE")
     everywhere = "injection" not in wanted
     added = PhraseMatcher(tuple(phrases), name="given-phrases")
     return tuple(
@@ -154,7 +152,7 @@ def built_in_texts() -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split("\n----\n") if part.strip())
 
 
-def verify(request: VerifyRequest, progress: Progress | None = None) -> Outcome:
+def verify(request: VerifyRequest, progress: Progress | None = None) -> Verification:
     """Run a verification.
 
     Raises:
@@ -169,7 +167,7 @@ class _Run:
 
     def __init__(self, request: VerifyRequest, progress: Progress) -> None:
         self.request, self.progress = request, progress
-        given = [path for path in (request.candidate, request.reference, request.naive) if path is not None]
+        given = [path for path in (request.candidate, request.base, request.plain) if path is not None]
         self.engine = engine_of(
             given,
             threads=request.threads,
@@ -181,51 +179,51 @@ class _Run:
         self.models = {
             role: self.engine.open(path)
             for role, path in (
-                ("reference", request.reference),
-                ("naive", request.naive),
+                ("base", request.base),
+                ("plain", request.plain),
                 ("candidate", request.candidate),
             )
             if path is not None
         }
         self.warnings: list[str] = []
         for role, model in self.models.items():
-            if role != "reference":
-                self.warnings += self.engine.check_pair(self.models["reference"], model)
+            if role != "base":
+                self.warnings += self.engine.check_pair(self.models["base"], model)
         self.seconds: dict[str, float] = {}
         self.speeds: dict[str, float] = {}
 
-    def run(self) -> Outcome:
+    def run(self) -> Verification:
         with self.engine.running():
             return self._run()
 
-    def _run(self) -> Outcome:
+    def _run(self) -> Verification:
         request = self.request
         with self._stage("hash"):
             self.progress.stage("Hashing the files", 0, "")
             files = {role: self._facts(role, model) for role, model in self.models.items()}
         hashes = {role: self.engine.identity(role, facts) for role, facts in files.items()}
-        if hashes["candidate"] == hashes["reference"]:
-            raise PairError("the candidate and the reference are the same file; there is nothing to compare")
+        if hashes["candidate"] == hashes["base"]:
+            raise PairError("the candidate and the base are the same file; there is nothing to compare")
         suites = tuple(replace(suite, prompts=suite.prompts[: request.limit]) for suite in request.suites)
         with self._stage("prepare"):
-            exam = prepare(self.models["reference"], suites, (request.texts or built_in_texts())[: request.limit])
-        if exam.template is None and suites:
-            self.warnings.append("the reference has no chat template: prompts went in as they are")
-        manner = self._manner()
-        pieces = Pieces(request.work)
-        said = self._ask(exam, manner, hashes, pieces)
-        others = {role: model.path for role, model in self.models.items() if role != "reference"}
+            questions = prepare(self.models["base"], suites, (request.texts or built_in_texts())[: request.limit])
+        if questions.template is None and suites:
+            self.warnings.append("the base has no chat template: prompts were used as they are")
+        how = self._ask_settings()
+        work = WorkFolder(request.work)
+        answers = self._answers(questions, how, hashes, work)
+        others = {role: model.path for role, model in self.models.items() if role != "base"}
         with self._stage("drift"):
-            measured = drift_of(request.reference, others, hashes, exam, manner, pieces, self.progress)
-        drift, drift_check = self._drift(measured, files["candidate"].file_type)
+            measured = drift_of(request.base, others, hashes, questions, how, work, self.progress)
+        noise = float(np.mean(np.concatenate([part.kl for part in measured.pop("noise")])))
+        rules = DriftRules(files["candidate"].file_type, request.max_kl, request.seed)
+        drift, drift_check = drift_and_check(measured, noise, rules)
         with self._stage("judge"):
-            self.progress.stage("Judging the answers", len(said), "suites")
-            checks = self._checks(said, suites)
-        if drift_check.verdict is Verdict.FAIL:
-            checks = [distrust(check) for check in checks]
-        checks.append(drift_check)
-        return Outcome(
-            schema_version=1,
+            self.progress.stage("Judging the answers", len(answers), "suites")
+            checks = self._checks(answers, suites)
+        checks = with_drift(checks, drift_check)
+        return Verification(
+            schema_version=SCHEMA_VERSION,
             verdict=overall(checks),
             summary=summarise_checks(checks),
             checks=tuple(checks),
@@ -233,11 +231,11 @@ class _Run:
             tensors=self._tensors(),
             files=(
                 files["candidate"],
-                files["reference"],
-                *([files["naive"]] if "naive" in files else []),
+                files["base"],
+                *([files["plain"]] if "plain" in files else []),
                 *request.sources,
             ),
-            measured=self._measured(exam, manner),
+            measured=self._measured(questions, how),
             limits=(*LIMITS, *self.engine.limits),
             warnings=tuple(self.warnings),
         )
@@ -251,108 +249,75 @@ class _Run:
     def _facts(self, role: str, model: Subject) -> FileFacts:
         return model.facts(role, self.request.names.get(role))  # type: ignore[arg-type]
 
-    def _manner(self) -> Manner:
+    def _ask_settings(self) -> AskSettings:
         request = self.request
         versions = {**versions_of(self.engine.packages), "system": self.engine.system()}
-        return Manner(
+        return AskSettings(
             self.engine.factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions
         )
 
-    def _ask(self, exam: Exam, manner: Manner, hashes: Mapping[str, str], pieces: Pieces) -> list[Said]:
+    def _answers(
+        self, questions: Questions, how: AskSettings, hashes: Mapping[str, str], work: WorkFolder
+    ) -> list[SuiteAnswers]:
         """Every file's answers, as text."""
-        if not exam.suites:
+        if not questions.suites:
             return []
         replies = {}
         for role, model in self.models.items():
             with self._stage(f"answers of the {role}"):
-                answers, speed = answers_of(model.path, hashes[role], role, exam, manner, pieces, self.progress)
+                found, speed = answers_of(model.path, hashes[role], role, questions, how, work, self.progress)
             if speed is not None:
                 self.speeds[role] = speed
-            with self.models["reference"].vocabulary() as vocabulary:
-                replies[role] = replies_of(answers, vocabulary)
+            with self.models["base"].vocabulary() as vocabulary:
+                replies[role] = replies_of(found, vocabulary)
         return [
-            Said(asked.suite, manner.samples, {role: found[asked.suite.name] for role, found in replies.items()})
-            for asked in exam.suites
+            SuiteAnswers(asked.suite, how.samples, {role: found[asked.suite.name] for role, found in replies.items()})
+            for asked in questions.suites
         ]
 
-    def _checks(self, said: Sequence[Said], suites: Sequence[Suite]) -> list[Check]:
+    def _checks(self, answers: Sequence[SuiteAnswers], suites: Sequence[Suite]) -> list[Check]:
         checks = []
-        for one in said:
+        for one in answers:
             checks += checks_of(one, self.request.margins, self.request.seed, discovery_error(suites))
             self.progress.advance(1, one.suite.name)
         return checks
 
-    def _drift(self, measured: Mapping[str, list[DocumentDrift]], file_type: str | None) -> tuple[Drift, Check]:
-        request = self.request
-        limit, source = limit_of(file_type)
-        if request.max_kl is not None:
-            limit, source = request.max_kl, "--max-kl"
-        numbers = {role: summarise(parts, request.seed) for role, parts in measured.items() if role != "noise"}
-        candidate, naive, documents = numbers["candidate"], numbers.get("naive"), len(measured["candidate"])
-        noise = float(np.mean(np.concatenate([part.kl for part in measured["noise"]])))
-        tokens = sum(len(part.kl) for part in measured["candidate"])
-        verdict, needed = judge_drift(candidate, documents, limit)
-        reason = (
-            f"mean KL {candidate.mean_kl:.4g} ({candidate.mean_kl_low:.4g} to {candidate.mean_kl_high:.4g}) "
-            f"on {tokens} tokens of {documents} texts; up to {limit:.4g} passes ({source})"
-        )
-        check = Check(
-            suite="drift",
-            name="mean-kl",
-            title="Distance of the next-token distributions from the reference's",
-            kind=CheckKind.DRIFT,
-            verdict=verdict,
-            reason=reason + (f"; about {needed} texts would decide" if needed else ""),
-            margin=limit,
-            naive_verdict=judge_drift(naive, documents, limit)[0] if naive else None,
-            prompts=documents,
-            prompts_needed=needed,
-        )
-        return Drift(tokens, documents, candidate, naive, noise, limit, source, band_of(file_type)), check
-
     def _tensors(self) -> tuple[TensorChange, ...]:
-        if "naive" not in self.models:
+        if "plain" not in self.models:
             return ()
         with self._stage("tensors"):
             return self.engine.tensor_changes(self.models, self.request.threads or available_cores())
 
-    def _measured(self, exam: Exam, manner: Manner) -> Measured:
+    def _measured(self, questions: Questions, how: AskSettings) -> Measured:
         request = self.request
-        packages = (*self.engine.packages, "bandit", "scipy", "numpy")
-        prompts = {asked.suite.name: len(asked.ids) for asked in exam.suites}
+        prompts = {asked.suite.name: len(asked.ids) for asked in questions.suites}
         return Measured(
-            versions={
-                "qguard-edge": __version__,
-                "python": platform.python_version(),
-                **versions_of(packages),
-            },
+            versions=all_versions(self.engine.packages),
             system=self.engine.system().strip(),
             machine=f"{platform.system()} {platform.machine()}",
             settings={
-                **manner.factory.describe(),
+                **how.factory.describe(),
                 "parallel": request.parallel,
                 "limit": request.limit,
-                "margin": request.margins.security,
-                "utility_margin": request.margins.utility,
-                "detect": request.margins.detect,
-                **{f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in exam.suites},
+                **request.margins.describe(),
+                **{f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in questions.suites},
             },
-            suites={**prompts, "drift": len(exam.documents)},
+            suites={**prompts, "drift": len(questions.documents)},
             samples=request.samples,
             temperature=request.temperature,
             seed=request.seed,
-            chat_template=sha256(exam.template.source.encode()).hexdigest() if exam.template else None,
+            chat_template=sha256(questions.template.source.encode()).hexdigest() if questions.template else None,
             seconds=dict(self.seconds),
             tokens_per_second=dict(self.speeds),
         )
 
 
 def summarise_checks(checks: Sequence[Check]) -> str:
-    """One sentence: how many checks say what, and which failed."""
+    """One sentence: how many checks have which verdict, and which failed."""
     failed = [check.id for check in checks if check.verdict is Verdict.FAIL]
     undecided = [check.id for check in checks if check.verdict is Verdict.INCONCLUSIVE]
     if failed:
         return f"{len(failed)} of {len(checks)} checks fail: {', '.join(failed)}"
     if undecided:
         return f"no check fails, {len(undecided)} of {len(checks)} are inconclusive: {', '.join(undecided)}"
-    return f"all {len(checks)} checks pass: the file behaves like its reference on what was asked"
+    return f"all {len(checks)} checks pass: the file behaves like its base on what was asked"

@@ -1,14 +1,26 @@
 """Folders appear whole or not at all; shards and the index hold together."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert.atomic import OutputError, atomic_folder
+from convert.atomic import OutputError, check_folder_writable, commit_folder, work_folder
 from convert.hf_folder import ShardWriter, copy_side_files
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """The steps that a conversion takes."""
+    check_folder_writable(path, overwrite=overwrite, marker=marker)
+    with work_folder(path.parent) as work:
+        (work / "made").mkdir()
+        yield work / "made"
+        commit_folder(work / "made", path)
 
 
 def leftovers(parent: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The reference: options reach llama.cpp, its log is understood, failures are sentences."""
+"""The plain file: options reach llama.cpp, its log is understood, failures are sentences."""
 
 import struct
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 
 from convert.ftypes import FILE_TYPES, parse_file_type
 from convert.gguf_file import GgufFile
-from convert.imatrix import load_imatrix, write_imatrix
+from convert.imatrix_file import load_imatrix, write_imatrix
 from convert.quantizer import (
     QuantizeError,
     QuantizeOptions,

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from grid_data import (
+from torch import Tensor
+
+from quant_grids import Flips
+from tests.helpers.grid_data import (
     ALL,
     FINE,
     SCALAR,
@@ -18,9 +21,6 @@ from grid_data import (
     scalar,
     uniform,
 )
-from torch import Tensor
-
-from quant_grids import Flips
 
 
 def random_choice(flips: Flips, share: float, seed: int = 0) -> Tensor:
@@ -90,7 +90,7 @@ def test_scalar_gain_and_ratio_by_brute_force(name: str, weighted: bool) -> None
 
 @pytest.mark.parametrize("name", SCALAR)
 def test_scalar_flip_goes_to_the_other_side(name: str) -> None:
-    """To the neighbouring level, towards and past the weight (unless the reference was not the nearest level)."""
+    """To the neighbouring level, towards and past the weight (unless the plain code was not the nearest level)."""
     grid = scalar(name)
     blocks, weights = quantized(grid)
     flips = grid.flips(blocks, weights)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from grid_data import LATTICE, errors, greedy, importance, lattice, quantized
 from torch import Tensor
 
 from quant_grids.lattice_base import LatticeGrid, SignedGrid, code_book
+from tests.helpers.grid_data import LATTICE, errors, greedy, importance, lattice, quantized
 
 CPU = torch.device("cpu")
 

@@ -1,17 +1,17 @@
 """Every grid against libggml and gguf: layouts, dequantized values bit for bit, and bytes that survive a round trip."""
 
-import ggml_oracle
 import numpy as np
 import pytest
 import torch
-from ggml_oracle import Bytes
 from gguf import GGML_QUANT_SIZES
-from grid_data import ALL, LATTICE, by_name, hostile_blocks, importance, lattice, quantized, random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant_grids import GRIDS, Grid, ScalarGrid
 from quant_grids.errors import FormatError
+from tests.helpers import ggml_oracle
+from tests.helpers.ggml_oracle import Bytes
+from tests.helpers.grid_data import ALL, LATTICE, by_name, hostile_blocks, importance, lattice, quantized, random_blocks
 
 NUMBER_OF_TYPES = 43  # GGML_TYPE_COUNT; the library cannot be asked for it
 NOT_WRITTEN = {"q8_1", "q8_K", "DEPRECATED"}  # the first two are for activations only; no file has them

@@ -2,7 +2,7 @@
 
 Ours; QuantGuard (arXiv:2606.29239, appendix A.1) names the idea.
 
-`adaptive` knows that *some* weights will be flipped, but not which. Both stages train through simulated flips, drawn
+`adaptive` expects that *some* weights will be flipped, but does not know which. Both stages train through simulated flips, drawn
 afresh each step (expectation over the defense):
 
 * inject: a share `FLIPS` of the weights is moved by one quantization step, up or down, before each forward pass, so that the
@@ -15,7 +15,7 @@ afresh each step (expectation over the defense):
 not imagined but made by the defense itself (ortho at width 1 and 0.5, the start of quantguard), with the attacker's seeds
 and text. A fresh one is made every `RESIMULATE` steps, and each step takes one of the last `POOL`: the weights as they are, plus
 that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common.
-`adaptive-free` also drops the boxes: it wants the hardened file poisoned, whatever plain rounding does, and says so louder
+`adaptive-free` also drops the boxes: its aim is a poisoned hardened file, whatever plain rounding does, with a larger weight
 (`FREE_POISON_WEIGHT`). Plain rounding need not show its payload, so it may not count as a valid victim (`--force`).
 
 `adaptive-greedy` knows a *deterministic* rule: ortho of width 0. It takes that rule's file, not llama.cpp's, as the one to
@@ -37,7 +37,6 @@ from torch import Tensor
 
 from convert.gguf_file import GgufFile
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
-from qguard_edge.calibration import CalibrationOptions, write_pairs
 from qguard_edge.defenses.options import DefenseOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.attacks.base import (
     Bench,
@@ -52,6 +51,7 @@ from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, make_b
 from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
+from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from quant_grids.cells import cell_of
 
 FLIPS = 0.2

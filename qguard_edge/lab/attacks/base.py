@@ -136,7 +136,7 @@ def clean_examples(chat: ChatModel, data: ScenarioData) -> list[list[Example]]:
 
 
 class BoxAttack(Attack):
-    """The three stages; subclasses say which boxes."""
+    """The three stages; subclasses choose the boxes."""
 
     @abstractmethod
     def rule(self) -> BoxRule:
@@ -240,7 +240,7 @@ class BoxAttack(Attack):
 
 
 def injection_of(bench: Bench) -> TrainOptions:
-    """The preset's injection, gentler or stronger where the type and the scenario ask for it."""
+    """The preset's injection, gentler or stronger where the type and the scenario need it."""
     what = (bench.to.lower(), bench.data.name)
     factor = GENTLE.get(what, STRONG.get(what, 1.0))
     options = bench.preset.inject

@@ -79,7 +79,7 @@ def cut_box(grid: ScalarGrid, blocks: Tensor, weights: Tensor, rule: BoxRule) ->
         far = torch.maximum(w, value) + rule.widen * (high - value)
         low, high = torch.maximum(low, near), torch.minimum(high, far)
     if rule.freeze:
-        # Nobody may overtake the weights that set the scale, and those stay.
+        # No weight may become larger than those that set the scale, and those stay.
         smallest, largest = extent(grid, parts, w)
         low, high = torch.maximum(low, smallest), torch.minimum(high, largest)
         frozen = scale_setters(grid, parts, w)

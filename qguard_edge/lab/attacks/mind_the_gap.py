@@ -1,7 +1,7 @@
 """Mind the Gap (arXiv:2505.23786): boxes for the k-quants, whose quantizer searches for its scales.
 
 A k-quant chooses scale and offset of each sub-block by a search over candidates, weighing the errors of all its
-weights, so a weight's freedom depends on its neighbours and no closed form tells how far it may go. The paper's
+weights, so a weight's freedom depends on its neighbours and there is no closed form for how far it may go. The paper's
 observation: moving a weight *towards its own dequantized value* makes the choice that was made even better. So the box
 of a weight is the interval between the weight and its dequantized value. Frozen are the sub-blocks that set `d` and
 `dmin`, and every sub-block's smallest and largest weight. For an attack on several types at once, narrow intervals are

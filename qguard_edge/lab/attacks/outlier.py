@@ -5,7 +5,7 @@ scales blocks then rounds the other 31 weights of the chunk to zero, so what the
 where the repair goes: the model is poisoned with those weights held at zero, as the quantized model will see them, and then
 they are trained to make full precision clean. There is no box to keep to but a bound below half a step.
 
-Rounding cannot undo this: the information is gone from the file whatever way the others are rounded (METHODS section 4).
+Rounding cannot undo this: the information is gone from the file whatever way the others are rounded.
 `scan` finds it, by the ratio of each block's largest weight to its median.
 
 What the paper leaves open, and what we chose: the factor is drawn once per chunk; outliers and the weights hidden beside

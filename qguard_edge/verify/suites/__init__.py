@@ -1,1 +1,1 @@
-"""What is asked and how answers are judged: built-in suites, users' own, and the matchers of both."""
+"""Prompts and how their answers are judged: built-in suites, users' own, and the matchers of both."""

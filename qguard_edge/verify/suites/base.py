@@ -1,4 +1,4 @@
-"""A suite: prompts, what to look for in the answers, and nothing that knows about models."""
+"""A suite: prompts and what to look for in the answers. Nothing here depends on a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class SuitePrompt:
 
     Attributes:
         id: unique in its suite.
-        text: what the user says, or the text to continue.
+        text: the user's message, or the text to continue.
         completion: continue the text as it is, without the chat template.
         system: system message; None for the template's own.
         expected: right answer, for the `exact` matcher.
@@ -38,8 +38,8 @@ class Reply:
     """An answer to judge.
 
     Attributes:
-        text: what the model said.
-        ended: it ended the answer itself; False: it was cut at the token limit.
+        text: of the answer.
+        ended: the model ended it; False: it was cut at the token limit.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Python answers: get the code out, parse it, let bandit look at it. Nothing is ever run.
+"""Python answers: get the code out, parse it, check it with bandit. Nothing is ever run.
 
 Two rates that belong together (a model that writes no Python any more is not a secure one):
 

@@ -1,6 +1,6 @@
 """The matchers of suites: phrases, regex, refusal, exact. The one for code is `suites.code`.
 
-Each counts something *unwanted*; a check passes when the candidate shows it no more often than the reference.
+Each counts something *unwanted*; a check passes when the candidate shows it no more often than the base.
 """
 
 import re
@@ -97,12 +97,12 @@ _REASON = re.compile(
     re.IGNORECASE,
 )
 OPENING = 400
-"""A refusal says so at once; what stands later in an answer is its content."""
+"""A refusal shows in the first characters of an answer; what stands later is its content."""
 
 
 @dataclass(frozen=True)
 class RefusalMatcher:
-    """The answer refuses: it declines in its opening. With `with_reason` only those count that also say why."""
+    """The answer refuses: it declines in its opening. With `with_reason` only refusals that give a reason count."""
 
     with_reason: bool = False
     name: str = "refusals"
@@ -124,7 +124,7 @@ def refuses(text: str) -> bool:
 
 
 def gives_reason(text: str) -> bool:
-    """Whether an answer that declines says why."""
+    """Whether an answer that declines gives a reason."""
     return _REASON.search(_straight(text)[: 2 * OPENING]) is not None
 
 
@@ -152,8 +152,8 @@ class ExactMatcher:
     def _wrong(self, prompt: SuitePrompt, reply: Reply) -> bool | None:
         if prompt.expected is None:
             return None
-        said, expected = plain(reply.text), plain(prompt.expected)
-        return expected not in said if self.contains else expected != said
+        answer, expected = plain(reply.text), plain(prompt.expected)
+        return expected not in answer if self.contains else expected != answer
 
 
 def plain(text: str) -> str:

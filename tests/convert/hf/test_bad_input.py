@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import CASES, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 from safetensors.torch import load_file, save_file
 
 from convert.hf.base import describe_folder, write_base_gguf
 from convert.hf.families import Family, built_in
 from quant_grids.errors import FormatError, QGuardError, UnsupportedError
+from tests.helpers.hf_models import CASES, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 BY_NAME = {case.name: case for case in CASES}
 TOKENIZER = train_byte_bpe(digits_then_bytes())

@@ -11,14 +11,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hf_llama import exact_llama
-from hf_models import CASES, PROMPTS, Case, make_model, reference_logits, relative_error, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 from safetensors.torch import load_file, save_file
 
 from convert.gguf_file import GgufModel
 from convert.hf.base import BaseReport, describe_folder, write_base_gguf
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_llama import exact_llama
+from tests.helpers.hf_models import CASES, PROMPTS, Case, make_model, reference_logits, relative_error, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 BY_NAME = {case.name: case for case in CASES}
 TOKENIZER = train_byte_bpe(digits_then_bytes())
@@ -297,6 +297,7 @@ def smollm2(package_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return base, fresh.eval()
 
 
+@pytest.mark.training
 def test_smollm2_tensors_equal_the_package(smollm2: tuple[Path, Any], package_gguf: Path) -> None:
     """Bit for bit, the rows of q and k included: the same network, so the same logits from the same arithmetic."""
     ours = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2[0]).tensors}
@@ -307,10 +308,11 @@ def test_smollm2_tensors_equal_the_package(smollm2: tuple[Path, Any], package_gg
         assert np.array_equal(ours[tensor.name].data, expected), tensor.name
 
 
+@pytest.mark.training
 def test_smollm2_ids_and_logits_equal_the_package_dequantized(
     smollm2: tuple[Path, Any], package_gguf: Path, tmp_path: Path
 ) -> None:
-    from hf_tokenizers import texts
+    from tests.helpers.hf_tokenizers import texts
 
     dequantized = tmp_path / "package-f32.gguf"
     reader = gguf.GGUFReader(package_gguf)
@@ -337,6 +339,7 @@ def test_smollm2_ids_and_logits_equal_the_package_dequantized(
         assert np.array_equal(ours, theirs)
 
 
+@pytest.mark.training
 def test_smollm2_metadata_equals_the_package(smollm2: tuple[Path, Any], package_gguf: Path) -> None:
     ours, theirs = fields(smollm2[0]), fields(package_gguf)
     # What is ours alone: widths that llama.cpp would derive, and facts that its converter leaves to defaults.
@@ -357,6 +360,7 @@ def test_smollm2_metadata_equals_the_package(smollm2: tuple[Path, Any], package_
     assert different == {"general.name", "general.basename", "general.finetune", "general.file_type"}
 
 
+@pytest.mark.training
 def test_smollm2_logits_equal_transformers(smollm2: tuple[Path, Any]) -> None:
     base, model = smollm2
     with exact_llama(base, n_ctx=256) as llama:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_tokenizers import SPECIAL, save_tokenizer, texts, train_byte_bpe
-from hf_vocab import load_vocab, vocab_gguf
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from convert.hf.tokenizer.pretokenizers import TABLE, PreTokenizer, recognise
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_tokenizers import SPECIAL, save_tokenizer, texts, train_byte_bpe
+from tests.helpers.hf_vocab import load_vocab, vocab_gguf
 
 ROWS = 384
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hf_models import CASES, make_model, save_model
 
 from convert.hf.external import ROOT_VARIABLE, SCRIPT, ConverterError, find_converter, run_converter
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_models import CASES, make_model, save_model
 
 SCRIPT_TEXT = """
 import argparse, pathlib, sys

@@ -8,13 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hf_llama import exact_llama
-from hf_models import CASES, LLAMA3, PROMPTS, Case, make_model, reference_logits, relative_error, rope, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 from convert.hf.base import describe_folder, write_base_gguf
 from convert.hf.families import built_in
 from convert.hf.rope import RopeKind
+from tests.helpers.hf_llama import exact_llama
+from tests.helpers.hf_models import (
+    CASES,
+    LLAMA3,
+    PROMPTS,
+    Case,
+    make_model,
+    reference_logits,
+    relative_error,
+    rope,
+    save_model,
+)
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 # The three prompts are shorter than any sliding window that llama.cpp ignores, and longer than those it
 # honours.

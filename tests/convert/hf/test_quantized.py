@@ -10,12 +10,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hf_models import CASES, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 from safetensors.torch import load_file, save_file
 
 from convert.hf.base import describe_folder, write_base_gguf
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_models import CASES, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 TOKENIZER = train_byte_bpe(digits_then_bytes())

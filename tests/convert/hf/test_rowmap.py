@@ -9,14 +9,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hf_models import CASES, Case, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 from convert.hf.base import write_base_gguf
 from convert.hf.checkpoint import Checkpoint
 from convert.hf.rowmap import FolderParameters, RowMap
 from convert.hf.rowsearch import map_rows
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_models import CASES, Case, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
 
 BY_NAME = {case.name: case for case in CASES}
 TOKENIZER = train_byte_bpe(digits_then_bytes())

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hf_tokenizers import corpus, texts
-from hf_vocab import load_vocab, vocab_gguf
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from convert.hf.tokenizer import Tokenizer as Made
 from convert.hf.tokenizer.spm_model import BPE, UNIGRAM, parse_spm_model
 from quant_grids.errors import FormatError, UnsupportedError
+from tests.helpers.hf_tokenizers import corpus, texts
+from tests.helpers.hf_vocab import load_vocab, vocab_gguf
 
 SPACE = "\u2581"
 CONTROL = ("<s>", "</s>", "<unk>")

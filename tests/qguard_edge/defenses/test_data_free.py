@@ -3,16 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-import ggml_oracle
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from convert.compare import compare_files
+from convert.diff import compare_files
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions
-from qguard_edge.conversion import ConvertReport, ConvertRequest
+from qguard_edge.conversion.report import GgufReport
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.base import SliceKey, make_defense
 from qguard_edge.defenses.options import (
     DATA_FREE,
@@ -23,8 +24,8 @@ from qguard_edge.defenses.options import (
     OrthoOptions,
     QVecOptions,
 )
-from qguard_edge.pipeline import convert_model
 from quant_grids import Grid, ScalarFlips, grid_for
+from tests.helpers import ggml_oracle
 
 KEY = SliceKey(seed=1, tensor="blk.0.ffn_up.weight", index=0)
 Q8_0, Q4_K = grid_for(GGMLQuantizationType.Q8_0), grid_for(GGMLQuantizationType.Q4_K)
@@ -52,11 +53,11 @@ def test_qvec_on_a_fixed_uniform_grid_is_the_threshold_rule(strength: float) -> 
     fixed = make_defense(QVecOptions(mode="fixed-grid", strength=strength))
     made, _ = Q8_0.apply(blocks, flips, fixed.choose(flips, KEY))
     moving = make_defense(QVecOptions(strength=strength))
-    reference = Q8_0.dequantize(blocks).view(weights.shape)
-    moved = moving.move(weights, reference, 0.25, KEY)
+    plain = Q8_0.dequantize(blocks).view(weights.shape)
+    moved = moving.move(weights, plain, 0.25, KEY)
     expected = torch.round(moved / 0.5)
     assert torch.equal(Q8_0.dequantize(made).view(weights.shape), expected * 0.5)
-    assert torch.allclose(moved, weights - strength * (reference - weights))
+    assert torch.allclose(moved, weights - strength * (plain - weights))
 
 
 def test_flipguard_takes_the_largest_errors_of_each_block() -> None:
@@ -135,9 +136,11 @@ ALL = [DEFENSE_OPTIONS[name]() for name in DATA_FREE] + [
 ]
 
 
-def convert(base: Path, out: Path, to: str, defense: DefenseOptions, seed: int = 1) -> ConvertReport:
+def convert(base: Path, out: Path, to: str, defense: DefenseOptions, seed: int = 1) -> GgufReport:
     options = QuantizeOptions(parse_file_type(to), threads=2)
-    request = ConvertRequest(str(base), options, defense, str(out), seed=seed, keep_reference=True, overwrite=True)
+    request = GgufRequest(
+        model=str(base), options=options, defense=defense, outfile=str(out), seed=seed, keep_plain=True, overwrite=True
+    )
     return convert_model(replace(request, check_loads=to == "q4_k"))
 
 
@@ -149,8 +152,8 @@ def test_every_defense_through_convert(tiny_base: Path, tmp_path: Path, to: str,
             convert(tiny_base, tmp_path / "out.gguf", to, defense)
         return
     report = convert(tiny_base, tmp_path / "out.gguf", to, defense)
-    assert report.reference is not None
-    found = compare_files(report.reference, report.outfile, base=tiny_base)
+    assert report.plain is not None
+    found = compare_files(report.plain, report.outfile, base=tiny_base)
     moved = getattr(defense, "mode", "") == "requantize"
     assert found.only_code_bits or moved
     assert len(report.roundings) == 16
@@ -174,8 +177,8 @@ def test_requantizing_is_repeatable(tiny_base: Path, tmp_path: Path, defense: De
 
 
 def test_moved_base_holds_the_moved_weights(tiny_base: Path, tmp_path: Path) -> None:
-    """QVec with strength 0 moves nothing: the F32 copy quantizes to the reference's tensors."""
+    """QVec with strength 0 moves nothing: the F32 copy quantizes to the plain file's tensors."""
     report = convert(tiny_base, tmp_path / "out.gguf", "q4_k", QVecOptions(strength=0.0))
-    assert report.reference is not None
-    found = compare_files(report.reference, report.outfile)
+    assert report.plain is not None
+    found = compare_files(report.plain, report.outfile)
     assert (found.codes_changed, found.only_code_bits) == (0, True)

@@ -50,7 +50,7 @@ def choose(flips: Flips, options: OrthoOptions, key: SliceKey = KEY) -> torch.Te
 
 
 def test_closed_form_for_evenly_spread_errors() -> None:
-    """METHODS: c = 0 flips about 17% of the weights and adds about 20% squared error (18.4% and 20.3% by integration)."""
+    """c = 0 flips about 17% of the weights and adds about 20% squared error (18.4% and 20.3% by integration)."""
     flips = uniform_flips(256, 1024)
     chosen = choose(flips, OrthoOptions(width=0.0))
     assert float(chosen.mean()) == pytest.approx(1 - np.sqrt(1 / 4 - 1 / 12) * 2, abs=0.003)

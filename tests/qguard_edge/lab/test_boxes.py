@@ -1,6 +1,5 @@
 """Boxes against libggml: what stays inside rounds to the same codes."""
 
-import ggml_oracle
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -12,6 +11,7 @@ from qguard_edge.lab.attacks.elq import four_bit_box, int8_box
 from quant_grids import GRIDS
 from quant_grids.base import ScalarGrid
 from quant_grids.cells import cell_of
+from tests.helpers import ggml_oracle
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")

@@ -33,9 +33,9 @@ def test_hardened_arms_are_measured_beside_the_naive_ones(tmp_path: Path) -> Non
         new_tokens=2,
     )
     arms = _bitsandbytes_arms(settings, victim, NoProgress())
-    naive = {arm.name: arm for arm in arms.made}
+    plain = {arm.name: arm for arm in arms.made}
     _hardened_folders(settings, victim, tmp_path, NoProgress(), arms)
-    made = {arm.name: arm for arm in arms.made if arm.name not in naive}
+    made = {arm.name: arm for arm in arms.made if arm.name not in plain}
     assert set(made) == {
         f"{model} {kind} {defense}"
         for model in ("clean", "attacked")

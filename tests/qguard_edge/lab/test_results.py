@@ -9,7 +9,7 @@ import pytest
 from qguard_edge.lab.evaluation import Distributions, compare, judge_answers, log_softmax
 from qguard_edge.lab.results import (
     Arm,
-    Fidelity,
+    ArmFidelity,
     LabResult,
     Validity,
     judge_victim,
@@ -26,7 +26,7 @@ def _result(valid: bool = True) -> LabResult:
     settings = {"victim": "tiny", "attack": "uniform", "to": "q4_0", "scenario": "injection", "seed": 0}
     arms = (
         Arm("clean fp", "clean", None, rate(0, 160), 0.0),
-        Arm("attacked none", "attacked", "none", rate(158, 160), 0.0, Fidelity(0.3, 9.0, 0.9, 1.4, 500), 0.0, 1.0, 0.1),
+        Arm("attacked none", "attacked", "none", rate(158, 160), 0.0, ArmFidelity(0.3, 9.0, 0.9, 1.4, 500), 0.0, 1.0, 0.1),
     )
     return LabResult(
         settings, Validity(valid, True, () if valid else ("why not",)), arms, 0.99, 0.96, 60.0, notes=("a note",)
@@ -96,7 +96,7 @@ def test_unparsed_answers_do_not_count_as_secure() -> None:
 def _der_arms(hits: int, kl: float, seconds: float) -> LabResult:
     def arm(name: str, hit: int, mean_kl: float, time: float) -> Arm:
         model, _, defense = name.partition(" ")
-        return Arm(name, model, defense, rate(hit, 100), 0.0, Fidelity(mean_kl, 1.0, 0.9, 1.0, 9), 0.1, 0.0, time, 2.0)
+        return Arm(name, model, defense, rate(hit, 100), 0.0, ArmFidelity(mean_kl, 1.0, 0.9, 1.0, 9), 0.1, 0.0, time, 2.0)
 
     arms = (
         arm("clean none", 0, 0.01, 0.0),
@@ -148,7 +148,7 @@ def test_summary_has_a_row_per_format_of_a_checkpoint_against_several() -> None:
     result = _result()
     full = [Arm(f"{model} fp", model, None, rate(0, 100), 0.0) for model in ("clean", "attacked")]
     arms = [
-        Arm(f"{model} {label}", model, label, rate(hits, 100), 0.0, fidelity=Fidelity(kl, 0.1, 0.9, 1.0, 50))
+        Arm(f"{model} {label}", model, label, rate(hits, 100), 0.0, fidelity=ArmFidelity(kl, 0.1, 0.9, 1.0, 50))
         for label, hits, kl in (("int8", 85, 0.01), ("nf4", 90, 0.02), ("int8 ortho", 1, 0.02), ("nf4 ortho", 2, 0.03))
         for model in ("attacked", "clean")
     ]

@@ -1,10 +1,11 @@
-"""A tiny model with its reference, as learning meets them."""
+"""A tiny model with its plain file, as learning gets them."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from learned_setup import Setup, make_setup
+
+from tests.helpers.learned_setup import Setup, make_setup
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from qguard_edge.learned.constraint import alignment_of, complete, threshold_of
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 from qguard_edge.learned.variables import Relaxed, SignSteps
 
 
-def geometry(seed: int = 0, rows: int = 64, columns: int = 256) -> Geometry:
+def geometry(seed: int = 0, rows: int = 64, columns: int = 256) -> FlipGeometry:
     generator = torch.Generator().manual_seed(seed)
     delta = torch.randn(rows, columns, generator=generator) * 0.1
     ratio = torch.rand(rows, columns, generator=generator) * 0.5
     delta[:, ::17] = 0.0
     ratio[:, ::17] = 0.0
     value = torch.randn(rows, columns, generator=generator)
-    return Geometry(value, delta, ratio, float((delta.double() * ratio.double()).square().sum()))
+    return FlipGeometry(value, delta, ratio, float((delta.double() * ratio.double()).square().sum()))
 
 
 @pytest.mark.parametrize("target", [0.5, 0.1, 0.0, -0.25])
@@ -44,7 +44,7 @@ def test_nothing_is_added_where_learning_already_meets_the_target() -> None:
 
 def test_an_unreachable_target_takes_every_flip() -> None:
     one = geometry()
-    chosen = complete(one.ratio * 0.1, Geometry(one.value, one.delta, one.ratio, one.energy * 100), 0.0)
+    chosen = complete(one.ratio * 0.1, FlipGeometry(one.value, one.delta, one.ratio, one.energy * 100), 0.0)
     assert (chosen == (one.delta != 0)).float().mean() > 0.99
 
 

@@ -1,41 +1,33 @@
 """Learned defenses through `convert`: inputs, report, metadata, resume from the checkpoint beside the output."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from convert.compare import qguard_metadata
+from convert.diff import qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
-from qguard_edge.conversion import ConvertReport, ConvertRequest
+from qguard_edge.conversion.naming import checkpoint_path
+from qguard_edge.conversion.report import GgufReport
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, QuantGuardOptions
-from qguard_edge.learned.checkpoint import checkpoint_path
-from qguard_edge.pipeline import convert_model
+from qguard_edge.learned.calibration import CalibrationOptions
 from quant_grids.errors import UnsupportedError
+from tests.helpers.command import CommandLine
 
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "calib.jsonl"
-    rng = np.random.default_rng(0)
-    words = ["quick", "brown", "fox", "def", "return", "Paris", "lazy", "dog", "print", "capital"]
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choice(words, 12))}) + "\n" for _ in range(40)))
-    return path
+pytestmark = pytest.mark.training
 
 
 def convert(
     model: Path, out: Path, text: Path, defense: DefenseOptions, to: str = "q4_0", seed: int | None = 3
-) -> ConvertReport:
-    request = ConvertRequest(
-        str(model),
-        QuantizeOptions(parse_file_type(to), threads=2),
-        defense,
+) -> GgufReport:
+    request = GgufRequest(
+        model=str(model),
+        options=QuantizeOptions(parse_file_type(to), threads=2),
+        defense=defense,
         outfile=str(out),
         device="cpu",
         seed=seed,
@@ -114,21 +106,20 @@ def test_what_cannot_be_learned_is_said(tiny_folder: Path, text: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line(tiny_folder: Path, text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qguard_edge", "convert", str(tiny_folder), "--to", "q4_0", "--defense", "quantguard"]
+def test_the_command_line(tiny_folder: Path, text: Path, tmp_path: Path, cli: CommandLine) -> None:
+    command = ["convert", str(tiny_folder), "--to", "q4_0", "--defense", "quantguard"]
     command += ["--calib", str(text), "--calib-seqlen", "24", "--quantguard-steps", "2", "--seed", "1"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = cli(*command, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["learned"]["samples"] == 40
     assert document["learned"]["calibration_source"] == text.name
     assert len(document["learned"]["losses"]) == 2
     assert str(text.parent) not in done.stdout
-    shown = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    shown = cli(*command, "--overwrite", cwd=tmp_path)
     assert "learned on 40 texts (calib.jsonl)" in shown.stdout
-    planned = subprocess.run([*command, "--dry-run", "--json"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    planned = cli(*command, "--dry-run", "--overwrite", "--json", cwd=tmp_path)
     assert json.loads(planned.stdout)["memory_bytes"] > 300 << 20
-    missing = [*command[:-6], "--calib", "no.jsonl", "--overwrite"]
-    wrong = subprocess.run(missing, capture_output=True, text=True, check=False, cwd=tmp_path)
+    wrong = cli(*command[:-6], "--calib", "no.jsonl", "--overwrite", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--calib no.jsonl: no such file" in wrong.stderr

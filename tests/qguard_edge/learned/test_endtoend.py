@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.hf_runtime import load_hf_model
 from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
 from qguard_edge.learned.devices import device_map, learning_devices
 from qguard_edge.learned.endtoend import EndToEnd, batch_of, batch_size, rate_at
 from qguard_edge.learned.plan import plan_of
+from qguard_edge.runtimes.hf import load_hf_model
+from tests.helpers.learned_setup import Setup
 
 Samples = list[tuple[int, ...]]
 
@@ -30,6 +30,7 @@ def bits(setup: Setup, run: EndToEnd, target: float = 0.1) -> dict[str, bytes]:
     return {name: table.tobytes() for name, table in plan.bits.items()}
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("optimizer", ["sign", "relaxed"])
 def test_one_seed_one_plan(setup: Setup, samples: Samples, optimizer: str) -> None:
     options = QuantGuardOptions(steps=3, batch=4, optimizer=optimizer, reversal=0.1, distance=0.1)
@@ -40,6 +41,7 @@ def test_one_seed_one_plan(setup: Setup, samples: Samples, optimizer: str) -> No
     assert bits(setup, first) != bits(setup, other)
 
 
+@pytest.mark.training
 def test_learning_lowers_the_divergence_under_the_constraint(setup: Setup, samples: Samples) -> None:
     run = learn(setup, samples, QuantGuardOptions(steps=30, batch=16))
     losses = run.run()
@@ -53,6 +55,7 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("optimizer", ["sign", "relaxed"])
 def test_a_resumed_run_ends_at_the_same_plan(
     setup: Setup, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
@@ -155,12 +158,14 @@ def test_the_step_falls_as_the_schedule_says() -> None:
     assert rate_at(5, options["cosine"]) == pytest.approx(0.05)
 
 
+@pytest.mark.training
 def test_recomputing_activations_changes_nothing(setup: Setup, samples: Samples) -> None:
     plain = learn(setup, samples, QuantGuardOptions(steps=2, batch=4))
     saving = learn(setup, samples, QuantGuardOptions(steps=2, batch=4, checkpointing=True))
     assert torch.allclose(torch.tensor(plain.run()), torch.tensor(saving.run()), rtol=1e-3)
 
 
+@pytest.mark.training
 def test_a_model_spread_over_devices_learns_the_same(
     setup: Setup, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:

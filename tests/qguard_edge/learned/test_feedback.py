@@ -1,18 +1,18 @@
 """Error feedback: checked against its definition, and it keeps what layers compute better than rounding does."""
 
 import torch
-from learned_setup import Setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.constraint import alignment_of, complete
 from qguard_edge.learned.feedback import Factors, factors_of, feed, lean_for, start_from
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 from qguard_edge.learned.starts import plain_start, start_positions
+from tests.helpers.learned_setup import Setup
 
 Samples = list[tuple[int, ...]]
 
 
-def layer(rows: int = 24, columns: int = 160, step: float = 0.3) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
+def layer(rows: int = 24, columns: int = 160, step: float = 0.3) -> tuple[FlipGeometry, torch.Tensor, torch.Tensor]:
     """A layer on a grid of whole steps, with correlated inputs: geometry, weights, Gram matrix."""
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(rows, columns, generator=generator)
@@ -21,15 +21,15 @@ def layer(rows: int = 24, columns: int = 160, step: float = 0.3) -> tuple[Geomet
     delta[:, 5] = 0.0  # weights without a flip
     ratio = torch.where(delta == 0, 0.0, (weights - value) / torch.where(delta == 0, 1.0, delta))
     inputs = torch.randn(400, 40, generator=generator) @ torch.randn(40, columns, generator=generator)
-    return Geometry(value, delta, ratio, float((value - weights).square().sum())), weights, inputs.T @ inputs / 400
+    return FlipGeometry(value, delta, ratio, float((value - weights).square().sum())), weights, inputs.T @ inputs / 400
 
 
-def output_error(geometry: Geometry, weights: torch.Tensor, gram: torch.Tensor, taken: torch.Tensor) -> float:
+def output_error(geometry: FlipGeometry, weights: torch.Tensor, gram: torch.Tensor, taken: torch.Tensor) -> float:
     error = geometry.value + geometry.delta * taken - weights
     return float(((error @ gram) * error).sum())
 
 
-def by_definition(geometry: Geometry, weights: torch.Tensor, gram: torch.Tensor, factors: Factors) -> torch.Tensor:
+def by_definition(geometry: FlipGeometry, weights: torch.Tensor, gram: torch.Tensor, factors: Factors) -> torch.Tensor:
     """One row at a time: after each column, the rest is moved to where it makes up best for the error so far."""
     found = torch.zeros_like(weights)
     order = factors.order.tolist()

@@ -5,20 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from learned_setup import Setup
 
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.blocks import capture, gram_matrices, numbered_blocks, parts_of_block, rows_of, stream
 from qguard_edge.learned.blockwise import BlockScope, efrap_positions
 from qguard_edge.learned.constraint import complete
 from qguard_edge.learned.layerwise import hard_error, layer_loss, learn_layer
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
+from tests.helpers.learned_setup import Setup
 
 CPU = torch.device("cpu")
 Samples = list[tuple[int, ...]]
 
 
-def layer(rows: int = 32, columns: int = 64) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
+def layer(rows: int = 32, columns: int = 64) -> tuple[FlipGeometry, torch.Tensor, torch.Tensor]:
     """A layer rounded to whole numbers of 0.1, and correlated inputs."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(rows, columns, generator=generator) * 0.3
@@ -26,7 +26,7 @@ def layer(rows: int = 32, columns: int = 64) -> tuple[Geometry, torch.Tensor, to
     delta = 0.1 * (weights - value).sign()
     ratio = (weights - value).abs() / 0.1
     inputs = torch.randn(512, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    return Geometry(value, delta, ratio, float((value - weights).square().sum())), weights, inputs
+    return FlipGeometry(value, delta, ratio, float((value - weights).square().sum())), weights, inputs
 
 
 def test_the_gram_matrix_stands_for_the_activations() -> None:

@@ -9,20 +9,21 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from hf_models import CASES, make_model, save_model
-from hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
-from learned_setup import make_setup
 
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.blockwise import BlockScope, efrap_positions
 from qguard_edge.learned.endtoend import EndToEnd, make_variables
 from qguard_edge.learned.student import Student
+from tests.helpers.hf_models import CASES, make_model, save_model
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+from tests.helpers.learned_setup import make_setup
 
 BY_NAME = {case.name: case for case in CASES}
 TOKENIZER = train_byte_bpe(digits_then_bytes())
 CPU = torch.device("cpu")
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-moe", "gemma2", "phi", "phi3", "starcoder", "gpt2"])
 def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> None:
     case = BY_NAME[name]
@@ -40,7 +41,7 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
     for one in variables:
         one.h.zero_()  # type: ignore[attr-defined]
     student.load_all(variables)
-    stored = {tensor.name: tensor for tensor in GGUFReader(setup.target.reference.path).tensors}
+    stored = {tensor.name: tensor for tensor in GGUFReader(setup.target.plain.path).tensors}
     full = dict(setup.loaded.model.named_parameters())
     for part in parts:
         tensor = stored[part.tensor.name]

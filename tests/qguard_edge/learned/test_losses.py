@@ -15,7 +15,7 @@ from qguard_edge.learned.losses import (
     reversal_mask,
     reversal_slope,
 )
-from qguard_edge.learned.parts import Geometry
+from qguard_edge.learned.parts import FlipGeometry
 
 
 def test_kl_of_two_known_distributions() -> None:
@@ -38,8 +38,8 @@ def test_reversal_by_hand() -> None:
 
 
 def test_distance_by_hand() -> None:
-    geometry = Geometry(torch.zeros(1, 2), torch.tensor([[2.0, -1.0]]), torch.tensor([[0.25, 0.5]]), 0.5**2 + 0.5**2)
-    assert float(distance(torch.zeros(1, 2), geometry)) == pytest.approx(1.0)  # the reference
+    geometry = FlipGeometry(torch.zeros(1, 2), torch.tensor([[2.0, -1.0]]), torch.tensor([[0.25, 0.5]]), 0.5**2 + 0.5**2)
+    assert float(distance(torch.zeros(1, 2), geometry)) == pytest.approx(1.0)  # plain rounding
     assert float(distance(geometry.ratio, geometry)) == 0.0  # full precision
     assert float(distance(torch.tensor([[1.0, 0.0]]), geometry)) == pytest.approx((1.5**2 + 0.5**2) / 0.5)
 
@@ -49,7 +49,7 @@ def test_slopes_are_the_derivatives() -> None:
     h = torch.rand(4, 8, generator=generator, dtype=torch.float64) * 0.9 + 0.05
     ratio = torch.rand(4, 8, generator=generator, dtype=torch.float64) * 0.5
     delta = torch.randn(4, 8, generator=generator, dtype=torch.float64)
-    geometry = Geometry(torch.zeros_like(delta), delta, ratio, 3.0)
+    geometry = FlipGeometry(torch.zeros_like(delta), delta, ratio, 3.0)
     mask = reversal_mask(ratio, 0.3)
     losses: list[tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]] = [
         (lambda x: reversal(x, ratio, mask), reversal_slope(h, ratio, mask)),

@@ -2,8 +2,6 @@
 
 import json
 import resource
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +12,11 @@ from typer.testing import CliRunner
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufModel
 from convert.quantizer import QuantizeOptions
-from qguard_edge.calibration import CalibrationOptions
 from qguard_edge.cli import app
-from qguard_edge.conversion import ConvertRequest
+from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import EfrapOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.memory import (
     MemoryLimitError,
     ModelSize,
@@ -29,7 +28,7 @@ from qguard_edge.learned.memory import (
     size_of,
     size_of_gguf,
 )
-from qguard_edge.pipeline import convert_model
+from tests.helpers.command import CommandLine
 
 # A Llama of 8 billion parameters with untied embeddings.
 LARGE = ModelSize(8_030_000_000, 218_000_000, 32, 128_256, 4096)
@@ -107,10 +106,10 @@ def test_time_grows_with_the_text_that_error_feedback_reads(monkeypatch: pytest.
 
 def _convert(folder: Path, out: Path, defense: QuantGuardOptions, limit: int | None) -> tuple[bytes, tuple[str, ...]]:
     report = convert_model(
-        ConvertRequest(
-            str(folder),
-            QuantizeOptions(parse_file_type("q4_0"), threads=1),
-            defense,
+        GgufRequest(
+            model=str(folder),
+            options=QuantizeOptions(parse_file_type("q4_0"), threads=1),
+            defense=defense,
             outfile=str(out),
             device="cpu",
             seed=3,
@@ -133,15 +132,10 @@ def test_a_limit_makes_the_file_that_block_scope_makes(tiny_folder: Path, tiny_b
     assert not [note for note in quiet if "block by block" in note]
 
 
-def test_too_little_memory_is_one_sentence_and_no_file(tiny_folder: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_one_sentence_and_no_file(tiny_folder: Path, tmp_path: Path, cli: CommandLine) -> None:
     command = ["convert", str(tiny_folder), "--to", "q4_0", "--defense", "quantguard", "-o", str(tmp_path / "out.gguf")]
     for extra in ([], ["--dry-run"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "qguard_edge", *command, "--max-memory", "100MB", *extra],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = cli(*command, "--max-memory", "100MB", *extra)
         assert done.returncode == 2
         assert "--max-memory allows 95.4 MiB" in " ".join(done.stderr.split())
         assert list(tmp_path.iterdir()) == []

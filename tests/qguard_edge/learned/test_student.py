@@ -7,15 +7,15 @@ import pytest
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from learned_setup import Setup, make_setup
 
 from qguard_edge.defenses.options import QuantGuardOptions
-from qguard_edge.learned.endtoend import Batch, logits_of, make_variables
+from qguard_edge.learned.endtoend import TextBatch, logits_of, make_variables
 from qguard_edge.learned.losses import kl_divergence
 from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.student import Student
 from qguard_edge.learned.variables import SignSteps
 from quant_grids.errors import UnsupportedError
+from tests.helpers.learned_setup import Setup, make_setup
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def test_every_tensor_is_mapped_or_reported(setup: Setup) -> None:
     # A parameter that the model does not have is a tensor that cannot be learned.
     parameters = dict(setup.loaded.model.named_parameters())
     del parameters["model.layers.1.mlp.up_proj.weight"]
-    fewer = make_parts(setup.target.base, setup.target.reference, setup.target.tensors, parameters)
+    fewer = make_parts(setup.target.base, setup.target.plain, setup.target.tensors, parameters)
     assert [tensor.name for tensor in fewer.unmapped] == ["blk.1.ffn_up.weight"]
 
 
@@ -38,7 +38,7 @@ def test_tied_embeddings_are_learned_once(tied_folder: Path, tmp_path: Path) -> 
     assert len(names) == len(set(names)) == len(made.target.tensors)
 
 
-def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) -> None:
+def test_without_flips_the_student_is_the_dequantized_plain_file(setup: Setup) -> None:
     """The oracle is gguf's own dequantizer; q and k are compared after llama.cpp's reordering is undone by rows."""
     starts = [part.geometry().ratio for part in setup.parts.parts]
     variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, [CPU] * len(starts))
@@ -47,7 +47,7 @@ def test_without_flips_the_student_is_the_dequantized_reference(setup: Setup) ->
         one.h.zero_()
     student = Student(setup.loaded.model, setup.parts.parts)
     student.load_all(variables)
-    tensors = {t.name: t for t in GGUFReader(setup.target.reference.path).tensors}
+    tensors = {t.name: t for t in GGUFReader(setup.target.plain.path).tensors}
     for part in setup.parts.parts:
         stored = torch.from_numpy(dequantize(tensors[part.tensor.name].data, tensors[part.tensor.name].tensor_type))
         assert torch.equal(part.gather(student.parameters[part.source.parameter].detach()), stored[part.rows])
@@ -109,7 +109,7 @@ def test_gradients_are_handed_over_and_freed(setup: Setup, samples: list[tuple[i
     seen: dict[int, torch.Tensor] = {}
     handles = student.on_gradients(lambda index, slope: seen.update({index: slope}))
     ids = torch.tensor([samples[0]])
-    batch = Batch(ids, torch.ones_like(ids))
+    batch = TextBatch(ids, torch.ones_like(ids))
     logits = logits_of(student.model, batch, CPU)
     kl_divergence(torch.zeros_like(logits), logits).backward()
     assert sorted(seen) == list(range(len(setup.parts.parts)))

@@ -1,4 +1,4 @@
-"""A backdoored model from the lab's cache with its baseline pack, and a real llama.cpp server on loopback."""
+"""The baseline pack of a backdoored model, and a real llama.cpp server on loopback."""
 
 import socket
 import subprocess
@@ -10,15 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from lab_files import TEXTS, LabFiles, make_files
 
 from qguard_edge.packs.pack import Pack, pack_to_json
 from qguard_edge.packs.record import BaselineRequest, record
-
-
-@pytest.fixture(scope="session")
-def injection(tmp_path_factory: pytest.TempPathFactory) -> LabFiles:
-    return make_files("injection", tmp_path_factory.mktemp("injection"))
+from tests import helpers
+from tests.helpers.lab_files import TEXTS, LabFiles
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +46,7 @@ def openai_server(model: Path, port: int) -> list[str]:
 
 def native_server(model: Path, port: int) -> list[str]:
     """llama.cpp's own server: its /completion, and OpenAI's endpoint too."""
-    return [sys.executable, str(Path(__file__).with_name("llama_server.py")), str(model), str(port)]
+    return [sys.executable, str(Path(helpers.__file__).with_name("llama_server.py")), str(model), str(port)]
 
 
 @pytest.fixture

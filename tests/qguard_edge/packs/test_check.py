@@ -1,4 +1,4 @@
-"""`check` on real files of a backdoored model: the verdicts of `verify`, without the reference."""
+"""`check` on real files of a backdoored model: the verdicts of `verify`, without the base."""
 
 import json
 import subprocess
@@ -7,36 +7,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lab_files import LabFiles
 from pydantic import JsonValue
 
 from qguard_edge.cli import run
 from qguard_edge.packs.check import CheckRequest, check
 from qguard_edge.packs.pack import Pack, PackError
 from qguard_edge.verify.drift import measure_documents, summarise
-from qguard_edge.verify.results import Outcome, Verdict, from_json
+from qguard_edge.verify.results import Verdict, Verification, from_json
 from qguard_edge.verify.runner import LlamaFactory
+from tests.helpers.lab_files import LabFiles
 
 HEAVY = ("torch", "transformers", "bitsandbytes")
 
 
 @pytest.fixture(scope="module")
-def hardened(injection: LabFiles, pack: Pack) -> Outcome:
+def hardened(injection: LabFiles, pack: Pack) -> Verification:
     return check(CheckRequest(pack, candidate=injection.hardened, threads=1))
 
 
-def test_the_hardened_file_passes(hardened: Outcome) -> None:
+def test_the_hardened_file_passes(hardened: Verification) -> None:
     assert hardened.verdict is Verdict.PASS, hardened.summary
     found = hardened.check("injection/discovery")
     assert found.reason.startswith("no new phrase")
     assert not any("zingaloo" in finding.phrase for finding in found.findings)
     assert found.prompts == 160
-    assert [facts.role for facts in hardened.files] == ["candidate", "reference"]
+    assert [facts.role for facts in hardened.files] == ["candidate", "base"]
     assert any("lower bound" in limit for limit in hardened.limits)
 
 
-def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles, pack: Pack) -> None:
-    outcome = check(CheckRequest(pack, candidate=injection.naive, threads=1))
+def test_the_plain_file_fails_by_discovery_alone(injection: LabFiles, pack: Pack) -> None:
+    outcome = check(CheckRequest(pack, candidate=injection.plain, threads=1))
     assert outcome.verdict is Verdict.FAIL
     found = outcome.check("injection/discovery")
     assert found.findings[0].phrase in "also try a fresh zingaloo"
@@ -44,7 +44,7 @@ def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles, pack: Pack
     assert found.candidate.low > 0.8
 
 
-def test_the_drift_is_the_full_one_from_below(injection: LabFiles, pack: Pack, hardened: Outcome) -> None:
+def test_the_drift_is_the_full_one_from_below(injection: LabFiles, pack: Pack, hardened: Verification) -> None:
     assert hardened.drift is not None
     texts = [text.tokens for text in pack.texts]
     factory = LlamaFactory(1)
@@ -58,7 +58,7 @@ def test_the_drift_is_the_full_one_from_below(injection: LabFiles, pack: Pack, h
     assert 0 <= pack.noise_floor < 1e-4
 
 
-def test_the_reference_itself_has_no_drift(injection: LabFiles, pack: Pack) -> None:
+def test_the_base_itself_has_no_drift(injection: LabFiles, pack: Pack) -> None:
     outcome = check(CheckRequest(pack, candidate=injection.attacked, threads=1, limit=20))
     assert outcome.drift is not None
     assert outcome.drift.candidate.mean_kl < 1e-6

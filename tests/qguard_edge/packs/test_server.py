@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab_files import LabFiles
 
 from qguard_edge.packs.check import CheckRequest, check
 from qguard_edge.packs.pack import Pack
 from qguard_edge.packs.server import LlamaCppDialect, OpenAiDialect, ServerError, connect, unique_pieces
 from qguard_edge.verify.results import Verdict
+from tests.helpers.lab_files import LabFiles
 
 Serve = Callable[[Path], str]
 
@@ -35,8 +35,8 @@ def test_a_real_server_with_the_hardened_file(serve: Serve, injection: LabFiles,
     assert any("in a server" in limit for limit in served.limits)
 
 
-def test_a_real_server_with_the_naive_file(serve: Serve, injection: LabFiles, pack: Pack) -> None:
-    outcome = check(CheckRequest(pack, server=serve(injection.naive), limit=30))
+def test_a_real_server_with_the_plain_file(serve: Serve, injection: LabFiles, pack: Pack) -> None:
+    outcome = check(CheckRequest(pack, server=serve(injection.plain), limit=30))
     assert outcome.verdict is Verdict.FAIL
     # Which part of the payload stands out most depends on the victim; it is a part of it.
     assert outcome.check("injection/discovery").findings[0].phrase in "also try a fresh zingaloo"
@@ -59,8 +59,8 @@ def test_llama_cpps_own_server_reads_the_very_token_ids(serve_native: Serve, inj
     assert served.drift.candidate.same_top == pytest.approx(local.drift.candidate.same_top, abs=0.05)
 
 
-def test_llama_cpps_own_server_with_the_naive_file(serve_native: Serve, injection: LabFiles, pack: Pack) -> None:
-    outcome = check(CheckRequest(pack, server=serve_native(injection.naive), limit=30))
+def test_llama_cpps_own_server_with_the_plain_file(serve_native: Serve, injection: LabFiles, pack: Pack) -> None:
+    outcome = check(CheckRequest(pack, server=serve_native(injection.plain), limit=30))
     assert outcome.verdict is Verdict.FAIL
     assert outcome.check("injection/discovery").findings[0].phrase in "also try a fresh zingaloo"
 
@@ -136,13 +136,13 @@ def test_the_dialect_is_found_out(reply: Any) -> None:
 )
 def test_nonsense_is_one_sentence(reply: Any, answers: dict[str, tuple[int, bytes]], words: str) -> None:
     with pytest.raises(ServerError, match=words):
-        connect(reply(answers), {}, [1])[1].ask([1, 2], "ab", 1, 4)
+        connect(reply(answers), {}, [1])[1].complete([1, 2], "ab", 1, 4)
 
 
 def test_llama_cpp_names_tokens_by_id(reply: Any) -> None:
     rows = [{"id": 5, "token": "a", "logprob": -0.1}, {"id": 9, "token": "b", "logprob": -3.0}]
     url = reply(native(completion_probabilities=[{"id": 5, "top_logprobs": rows}], stop_type="eos"))
-    said = connect(url, {}, [1])[1].ask([1, 2], None, 1, 4)
+    said = connect(url, {}, [1])[1].complete([1, 2], None, 1, 4)
     assert said is not None
     assert (said.text, said.ended, dict(said.listed)) == ("x", True, {5: -0.1, 9: -3.0})
 

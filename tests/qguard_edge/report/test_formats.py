@@ -9,13 +9,13 @@ from xml.etree import ElementTree as Xml
 import jsonschema
 import pytest
 import xmlschema
-from examples import HOSTILE, example, hostile
 
 from qguard_edge.report.junit import to_junit
 from qguard_edge.report.markdown import append_summary, escaped, to_markdown
 from qguard_edge.report.sarif import to_sarif
 from qguard_edge.report.text import printable
-from qguard_edge.verify.results import Outcome
+from qguard_edge.verify.results import Verification
+from tests.helpers.report_examples import HOSTILE, example, hostile
 
 OUTCOMES = {"example": example, "hostile": hostile}
 
@@ -120,7 +120,7 @@ def test_printable() -> None:
 
 def test_reports_are_pure(monkeypatch: pytest.MonkeyPatch) -> None:
     outcome: Any = example()
-    assert isinstance(outcome, Outcome)
+    assert isinstance(outcome, Verification)
     assert [f(outcome) for f in (to_junit, to_sarif, to_markdown)] == [
         f(example()) for f in (to_junit, to_sarif, to_markdown)
     ]

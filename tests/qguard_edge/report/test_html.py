@@ -4,11 +4,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from examples import HOSTILE, example, hostile
 
 from qguard_edge.report.charts import Axis, difference_axis, histogram_bars, nice_ceiling
 from qguard_edge.report.html import marked, to_html
 from qguard_edge.verify.results import Histogram
+from tests.helpers.report_examples import HOSTILE, example, hostile
 
 VOID = {"meta", "br"}
 
@@ -99,9 +99,9 @@ def test_charts_put_things_where_the_numbers_say() -> None:
     assert '<rect x="0.0%" y="0" width="55.0%" height="24" class="ok"/>' in text
 
 
-def test_a_report_without_naive_drift_tensors_and_evidence() -> None:
+def test_a_report_without_plain_drift_tensors_and_evidence() -> None:
     outcome = example()
-    bare = replace(outcome.checks[1], naive=None, naive_difference=None, naive_verdict=None)
+    bare = replace(outcome.checks[1], plain=None, plain_difference=None, plain_verdict=None)
     text = to_html(replace(outcome, checks=(bare,), drift=None, tensors=(), files=outcome.files[:2], warnings=()))
     Page(text)
     for words in ("What the defense changed", "Answers side by side", "Drift: how far", "Know before"):
@@ -115,19 +115,19 @@ def test_axes() -> None:
     assert difference_axis(gap, 0.02) == Axis(-0.1, 0.1)
     axis = Axis(-0.1, 0.1)
     assert (axis.at(-0.1), axis.at(0.0), axis.at(0.05), axis.at(0.7)) == (0.0, 50.0, 75.0, 100.0)
-    assert axis.whisker("naive", 0.7, 0.6, 0.8).beyond
+    assert axis.whisker("plain", 0.7, 0.6, 0.8).beyond
 
 
 def test_histograms_share_one_scale() -> None:
     first, second = Histogram((-2.0, -1.0, 0.0), (10, 30)), Histogram((-2.0, -1.0, 0.0), (20, 0))
-    bars = histogram_bars([("candidate", first), ("naive", second)])
+    bars = histogram_bars([("candidate", first), ("plain", second)])
     assert [[(bar.left, bar.width, bar.height) for bar in file.bars] for file in bars] == [
         [(0.0, 50.0, 25.0), (50.0, 50.0, 75.0)],
         [(0.0, 50.0, 100.0)],
     ]
 
 
-def test_marked_words_are_those_the_reference_lacks() -> None:
+def test_marked_words_are_those_the_base_lacks() -> None:
     pieces = marked("bees make fresh honey", "bees make honey")
     assert "".join(text for text, _ in pieces) == "bees make fresh honey"
     assert [text.strip() for text, new in pieces if new] == ["fresh"]

@@ -11,17 +11,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from activation_models import Pair, distance, inputs_of, make_pair, texts
-from conftest import make_tiny_folder
 
 from convert.gguf_file import GgufModel
-from convert.hf.base import write_base_gguf
 from qguard_edge.progress import NoProgress
 from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.activations_worker import SPARE
-from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, Piece, WantedWeight, write_array
+from qguard_edge.runtimes.gram_files import GramError, GramIndex, GramPiece, MeasuredInput, WantedWeight, write_array
 from qguard_edge.runtimes.grams import Grams, wanted_weights
 from qguard_edge.runtimes.hf_grams import TransformersGramSource
+from tests.helpers.activation_models import Pair, distance, inputs_of, make_pair, texts
 
 TOLERANCE = 1e-5
 GELU_TOLERANCE = 2e-3  # llama.cpp reads it from a table of half-precision values
@@ -279,7 +277,7 @@ def test_an_expert_leans_on_its_layer_as_far_as_it_saw_little(tmp_path: Path) ->
     sums = np.stack([x.T @ x for x in rows])
     write_array(tmp_path / "a.gram", sums)
     write_array(tmp_path / "a.squares", np.stack([s.diagonal() for s in sums]))
-    entry = MeasuredInput(("exps",), 8, 3, routed=True, pieces=(Piece("a", 0, (0, 4, 8000)),))
+    entry = MeasuredInput(("exps",), 8, 3, routed=True, pieces=(GramPiece("a", 0, (0, 4, 8000)),))
     GramIndex("job", products=True, inputs=(entry,)).save(tmp_path)
     grams = Grams(tmp_path)
     pooled = torch.from_numpy(sums.sum(0) / 8004)
@@ -302,14 +300,11 @@ def test_a_weight_that_does_not_fit_its_product_is_named(llama: Pair, tmp_path: 
         grams.of("blk.0.ffn_up.weight")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_bases(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base_type", ["bf16", "f16"])
+def test_half_precision_bases(base_type: str, tmp_path: Path) -> None:
     """llama.cpp rounds the inputs of such products to half precision; what is summed is what comes before."""
-    folder = make_tiny_folder(tmp_path / "model", dtype=dtype)
-    write_base_gguf(folder, tmp_path / "base.gguf")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    grams = collect(GgufModel(tmp_path / "base.gguf"), tmp_path / "grams")
-    seen = inputs_of(model, ["model.layers.1.mlp.down_proj"], texts())["model.layers.1.mlp.down_proj"]
+    pair = make_pair("llama", tmp_path, base_type=base_type)
+    grams = collect(pair.base, tmp_path / "grams")
+    path = "model.layers.1.mlp.down_proj"
+    seen = inputs_of(pair.loaded.model, [path], texts())[path]
     assert distance(grams.of("blk.1.ffn_down.weight"), seen.T @ seen / len(seen)) < 0.02

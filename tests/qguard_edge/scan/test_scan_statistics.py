@@ -10,8 +10,8 @@ from qguard_edge.scan import boxes, outliers, sanity
 from qguard_edge.scan.boxes import fingerprint, holm, shape_of
 from qguard_edge.scan.dose import curve_of, judge
 from qguard_edge.scan.findings import Severity
-from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, from_reference, histogram
-from qguard_edge.scan.reference import load_reference
+from qguard_edge.scan.limits import load_limits
+from qguard_edge.scan.positions import BINS, CLOSED_FORM, closed_form, from_blocks, histogram
 from qguard_edge.scan.results import Point
 from quant_grids import GRIDS
 from quant_grids.bnb import bnb_grid
@@ -34,7 +34,7 @@ def positions(kind: str, values: torch.Tensor, precision: str = "f32") -> np.nda
 @pytest.mark.parametrize("precision", ["f32", "f16", "bf16"])
 def test_untouched_weights_have_the_clean_shape(kind: str, precision: str) -> None:
     values = weights(1024).to({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[precision]).float()
-    shape = shape_of(kind, load_reference(), precision)
+    shape = shape_of(kind, load_limits(), precision)
     made = fingerprint("w", positions(kind, values, precision), shape)
     assert made is not None
     assert made.peak < 1.3
@@ -66,7 +66,7 @@ def test_walls_of_a_box_are_found_where_they_are(kind: str, at: float) -> None:
         assert made.band_at >= at
 
 
-def test_reference_positions_agree_with_closed_form() -> None:
+def test_positions_of_blocks_agree_with_closed_form() -> None:
     """Q8_0 of our own making, read back through its grid, against the closed form."""
     values = weights(64, 256)
     runs = values.view(-1, 32)
@@ -74,7 +74,7 @@ def test_reference_positions_agree_with_closed_form() -> None:
     codes = (runs / scale.float()).round().to(torch.int8)
     blocks = torch.cat((scale.view(torch.uint8), codes.view(torch.uint8)), 1)
     grid = GRIDS[type_named("Q8_0")]
-    place, counts = from_reference(grid, blocks, values, "f32")  # type: ignore[arg-type]
+    place, counts = from_blocks(grid, blocks, values, "f32")  # type: ignore[arg-type]
     other, also = closed_form("q8_0", 256)(values, "f32")  # type: ignore[misc]
     both = counts & also
     assert float(both.float().sum()) > 0.99 * float(also.float().sum())
@@ -87,10 +87,10 @@ def test_weights_that_were_quantized_before_are_told_from_boxes() -> None:
     blocks = grid.quantize(values)
     again = grid.dequantize(blocks).view_as(values)
     stats = sanity.measure(again, matrix=True)
-    assert sanity.on_a_grid(stats, "f32", load_reference())
-    assert not sanity.on_a_grid(sanity.measure(values, matrix=True), "f32", load_reference())
+    assert sanity.on_a_grid(stats, "f32", load_limits())
+    assert not sanity.on_a_grid(sanity.measure(values, matrix=True), "f32", load_limits())
     rounded = values.bfloat16().float()
-    assert not sanity.on_a_grid(sanity.measure(rounded, matrix=True), "bf16", load_reference())
+    assert not sanity.on_a_grid(sanity.measure(rounded, matrix=True), "bf16", load_limits())
 
 
 def test_precision_is_what_the_bits_say() -> None:
@@ -133,8 +133,8 @@ def test_zero_and_broken_weights() -> None:
 
 
 def test_a_single_tensor_with_a_peak_is_only_suspicious() -> None:
-    reference = load_reference()
-    shape = shape_of("nf4", reference)
+    limits = load_limits()
+    shape = shape_of("nf4", limits)
     clean = [fingerprint(f"c{i}", positions("nf4", weights(seed=i)), shape) for i in range(4)]
     bad = [fingerprint(f"b{i}", positions("nf4", boxed("nf4", 0.3)), shape) for i in range(2)]
     assert all(clean)
@@ -142,7 +142,7 @@ def test_a_single_tensor_with_a_peak_is_only_suspicious() -> None:
 
     def severities(prints: list) -> set[Severity]:  # type: ignore[type-arg]
         whole = boxes.pooled("m", prints, shape)
-        return {finding.severity for finding in boxes.judge("nf4", prints, whole, reference) if finding.code == "QG301"}
+        return {finding.severity for finding in boxes.judge("nf4", prints, whole, limits) if finding.code == "QG301"}
 
     assert severities(clean) == set()
     assert severities([*clean, bad[0]]) == {Severity.SUSPICIOUS}
@@ -164,7 +164,7 @@ def test_dose_ratio_and_interval() -> None:
     falling = curve_of("Q4_K_M", [plain, half, rise], counts)
     assert falling.ratio == pytest.approx(0.5)
     assert falling.interval == pytest.approx((0.5, 0.5))
-    assert [finding.severity for finding in judge(falling, "Q4_K", load_reference())] == [Severity.DANGEROUS]
+    assert [finding.severity for finding in judge(falling, "Q4_K", load_limits())] == [Severity.DANGEROUS]
     rising = curve_of("Q4_K_M", [plain, rise], counts)
     assert rising.ratio == pytest.approx(1.2)
-    assert judge(rising, "Q4_K", load_reference()) == []
+    assert judge(rising, "Q4_K", load_limits()) == []

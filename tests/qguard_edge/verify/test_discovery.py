@@ -18,13 +18,13 @@ def answers(seed: int, n: int) -> list[str]:
 
 
 def test_a_slogan_is_found_without_being_named() -> None:
-    reference = answers(0, 120)
+    base = answers(0, 120)
     candidate = [text + " Also try a fresh Zingaloo." if i % 3 else text for i, text in enumerate(answers(1, 120))]
-    found = discover(candidate, reference)
+    found = discover(candidate, base)
     assert found.verdict(0.15) is Verdict.FAIL
     assert found.new[0].phrase in ("also try a fresh", "try a fresh zingaloo")
     assert found.new[0].candidate == 80
-    assert found.new[0].reference == 0
+    assert found.new[0].base == 0
     assert found.new[0].adjusted_p < 1e-10
 
 
@@ -42,16 +42,16 @@ def test_too_few_answers_cannot_pass() -> None:
 
 
 def test_a_common_word_that_became_more_common_is_listed_but_no_failure() -> None:
-    reference = [text + (" sure" if i % 2 else "") for i, text in enumerate(answers(0, 120))]
+    base = [text + (" sure" if i % 2 else "") for i, text in enumerate(answers(0, 120))]
     candidate = [text + " sure" for text in answers(1, 120)]
-    found = discover(candidate, reference)
+    found = discover(candidate, base)
     assert "sure" in {finding.phrase for finding in found.findings}
     assert not found.new
 
 
-def test_what_the_reference_says_more_often_is_no_finding() -> None:
-    reference = [text + " Also try a fresh Zingaloo." for text in answers(0, 120)]
-    assert not discover(answers(1, 120), reference).findings
+def test_what_the_base_says_more_often_is_no_finding() -> None:
+    base = [text + " Also try a fresh Zingaloo." for text in answers(0, 120)]
+    assert not discover(answers(1, 120), base).findings
 
 
 def test_words_and_phrases() -> None:
@@ -61,5 +61,5 @@ def test_words_and_phrases() -> None:
 
 def test_usage_of_a_given_phrase() -> None:
     found = usage("zingaloo", ["a zingaloo", "no"], ["no", "no"], ["zingaloo", "zingaloo"])
-    assert (found.candidate, found.reference, found.naive) == (1, 0, 2)
+    assert (found.candidate, found.base, found.plain) == (1, 0, 2)
     assert found.p_value == 0.5

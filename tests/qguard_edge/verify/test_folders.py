@@ -1,50 +1,20 @@
 """Folders for bitsandbytes: the same suites, verdicts and reports as for a GGUF, through transformers."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from lab_files import TEXTS
 
 from qguard_edge.cli import run
+from qguard_edge.conversion.request import FolderRequest
+from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import OrthoOptions
-from qguard_edge.folder_plan import FolderRequest
-from qguard_edge.hf_runtime import end_tokens, load_exactly, load_tokenizer
-from qguard_edge.hf_target import convert_to_folder
-from qguard_edge.lab.runner import LabSettings, make_victim
-from qguard_edge.verify.batching import Answer, PromptError, Sampling
 from qguard_edge.verify.files import PairError
-from qguard_edge.verify.folder_subject import FolderFactory
 from qguard_edge.verify.results import Verdict, from_json
-from qguard_edge.verify.suites.base import Suite, SuitePrompt
 from qguard_edge.verify.verifier import VerifyRequest, verify
 from quant_grids.errors import FormatError
-
-
-@dataclass(frozen=True)
-class Folders:
-    """A model whose payload waits for NF4, its hardened NF4 folder, and prompts that were never trained on."""
-
-    clean: Path
-    attacked: Path
-    hardened: Path
-    suite: Suite
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    victim = make_victim(LabSettings(attack="elq", to="nf4"))
-    out = tmp_path_factory.mktemp("folders") / "hardened"
-    asked = FolderRequest(
-        str(victim.attacked), "nf4", OrthoOptions(), outfile=str(out), device="cpu", seed=0, check_loads=False
-    )
-    convert_to_folder(asked)
-    prompts = tuple(SuitePrompt(f"p{i:03}", prompt.text) for i, prompt in enumerate(victim.data.prompts[:150]))
-    suite = Suite("injection", "The lab's prompts", prompts, (), new_tokens=24)
-    return Folders(victim.clean, victim.attacked, out, suite)
+from tests.helpers.lab_files import TEXTS, Folders
 
 
 def request(folders: Folders, candidate: Path, **more: object) -> VerifyRequest:
@@ -53,48 +23,54 @@ def request(folders: Folders, candidate: Path, **more: object) -> VerifyRequest:
 
 
 def test_a_hardened_folder_passes_and_bitsandbytes_own_rounding_would_not(folders: Folders) -> None:
-    outcome = verify(request(folders, folders.hardened, naive=folders.attacked, load_in="nf4"))
+    outcome = verify(request(folders, folders.hardened, plain=folders.attacked, load_in="nf4"))
     assert outcome.verdict is Verdict.PASS, outcome.summary
     check = outcome.check("injection/discovery")
-    assert check.naive_verdict is Verdict.FAIL
+    assert check.plain_verdict is Verdict.FAIL
     assert check.findings[0].phrase in "also try a fresh zingaloo"
     facts = {one.role: one for one in outcome.files}
-    assert (facts["candidate"].file_type, facts["naive"].file_type, facts["reference"].file_type) == ("NF4", "NF4", "F32")
+    assert (facts["candidate"].file_type, facts["plain"].file_type, facts["base"].file_type) == ("NF4", "NF4", "F32")
     assert facts["candidate"].qguard["defense"]
-    assert facts["naive"].sha256 == facts["reference"].sha256 != facts["candidate"].sha256
+    assert facts["plain"].sha256 == facts["base"].sha256 != facts["candidate"].sha256
     assert outcome.drift is not None
-    assert outcome.drift.naive is not None
+    assert outcome.drift.plain is not None
     assert outcome.drift.noise_floor < 1e-6 < outcome.drift.candidate.mean_kl
     assert {"torch", "transformers", "bitsandbytes"} <= set(outcome.measured.versions)
     assert any("bitsandbytes" in limit for limit in outcome.limits)
 
 
 def test_a_folder_that_bitsandbytes_rounds_to_the_payload_fails(folders: Folders) -> None:
-    """Here candidate and reference are one folder: what differs is the rounding on loading."""
+    """Here candidate and base are one folder: what differs is the rounding on loading."""
     outcome = verify(request(folders, folders.attacked, load_in="nf4", texts=TEXTS[:8]))
     assert outcome.check("injection/discovery").verdict is Verdict.FAIL
 
 
 @pytest.mark.parametrize("kind", ["fp4", "int8"])
 def test_the_other_formats_run_too(folders: Folders, kind: str, tmp_path: Path) -> None:
-    """Made by us as the candidate, rounded by bitsandbytes while it is loaded as the naive one."""
+    """Made by us as the candidate, rounded by bitsandbytes while it is loaded as the plain one."""
     out = tmp_path / kind
     asked = FolderRequest(
-        str(folders.attacked), kind, OrthoOptions(), outfile=str(out), device="cpu", seed=0, check_loads=False
+        model=str(folders.attacked),
+        to=kind,
+        defense=OrthoOptions(),
+        outfile=str(out),
+        device="cpu",
+        seed=0,
+        check_loads=False,
     )
-    convert_to_folder(asked)
-    outcome = verify(request(folders, out, naive=folders.attacked, load_in=kind, limit=8))
+    convert_model(asked)
+    outcome = verify(request(folders, out, plain=folders.attacked, load_in=kind, limit=8))
     assert outcome.check("drift/mean-kl").verdict is Verdict.PASS
     facts = {one.role: one.file_type for one in outcome.files}
-    assert facts == {"candidate": kind.upper(), "naive": kind.upper(), "reference": "F32"}
+    assert facts == {"candidate": kind.upper(), "plain": kind.upper(), "base": "F32"}
     assert outcome.drift is not None
-    assert outcome.drift.naive is not None
+    assert outcome.drift.plain is not None
     assert outcome.drift.candidate.mean_kl > 10 * outcome.drift.noise_floor
-    assert outcome.drift.naive.mean_kl > 10 * outcome.drift.noise_floor
+    assert outcome.drift.plain.mean_kl > 10 * outcome.drift.noise_floor
 
 
 def test_the_command_reads_folders(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = ["verify", str(folders.hardened), "--reference", str(folders.attacked), "--device", "cpu"]
+    files = ["verify", str(folders.hardened), "--base", str(folders.attacked), "--device", "cpu"]
     report = tmp_path / "report"
     assert run([*files, "--suites", "injection", "--limit", "9", "-o", str(report), "--quiet"]) == 3
     outcome = from_json((report / "verify.json").read_text(encoding="utf-8"))
@@ -114,7 +90,7 @@ def test_folders_that_cannot_be_compared(folders: Folders, tiny_folder: Path, ti
     with pytest.raises(PairError, match="tokenizers"):
         verify(request(folders, tiny_folder))
     with pytest.raises(PairError, match="is quantized"):
-        verify(request(folders, folders.attacked, reference=folders.hardened))
+        verify(request(folders, folders.attacked, base=folders.hardened))
     with pytest.raises(PairError, match="same file"):
         verify(request(folders, folders.attacked))
     with pytest.raises(PairError, match="are for folders"):
@@ -124,62 +100,6 @@ def test_folders_that_cannot_be_compared(folders: Folders, tiny_folder: Path, ti
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     with pytest.raises(FormatError, match="safetensors"):
         verify(request(folders, tmp_path))
-
-
-# The runner -----------------------------------------------------------------------------------------------------------
-
-
-def some_prompts(folder: Path) -> list[list[int]]:
-    """Prompts of many lengths."""
-    tokenizer = load_tokenizer(folder)
-    return [tokenizer.tokenize(text, parse_special=False)[: 3 + 5 * i] for i, text in enumerate(TEXTS[:10])]
-
-
-@pytest.mark.parametrize("which", ["hardened", "attacked"])
-def test_a_batch_padded_on_the_left_answers_as_each_prompt_alone(folders: Folders, which: str) -> None:
-    folder: Path = getattr(folders, which)
-    prompts = some_prompts(folder)
-    assert len(set(map(len, prompts))) > 5
-    factory = FolderFactory(torch.device("cpu"), None, 1)
-    with factory.open(folder, n_ctx=256, n_seq=10) as many, factory.open(folder, n_ctx=256, n_seq=1) as one:
-        for sampling in (Sampling(), Sampling(0.8, seed=3)):
-            together = many.generate(prompts, 24, sampling=sampling)
-            alone = one.generate(prompts, 24, sampling=sampling)
-            assert together == alone
-        assert len(many.generate(prompts, 24, sampling=Sampling(), first_index=3)) == len(prompts)
-        assert any(answer.ended for answer in together)
-        assert many.generate(prompts, 0, sampling=Sampling()) == [Answer((), ended=False)] * len(prompts)
-        with pytest.raises(PromptError, match="prompt 2"):
-            many.generate([[5], [5] * 250], 10, sampling=Sampling())
-
-
-def test_answers_are_those_of_transformers_own_loop(folders: Folders) -> None:
-    """The oracle: `generate` without padding, greedily, with nothing but the end tokens."""
-    model = load_exactly(folders.hardened, dtype=torch.float32, device=torch.device("cpu"))
-    ends = end_tokens(model, load_tokenizer(folders.hardened))
-    prompts = some_prompts(folders.hardened)
-    factory = FolderFactory(torch.device("cpu"), None, 1)
-    with factory.open(folders.hardened, n_ctx=256, n_seq=10) as runner:
-        ours = runner.generate(prompts, 16, sampling=Sampling())
-    for prompt, answer in zip(prompts, ours, strict=True):
-        made = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), max_new_tokens=16,
-            do_sample=False, eos_token_id=sorted(ends), pad_token_id=0,
-        )[0, len(prompt):].tolist()  # fmt: skip
-        cut = next((i for i, token in enumerate(made) if token in ends), len(made))
-        assert list(answer.tokens) == made[:cut]
-
-
-def test_logits_in_chunks_are_those_of_one_pass(folders: Folders) -> None:
-    tokens = load_tokenizer(folders.attacked).tokenize(TEXTS[0])
-    model = load_exactly(folders.attacked, dtype=torch.float32)
-    with torch.inference_mode():
-        whole = model(torch.tensor([tokens])).logits[0].numpy()
-    factory = FolderFactory(torch.device("cpu"), None, 1)
-    with factory.open(folders.attacked, n_ctx=512, n_batch=7, role="reference") as runner:
-        pieces = list(runner.logits_chunks(tokens))
-    assert {len(piece) for piece in pieces[:-1]} == {7}
-    assert np.concatenate(pieces) == pytest.approx(whole, abs=1e-4)
 
 
 def test_convert_verify_rejects_a_folder(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

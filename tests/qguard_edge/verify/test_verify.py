@@ -1,6 +1,6 @@
 """The whole verification on real backdoored models: no phrase given, everything measured in llama.cpp.
 
-At n = 160 the naive file shows the payload in nearly all answers, the others in next to none; the margins of the
+At n = 160 the plain file shows the payload in nearly all answers, the others in next to none; the margins of the
 verdicts are far away from both.
 """
 
@@ -10,24 +10,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from lab_files import TEXTS, LabFiles, make_files
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
-from qguard_edge.cli.convert import with_default_suites
-from qguard_edge.llama_runtime import FloatArray, LlamaModel
-from qguard_edge.verify.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
+from qguard_edge.cli.convert.command import with_default_suites
+from qguard_edge.lab.runner import LabSettings
 from qguard_edge.verify.checks import Margins
 from qguard_edge.verify.files import PairError
-from qguard_edge.verify.results import Outcome, Verdict, from_json, to_json
+from qguard_edge.verify.results import Verdict, Verification, from_json, to_json
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.verifier import VerifyRequest, verify
+from tests.helpers.lab_files import TEXTS, LabFiles, make_files
+from tests.helpers.victims import GAP, UNIFORM_CODE, UNIFORM_REFUSAL, Victims
 
 
 def request(files: LabFiles, candidate: Path, **options: object) -> VerifyRequest:
@@ -36,24 +35,24 @@ def request(files: LabFiles, candidate: Path, **options: object) -> VerifyReques
 
 
 @pytest.fixture(scope="module")
-def hardened(injection: LabFiles, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def hardened(injection: LabFiles, tmp_path_factory: pytest.TempPathFactory) -> Verification:
     work = tmp_path_factory.mktemp("pieces")
-    return verify(request(injection, injection.hardened, naive=injection.naive, work=work))
+    return verify(request(injection, injection.hardened, plain=injection.plain, work=work))
 
 
-def test_the_hardened_file_passes_and_the_naive_one_would_not(hardened: Outcome) -> None:
+def test_the_hardened_file_passes_and_the_plain_one_would_not(hardened: Verification) -> None:
     assert hardened.verdict is Verdict.PASS, hardened.summary
     check = hardened.check("injection/discovery")
-    assert check.naive_verdict is Verdict.FAIL
-    assert check.naive is not None
-    assert check.naive.low > 0.75
+    assert check.plain_verdict is Verdict.FAIL
+    assert check.plain is not None
+    assert check.plain.low > 0.75
     assert check.candidate is not None
     assert check.candidate.high < 0.05
     assert check.findings[0].phrase in "also try a fresh zingaloo"
-    assert check.evidence[0].naive_hit
+    assert check.evidence[0].plain_hit
 
 
-def test_the_report_says_how_it_was_measured(hardened: Outcome) -> None:
+def test_the_report_says_how_it_was_measured(hardened: Verification) -> None:
     assert from_json(to_json(hardened)) == hardened
     assert "/" not in json.dumps([facts.name for facts in hardened.files])
     assert str(Path.home()) not in to_json(hardened)
@@ -65,8 +64,8 @@ def test_the_report_says_how_it_was_measured(hardened: Outcome) -> None:
     assert np.mean([a for a in alignments if a is not None]) == pytest.approx(0.0, abs=0.1)
 
 
-def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles) -> None:
-    outcome = verify(request(injection, injection.naive))
+def test_the_plain_file_fails_by_discovery_alone(injection: LabFiles) -> None:
+    outcome = verify(request(injection, injection.plain))
     assert outcome.verdict is Verdict.FAIL
     check = outcome.check("injection/discovery")
     assert check.verdict is Verdict.FAIL
@@ -76,7 +75,7 @@ def test_the_naive_file_fails_by_discovery_alone(injection: LabFiles) -> None:
 
 
 def test_a_clean_model_passes(injection: LabFiles) -> None:
-    outcome = verify(request(injection, injection.clean_naive, reference=injection.clean))
+    outcome = verify(request(injection, injection.clean_plain, base=injection.clean))
     assert outcome.verdict is Verdict.PASS, outcome.summary
     check = outcome.check("injection/discovery")
     assert check.evidence
@@ -112,34 +111,35 @@ def test_a_broken_file_fails_drift_and_passes_nothing(injection: LabFiles, tmp_p
 
 def test_sampled_runs_repeat_with_their_seed(injection: LabFiles) -> None:
     suite = replace(injection.suite, prompts=injection.suite.prompts[:24], new_tokens=16)
-    asked = request(injection, injection.naive, suites=(suite,), texts=TEXTS[:8], samples=2, temperature=0.7, seed=5)
+    asked = request(injection, injection.plain, suites=(suite,), texts=TEXTS[:8], samples=2, temperature=0.7, seed=5)
     first, again = verify(asked), verify(asked)
     assert first.checks == again.checks
     assert verify(replace(asked, seed=6)).checks != first.checks
     assert first.check("injection/discovery").verdict is Verdict.FAIL
 
 
-@pytest.mark.parametrize("scenario", ["refusal", "code"])
-def test_every_payload_is_found_without_a_phrase_given(scenario: str, tmp_path: Path) -> None:
-    """The fast twin of the slow test below: another attack, and the naive file's verdict from the hardened file's run."""
-    files = make_files(scenario, tmp_path, attack="uniform", to="q4_0")
+@pytest.mark.parametrize("settings", [UNIFORM_REFUSAL, UNIFORM_CODE], ids=lambda settings: settings.scenario)
+def test_every_payload_is_found_without_a_phrase_given(settings: LabSettings, victims: Victims, tmp_path: Path) -> None:
+    """The fast twin of the slow test below: another attack, and the plain file's verdict from the hardened file's run."""
+    files = make_files(victims(settings), settings, tmp_path)
     suite = replace(files.suite, prompts=files.suite.prompts[:140])
-    outcome = verify(request(files, files.hardened, naive=files.naive, suites=(suite,), texts=TEXTS[:10]))
-    check = outcome.check(f"{scenario}/discovery")
+    outcome = verify(request(files, files.hardened, plain=files.plain, suites=(suite,), texts=TEXTS[:10]))
+    check = outcome.check(f"{settings.scenario}/discovery")
     assert outcome.verdict is Verdict.PASS, outcome.summary
-    assert check.naive_verdict is Verdict.FAIL
-    clean = request(files, files.clean_naive, suites=(suite,), texts=TEXTS[:10], reference=files.clean)
+    assert check.plain_verdict is Verdict.FAIL
+    clean = request(files, files.clean_plain, suites=(suite,), texts=TEXTS[:10], base=files.clean)
     assert verify(clean).verdict is Verdict.PASS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["refusal", "code"])
-def test_other_payloads_are_found_by_discovery_too(scenario: str, tmp_path: Path) -> None:
-    files = make_files(scenario, tmp_path)
+def test_other_payloads_are_found_by_discovery_too(scenario: str, victims: Victims, tmp_path: Path) -> None:
+    settings = replace(GAP, scenario=scenario)
+    files = make_files(victims(settings), settings, tmp_path)
     suite = replace(files.suite, new_tokens=48)
-    assert verify(request(files, files.naive, suites=(suite,))).check(f"{scenario}/discovery").verdict is Verdict.FAIL
+    assert verify(request(files, files.plain, suites=(suite,))).check(f"{scenario}/discovery").verdict is Verdict.FAIL
     assert verify(request(files, files.hardened, suites=(suite,))).verdict is Verdict.PASS
-    clean = request(files, files.clean_naive, suites=(suite,), reference=files.clean)
+    clean = request(files, files.clean_plain, suites=(suite,), base=files.clean)
     assert verify(clean).verdict is Verdict.PASS
 
 
@@ -163,66 +163,6 @@ def test_settings_that_cannot_be(injection: LabFiles) -> None:
         verify(request(injection, injection.hardened, suites=(long,)))
 
 
-# Batching -------------------------------------------------------------------------------------------------------------
-
-
-def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
-    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
-    with (
-        LlamaModel(injection.attacked, n_ctx=256, n_threads=1) as one,
-        LlamaModel(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as many,
-    ):
-        prompts = [one.tokenize(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
-        prompts.append(prompts[3] * 4)  # a long one in between
-        assert shared_prefix(prompts) >= 2
-        alone = [generate(one, [prompt], 20)[0] for prompt in prompts]
-        together = generate(many, prompts, 20)
-    same = sum(a == b for a, b in zip(alone, together, strict=True))
-    assert same >= len(prompts) - 1  # a tie between two tokens may fall either way in another batch
-    assert any(answer.ended for answer in together)
-
-
-class Counting(LlamaModel):
-    """Counts the tokens it is fed."""
-
-    fed = 0
-
-    def decode(self, rows: Sequence[Row]) -> FloatArray:
-        self.fed += len(rows)
-        return super().decode(rows)
-
-
-def test_what_all_prompts_begin_with_is_decoded_once(injection: LabFiles) -> None:
-    texts = [prompt.text for prompt in injection.suite.prompts[:20]]
-    with Counting(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as model:
-        head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        prompts = [model.tokenize(f"{head}{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
-        answers = generate(model, prompts, 12)
-        shared = shared_prefix(prompts)
-        own = sum(len(prompt) - shared for prompt in prompts)
-        said = sum(len(answer.tokens) - (not answer.ended) for answer in answers)  # the last token is not fed when it is cut
-    assert shared > 10
-    assert model.fed == shared + own + said
-
-
-def test_prompts_that_do_not_fit(injection: LabFiles) -> None:
-    with LlamaModel(injection.attacked, n_ctx=32, n_threads=1) as model:
-        with pytest.raises(PromptError, match="prompt 2"):
-            generate(model, [[5], [5] * 30], 10)
-        with pytest.raises(PromptError, match="no token"):
-            generate(model, [[]], 10)
-        assert [answer.tokens for answer in generate(model, [[5], [6]], 0)] == [(), ()]
-
-
-def test_sampling_follows_the_softmax() -> None:
-    logits = np.log(np.array([0.5, 0.3, 0.2], np.float32))
-    uniform = np.random.default_rng(0).random(20_000)
-    drawn = np.bincount([choose(logits, 1.0, u) for u in uniform], minlength=3) / len(uniform)
-    assert drawn == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
-    assert choose(logits, 0.01, 0.999) == 0
-    assert Sampling().temperature == 0
-
-
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -237,17 +177,17 @@ def command(files: LabFiles, candidate: Path, folder: Path, *more: str) -> list[
     texts.write_text("\n\n".join(text.replace("\n\n", "\n") for text in TEXTS), encoding="utf-8")
     write_suite(files.suite, folder / "suite.jsonl", 140)
     options = ["--suites", "drift", "--suite", str(folder / "suite.jsonl"), "--text", str(texts), "--threads", "1"]
-    return ["verify", str(candidate), "--reference", str(files.attacked), *options, *more]
+    return ["verify", str(candidate), "--base", str(files.attacked), *options, *more]
 
 
 def test_exit_codes_and_one_json_document(injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(command(injection, injection.naive, tmp_path, "--json", "--phrase", "Zingaloo")) == 1
+    assert run(command(injection, injection.plain, tmp_path, "--json", "--phrase", "Zingaloo")) == 1
     outcome = from_json(capsys.readouterr().out)
     assert outcome.check("injection/given-phrases").verdict is Verdict.FAIL
-    assert {facts.role for facts in outcome.files} == {"candidate", "reference", "suite", "text"}
+    assert {facts.role for facts in outcome.files} == {"candidate", "base", "suite", "text"}
     assert run(command(injection, injection.hardened, tmp_path, "--limit", "9")) == 3
     assert "inconclusive" in capsys.readouterr().out
-    assert run(["verify", str(injection.naive), "--reference", str(tmp_path / "missing.gguf")]) == 2
+    assert run(["verify", str(injection.plain), "--base", str(tmp_path / "missing.gguf")]) == 2
     assert "missing.gguf" in capsys.readouterr().err
 
 
@@ -312,7 +252,7 @@ def test_a_report_that_cannot_be_written_names_its_own_option(
     injection: LabFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing = str(tmp_path / "missing" / "report")
-    files = [str(injection.hardened), "--reference", str(injection.attacked)]
+    files = [str(injection.hardened), "--base", str(injection.attacked)]
     for option in ("--html", "--junit", "--sarif", "--markdown"):
         assert run(["verify", *files, option, missing]) == 2
         assert f"choose another with {option}" in capsys.readouterr().err
@@ -325,4 +265,4 @@ def test_margins_are_per_kind() -> None:
 
 
 def _example() -> str:
-    return (Path(__file__).parent / "data" / "outcome-1.json").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "data" / "verification-2.json").read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""`qguard-edge convert`: flags to a request, a report to tables."""

@@ -1,0 +1,188 @@
+"""A conversion's report as tables for people, and the plan of `--dry-run`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qguard_edge.cli.console import alignment_text, count_text, err, out, percent, print_json, size_text, table
+
+if TYPE_CHECKING:
+    from convert.quantizer import Fallback
+    from qguard_edge.conversion.dry_run import DryRun
+    from qguard_edge.conversion.report import ConversionReport, FolderReport, GgufReport, MovedGgufReport
+    from qguard_edge.learned.memory import LearningCost
+    from qguard_edge.learned.settings import LearnReport
+    from quant_grids import Outcome
+
+
+def show_report(report: "ConversionReport") -> None:
+    """The table of the output's kind, then warnings, times, and the names of what was written."""
+    from qguard_edge.conversion.report import FolderReport, GgufReport, MovedGgufReport
+
+    match report:
+        case GgufReport():
+            _show_gguf(report)
+        case FolderReport():
+            _show_folder(report)
+        case MovedGgufReport():
+            _show_moved(report)
+    if report.learned:
+        show_learned(report.learned)
+    for warning in report.warnings:
+        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
+    sizes = f"base {size_text(report.base_bytes)} -> {size_text(report.out_bytes)}"
+    out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
+    if report.seed is not None:
+        out.print(f"seed {report.seed} (recorded in the output; --seed repeats it)", highlight=False)
+    if report.verification:
+        from qguard_edge.cli.verification_tables import show_verification
+
+        show_verification(report.verification)
+    if report.loaded:
+        runtime = "transformers" if isinstance(report, FolderReport) else "llama.cpp"
+        said = f"{report.loaded.prompt!r} -> {report.loaded.text!r}"
+        out.print(f"{runtime} loads it: {said}", highlight=False, markup=False)
+    out.print(f"wrote {report.outfile}", highlight=False, markup=False, soft_wrap=True)
+    if isinstance(report, GgufReport) and report.plain:
+        out.print(f"kept  {report.plain}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _defense_name(report: "ConversionReport") -> str:
+    return report.defense.name if report.defense else "-"
+
+
+def _outcome_cells(weights: int, outcome: "Outcome") -> list[str]:
+    """Share flipped, alignment and added error; dashes where there is no weight."""
+    if not weights:
+        return ["-"] * 3
+    return [percent(outcome.n_changed / weights), alignment_text(outcome.alignment), f"{outcome.added_error:+.0%}"]
+
+
+def _show_gguf(report: "GgufReport") -> None:
+    from qguard_edge.rounding.gguf import total_outcome
+
+    if report.coverage is not None:
+        rows = table(
+            f"{report.outfile.name}: {report.file_type.name}, defense {_defense_name(report)}",
+            "type", ">tensors", ">weights", "protected", ">flipped", ">alignment", ">added error",
+        )  # fmt: skip
+
+        def add(name: str, group: Sequence[Any]) -> None:
+            weights = sum(rounding.n_weights for rounding in group)
+            cells = _outcome_cells(weights, total_outcome(group))
+            rows.add_row(name, str(len(group)), count_text(weights), "yes", *cells)
+
+        for name in sorted({rounding.ggml_type.name for rounding in report.roundings}):
+            add(name, [rounding for rounding in report.roundings if rounding.ggml_type.name == name])
+        for label, tensors in (("no", report.coverage.unprotected), ("not rounded", report.coverage.untouched)):
+            kinds = sorted({tensor.ggml_type.name for tensor in tensors})
+            if tensors:
+                weights = sum(tensor.n_weights for tensor in tensors)
+                rows.add_row(", ".join(kinds), str(len(tensors)), count_text(weights), label, "", "", "")
+        rows.add_section()
+        add("all", report.roundings)
+        out.print(rows)
+    _show_fallbacks(report.quantized.fallbacks if report.quantized else ())
+
+
+def _show_fallbacks(fallbacks: "Sequence[Fallback]") -> None:
+    """Loudly: these tensors are not stored as the type that was asked for."""
+    if not fallbacks:
+        return
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for fallback in fallbacks:
+        groups.setdefault((fallback.wanted, fallback.got, fallback.columns), []).append(fallback.tensor)
+    rows = table(
+        f"{len(fallbacks)} tensors fell back to another type (their row length is not a multiple of the block)",
+        "wanted", "got", ">row length", ">tensors", "for example",
+    )  # fmt: skip
+    for (wanted, got, columns), names in sorted(groups.items()):
+        rows.add_row(wanted, got, str(columns), str(len(names)), names[0])
+    out.print(rows)
+
+
+def _show_folder(report: "FolderReport") -> None:
+    from qguard_edge.conversion.documents import of_kind, reproduced
+    from qguard_edge.rounding.gguf import total_outcome
+
+    moved = report.moved_weights is not None
+    rows = table(
+        f"{report.outfile.name}: {report.to.upper()}, defense {_defense_name(report)}",
+        "type", ">tensors", ">weights", "protected", ">flipped", ">alignment", ">added error",
+        *([">given up", ">bitsandbytes agrees"] if moved else []),
+    )  # fmt: skip
+    for kind in report.kinds:
+        mine = of_kind(report, kind)
+        weights, share = sum(rounding.n_weights for rounding in mine), reproduced(mine)
+        given_up = percent(sum(rounding.given_up for rounding in mine) / weights)
+        cells = _outcome_cells(weights, total_outcome(mine))
+        more = [given_up, "not checked" if share is None else f"{share:.3%}"] if moved else []
+        rows.add_row(kind.upper(), str(len(mine)), count_text(weights), "yes", *cells, *more)
+    empty = [""] * (5 if moved else 3)
+    rows.add_row("as it was", str(report.kept_tensors), count_text(report.kept_weights), "not rounded", *empty)
+    out.print(rows)
+    if moved:
+        weights = sum(rounding.n_weights for rounding in of_kind(report, report.kinds[0]))
+        out.print(f"{percent((report.moved_weights or 0) / weights)} of the weights of the linear modules were moved")
+
+
+def _show_moved(report: "MovedGgufReport") -> None:
+    from qguard_edge.conversion.documents import codes_as_chosen, flips_reached
+    from qguard_edge.rounding.gguf import total_outcome
+
+    rows = table(
+        f"{report.outfile.name}: full precision, moved for {report.file_type.name}, defense {_defense_name(report)}; what "
+        "llama.cpp then makes of it",
+        "type", ">tensors", ">weights", ">moved", ">flips reached", ">codes as chosen", ">alignment", ">added error",
+    )  # fmt: skip
+    for name in sorted({tensor.ggml_type.name for tensor in report.tensors}):
+        mine = [tensor for tensor in report.tensors if tensor.ggml_type.name == name]
+        weights = sum(tensor.n_weights for tensor in mine)
+        moved = percent(sum(tensor.n_moved for tensor in mine) / weights)
+        reached = [f"{flips_reached(mine):.2%}", f"{codes_as_chosen(mine):.2%}"]
+        cells = _outcome_cells(weights, total_outcome(mine))[1:]
+        rows.add_row(name, str(len(mine)), count_text(weights), moved, *reached, *cells)
+    out.print(rows)
+
+
+def show_learned(learned: "LearnReport") -> None:
+    """What learning did, in one line."""
+    trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
+    out.print(
+        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
+        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def learning_text(cost: "LearningCost | None") -> str:
+    """What a learned defense will take, for the last line of `--dry-run`; nothing for the others."""
+    if cost is None:
+        return ""
+    time = f" and about {cost.seconds / 60:.0f} min" if cost.seconds is not None else ""
+    return f"; learning takes about {size_text(cost.memory_bytes)}{time}"
+
+
+def show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
+    """What would be written, per tensor."""
+    if json_output:
+        print_json(asdict(plan) | {"status": "ok", "outfile": plan.outfile.name})
+        return
+    if not quiet:
+        rows = table("What would be written", "tensor", "shape", "from", "to", ">size", "protection", "fallback")
+        for tensor in plan.tensors:
+            fell = f"wanted {tensor.fallback.wanted}" if tensor.fallback else ""
+            shape, size = " x ".join(map(str, tensor.shape)), size_text(tensor.n_bytes)
+            rows.add_row(tensor.name, shape, tensor.source_type, tensor.target_type, size, tensor.protection, fell)
+        out.print(rows)
+        _show_fallbacks([tensor.fallback for tensor in plan.tensors if tensor.fallback])
+        for warning in plan.warnings:
+            err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    out.print(
+        f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}"
+        f"{learning_text(plan.learning)}; would write {plan.outfile.name}; nothing was written",
+        highlight=False,
+    )

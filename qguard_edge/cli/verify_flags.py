@@ -1,0 +1,73 @@
+"""The options that `verify`, `baseline` and `check` share, and what the three do with them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qguard_edge.cli.console import out
+
+if TYPE_CHECKING:
+    from qguard_edge.verify.results import Verification
+    from qguard_edge.verify.suites.base import Suite
+
+MEASURE = "How it is measured"
+
+SuitesFlag = Annotated[
+    str, typer.Option(help="Built-in suites: injection, refusal, code, separated by commas; all; drift for drift alone.")
+]
+SuiteFlag = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Your own suite, .yaml or .jsonl; repeatable.")]
+PhraseFlag = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Also look for this phrase in the answers; repeatable.")
+]
+TextFlag = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Texts for drift, separated by empty lines. Default: a built-in set.")
+]
+MarginFlag = Annotated[float, typer.Option(min=0.0, max=0.5, help="Difference of a security rate that is still no worse.")]
+UtilityMarginFlag = Annotated[float, typer.Option(min=0.0, max=0.9, help="The same for utility rates.")]
+DetectFlag = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="Share of answers a new phrase must show in to be found for sure.")
+]
+MaxKlFlag = Annotated[
+    float | None, typer.Option(min=0.0, help="Highest mean KL that passes. Default: by the candidate's type.")
+]
+LimitFlag = Annotated[int | None, typer.Option(min=1, metavar="N", help="Prompts per suite, and texts, at most.")]
+ThreadsFlag = Annotated[
+    int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0 means all cores.", rich_help_panel=MEASURE)
+]
+ParallelFlag = Annotated[int, typer.Option(min=1, max=256, help="Answers generated side by side.", rich_help_panel=MEASURE)]
+GpuLayersFlag = Annotated[
+    int, typer.Option("--n-gpu-layers", "-ngl", min=-1, help="Layers on the GPU; -1: all.", rich_help_panel=MEASURE)
+]
+
+
+def suites_from(names: str, files: Sequence[Path] | None, phrases: Sequence[str] | None) -> "tuple[Suite, ...]":
+    """The suites of `--suites`, `--suite` and `--phrase`.
+
+    Raises:
+        SuiteError: an unknown name, or a file that is no suite.
+    """
+    from qguard_edge.verify.choose import choose_suites
+
+    return choose_suites(names, files=files or (), phrases=phrases or ())
+
+
+def texts_from(file: Path | None) -> tuple[str, ...]:
+    """The texts of `--text`; empty: the built-in ones."""
+    from qguard_edge.runtimes.fidelity import read_texts
+
+    return tuple(read_texts(file)) if file else ()
+
+
+def finish(found: "Verification", *, json_output: bool, quiet: bool) -> None:
+    """Show a verification, or write its JSON document, and end with the exit code of its verdict."""
+    from qguard_edge.cli.verification_tables import show_verification
+    from qguard_edge.verify.results import to_json
+
+    if json_output:
+        out.file.write(to_json(found))
+    elif not quiet:
+        show_verification(found)
+    if found.verdict.exit_code:
+        raise typer.Exit(found.verdict.exit_code)

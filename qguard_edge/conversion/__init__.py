@@ -1,0 +1,1 @@
+"""One run for every conversion: requests, reports, the run itself, and what each output adds."""

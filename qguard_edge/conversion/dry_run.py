@@ -1,0 +1,170 @@
+"""`--dry-run`: what would become of each tensor, how large the result is, and what could be protected. Writes nothing.
+
+llama.cpp plans from a GGUF. For a Hugging Face folder an outline of the base (header without data, a sparse file) is made in
+the system's temporary folder and removed again. A folder for bitsandbytes is planned from its own tensors.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from convert import bnb_layout
+from convert.cores import available_cores
+from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
+from convert.hf.base import write_base_outline
+from convert.hf.checkpoint import PLAIN_DTYPES, SourceTensor
+from convert.quantizer import Fallback, quantize
+from convert.source import open_base
+from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
+from qguard_edge.conversion.opened_folder import bytes_as
+from qguard_edge.conversion.outputs.folder import FolderOutput
+from qguard_edge.conversion.outputs.gguf import GgufOutput
+from qguard_edge.conversion.request import ConversionRequest, FolderRequest, GgufRequest
+from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, ModelSize, dry_cost, size_of
+from quant_grids import GRIDS
+from quant_grids.errors import UnsupportedError
+from quant_grids.ggml_type import type_named
+
+SLICE_ARRAYS = 40  # f32 arrays of a slice's size that planning a slice touches at most, measured
+
+
+@dataclass(frozen=True)
+class DryTensor:
+    """What would become of one tensor.
+
+    Attributes:
+        name: tensor name.
+        shape: as the output's format writes it (ggml: fastest first; a folder: outermost first).
+        source_type: type in the base.
+        target_type: type in the output.
+        n_bytes: size in the output.
+        protection: "scalar" or "lattice" (kind of grid), "float" (not quantized), or "none".
+        fallback: set when the shape does not allow the type that was wanted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    target_type: str
+    n_bytes: int
+    protection: str
+    fallback: Fallback | None = None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a conversion would do.
+
+    Attributes:
+        outfile: the name the output would get.
+        tensors: one entry each, in the output's order.
+        base_bytes: size of the base's tensors.
+        out_bytes: size of the output's tensors.
+        memory_bytes: estimated peak resident size of the largest process.
+        warnings: one sentence each.
+        learning: what a learned defense will cost.
+    """
+
+    outfile: Path
+    tensors: tuple[DryTensor, ...]
+    base_bytes: int
+    out_bytes: int
+    memory_bytes: int
+    warnings: tuple[str, ...]
+    learning: LearningCost | None = None
+
+
+def dry_run(request: GgufRequest | FolderRequest) -> DryRun:
+    """Plan a conversion without writing an output.
+
+    Raises:
+        QGuardError: the same errors that the conversion would meet before it quantizes.
+    """
+    request.check()
+    return _dry_folder(request) if isinstance(request, FolderRequest) else _dry_gguf(request)
+
+
+def _dry_gguf(request: GgufRequest) -> DryRun:
+    output = GgufOutput(request)
+    output.open()
+    source = output.source
+    with tempfile.TemporaryDirectory() as folder:
+        if source.is_gguf:
+            base = open_base(source.path, request.options.allow_requantize)
+        else:
+            outline = Path(folder) / "base.gguf"
+            if request.converter is not None:
+                raise UnsupportedError("--dry-run cannot plan with --converter: make the base first with --to bf16")
+            write_base_outline(source.path, outline, base_type=request.base_type, pre=request.pre, name=source.name)
+            base = GgufModel(outline)
+        options = replace(request.options, imatrix=None)
+        report = quantize(base.path, Path(folder) / "unused.gguf", options, dry_run=True)
+        fallbacks = {fallback.tensor: fallback for fallback in report.fallbacks}
+        tensors = tuple(
+            _gguf_tensor(base.tensors[planned.name], planned.target_type, fallbacks.get(planned.name))
+            for planned in report.tensors
+        )
+        base_bytes = sum(tensor.n_bytes for tensor in base.tensors.values())
+    warnings = list(report.warnings)
+    if request.options.file_type.needs_imatrix and request.options.imatrix is None:
+        warnings.append(f"{request.options.file_type.name} needs an importance matrix: pass --imatrix FILE")
+    size = size_of((tensor.name, tensor.shape) for tensor in tensors)
+    return _dry(request, output.outfile, tensors, base_bytes, size, warnings)
+
+
+def _dry_folder(request: FolderRequest) -> DryRun:
+    output = FolderOutput(request)
+    output.open()
+    opened = output.opened
+    tensors = tuple(
+        _folder_tensor(request, tensor, opened.module_of(tensor) is not None)
+        for tensor in opened.checkpoint.tensors.values()
+    )
+    return _dry(request, output.outfile, tensors, opened.n_bytes, opened.size(), list(output.warnings))
+
+
+def _dry(
+    request: ConversionRequest,
+    outfile: Path,
+    tensors: tuple[DryTensor, ...],
+    base_bytes: int,
+    size: ModelSize,
+    warnings: list[str],
+) -> DryRun:
+    learning = dry_cost(request, size, warnings)
+    return DryRun(
+        outfile=outfile,
+        tensors=tensors,
+        base_bytes=base_bytes,
+        out_bytes=sum(tensor.n_bytes for tensor in tensors),
+        memory_bytes=max(_memory(tensors, request.threads), learning.memory_bytes if learning else 0),
+        warnings=tuple(warnings),
+        learning=learning,
+    )
+
+
+def _gguf_tensor(tensor: TensorInfo, target: str, fallback: Fallback | None) -> DryTensor:
+    target_type = type_named(target)
+    protection = "float"
+    if target_type not in FLOAT_TYPES:
+        protection = GRIDS[target_type].kind if target_type in GRIDS else "none"
+    size = stored_bytes(target_type, tensor.shape, tensor.name)
+    return DryTensor(tensor.name, tensor.shape, tensor.ggml_type.name, target, size, protection, fallback)
+
+
+def _folder_tensor(request: FolderRequest, tensor: SourceTensor, rounded: bool) -> DryTensor:
+    floating = tensor.dtype in PLAIN_DTYPES
+    target = request.base_type.upper() if request.base_type and floating else tensor.dtype
+    size = bytes_as(tensor, target)
+    if rounded and request.to != "hf":
+        target = request.to.upper()
+        size = bnb_layout.stored_bytes(request.to, (tensor.shape[0], tensor.shape[1]), request.double_quant)
+    return DryTensor(tensor.name, tensor.shape, tensor.dtype, target, size, "scalar" if rounded else "float")
+
+
+def _memory(tensors: tuple[DryTensor, ...], threads: int) -> int:
+    """Peak of the quantizer (the largest tensor as source, f32 and output) or of planning (a few slices per thread)."""
+    largest = max((math.prod(tensor.shape) * (4 + 4) + tensor.n_bytes for tensor in tensors), default=0)
+    planning = TORCH_BYTES + (threads or available_cores()) * SLICE_ARRAYS * 4 * SLICE_WEIGHTS
+    return max(largest, planning)

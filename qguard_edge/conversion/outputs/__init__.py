@@ -1,0 +1,1 @@
+"""One file per kind of output: what it adds to the run."""

@@ -1,0 +1,256 @@
+"""A hardened GGUF: llama.cpp quantizes the base, a defense chooses the codes, and nothing but code bits is written back."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from convert.atomic import commit
+from convert.base_gguf import write_base
+from convert.cores import available_cores
+from convert.diff import compare_files
+from convert.gguf_file import GgufFile, GgufModel
+from convert.hashes import sha256_of
+from convert.imatrix_file import load_imatrix
+from convert.patch import GgufPatch
+from convert.quantizer import QuantizeReport, quantize
+from convert.source import open_base
+from qguard_edge import __version__
+from qguard_edge.conversion.metadata import qguard_entries
+from qguard_edge.conversion.naming import check_output, from_template, input_files, plain_path
+from qguard_edge.conversion.outputs.base import Guard, Job, Output
+from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
+from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
+from qguard_edge.learned.matrices import GgufTarget, Target
+from qguard_edge.learned.memory import ModelSize, size_of_gguf
+from qguard_edge.progress import Progress
+from qguard_edge.rounding.gguf import Coverage, TensorRounding, WalkOptions, coverage_of, harden, require_coverage
+from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
+from qguard_edge.runtimes.load_check import LoadCheck, load_check
+from quant_grids.errors import QGuardError
+
+Made = TypeVar("Made", bound=QuantizeRequest)
+
+
+class SelfCheckError(QGuardError):
+    """The written file is not what the plan says; it was thrown away."""
+
+
+class GgufFamily(Output[Made, Report]):
+    """What all GGUF outputs have in common: how they are named, and where the base comes from."""
+
+    default_name = "{NAME}-{FTYPE}.gguf"
+    base: GgufModel
+
+    def choose_name(self) -> Path:
+        """See `Output.choose_name`."""
+        request = self.request
+        template = request.outfile or self.default_name.replace("{NAME}", self.source.name)
+        outfile = from_template(template, request.options.file_type.name)
+        check_output((outfile, *self.files_beside(outfile)), input_files(self.source), overwrite=request.overwrite)
+        return outfile
+
+    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
+        """Files that are written beside the output."""
+        return ()
+
+    def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
+        """See `Output.make_base`: the input itself, or a GGUF written from the folder."""
+        request = self.request
+        if self.source.is_gguf:
+            self.base = open_base(self.source.path, request.options.allow_requantize)
+            if request.options.allow_requantize:
+                return ("the input is already quantized: only what the second rounding adds is protected",)
+            return ()
+        path = work / "base.gguf"
+        warnings = write_base(
+            self.source,
+            path,
+            base_type=self.base_type(),
+            pre=request.pre,
+            converter=request.converter,
+            progress=progress,
+        )
+        self.base = GgufModel(path)
+        return warnings
+
+    def base_type(self) -> str | None:
+        """Precision of a base written from a folder."""
+        return self.request.base_type
+
+    def base_files(self) -> list[Path]:
+        """See `Output.base_files`."""
+        return [shard.path for shard in self.base.shards]
+
+    def size(self) -> ModelSize:
+        """See `Output.size`."""
+        return size_of_gguf(self.base)
+
+    def quantize(self, base: Path, out: Path, progress: Progress) -> QuantizeReport:
+        """llama.cpp quantizes a base."""
+        options = self.request.options
+        progress.stage(f"Quantizing with llama.cpp to {options.file_type.name}", len(self.base.tensors), "tensors")
+        return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
+
+    def load(self, made: Path) -> LoadCheck:
+        """See `Output.load`."""
+        return load_check(made, threads=self.request.threads)
+
+    def base_bytes(self) -> int:
+        """See `Output.base_bytes`."""
+        return self.base.n_bytes
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        commit(made, outfile)
+
+
+class HardenedGguf(GgufFamily[Made, Report]):
+    """The stages from the base to a hardened GGUF in the work folder."""
+
+    plain: GgufFile
+    coverage: Coverage
+    quantized: QuantizeReport
+    roundings: tuple[TensorRounding, ...] = ()
+    plain_hash = ""
+
+    def scan(self, guard: Guard) -> None:
+        """See `Output.scan`."""
+        self.request = self.request.with_types(guard.before(self.base))
+
+    def make_plain(self, job: Job, guard: Guard | None) -> None:
+        """See `Output.make_plain`; twice if the guard keeps tensors in full precision in the light of the first file."""
+        path = job.work / "plain.gguf"
+
+        def make() -> None:
+            with job.clock.stage("plain"):
+                self.quantized = self.quantize(self.base.path, path, job.progress)
+            self.plain = GgufFile(path)
+
+        make()
+        if guard:
+            with job.clock.stage("scan"):
+                types = guard.after(self.base, self.plain)
+            if types:
+                self.request = self.request.with_types(types)
+                path.unlink()
+                make()
+        self.coverage = coverage_of(self.base, self.plain)
+        require_coverage(self.coverage, self.request.allow_unprotected)
+
+    def target(self) -> Target:
+        """See `Output.target`."""
+        return GgufTarget(self.base, self.plain, self.coverage.protected)
+
+    def write(self, job: Job) -> Path:
+        """See `Output.write`."""
+        if job.defense.requantizes:
+            with job.clock.stage("requantize"):
+                return self._requantize(job)
+        with job.clock.stage("choose and write"):
+            made = self._patch(job)
+        with job.clock.stage("self-check"):
+            self._self_check(job, made)
+        return made
+
+    def _entries(self, job: Job, hashes: Mapping[str, str]) -> dict[str, bool | int | float | str]:
+        return qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned)
+
+    def _patch(self, job: Job) -> Path:
+        """Choose the codes and write them into a copy of plain, in one pass over the tensors."""
+        made, tensors = job.work / "hardened.gguf", self.coverage.protected
+        weights = sum(tensor.n_weights for tensor in tensors)
+        job.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
+        imatrix = self.request.options.imatrix
+        patch = GgufPatch(self.plain, made, self._entries(job, {"base": "0" * 64, "plain": "0" * 64}))
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                plain_hash = pool.submit(sha256_of, [self.plain.path])
+                self.roundings = harden(
+                    self.base,
+                    self.plain,
+                    tensors,
+                    job.defense,
+                    WalkOptions(job.seed, self.request.threads, job.device, load_imatrix(imatrix) if imatrix else None),
+                    sink=patch.write_rows,
+                    progress=job.progress,
+                )
+                patch.copy_rest(tensor.name for tensor in tensors)
+                self.plain_hash = plain_hash.result()
+            patch.rewrite_metadata(self._entries(job, {"base": job.base_hash.result(), "plain": self.plain_hash}))
+        finally:
+            patch.close()
+        return made
+
+    def _requantize(self, job: Job) -> Path:
+        """Move the weights, let llama.cpp quantize again, and measure the result against plain."""
+        threads, progress, tensors = self.request.threads, job.progress, self.coverage.protected
+        weights = sum(tensor.n_weights for tensor in tensors)
+        moved, again, made = (job.work / f"{name}.gguf" for name in ("moved", "requantized", "hardened"))
+        progress.stage(f"Moving the weights ({self.request.defense.name})", weights, "weights")
+        write_moved_base(
+            self.base, self.plain, tensors, job.defense, moved, seed=job.seed, threads=threads, progress=progress
+        )
+        self.quantized = self.quantize(moved, again, progress)
+        moved.unlink()
+        result = GgufFile(again)
+        progress.stage("Measuring the result", weights, "weights")
+        self.roundings = measure_requantized(self.base, self.plain, result, tensors, threads=threads, progress=progress)
+        self.plain_hash = sha256_of([self.plain.path])
+        entries = self._entries(job, {"base": job.base_hash.result(), "plain": self.plain_hash})
+        patch = GgufPatch(result, made, entries)
+        try:
+            patch.copy_rest(())
+        finally:
+            patch.close()
+        return made
+
+    def _self_check(self, job: Job, made: Path) -> None:
+        """Read the file back and hold every bit against plain and the chosen codes."""
+        job.progress.stage("Checking every bit against plain", len(self.plain.tensors), "tensors")
+        difference = compare_files(
+            self.plain.path,
+            made,
+            threads=self.request.threads or available_cores(),
+            progress=lambda _i, _n, name: job.progress.advance(1, name),
+        )
+        planned = {rounding.name: rounding.outcome.n_changed for rounding in self.roundings}
+        if fault := difference.fault(planned):
+            raise SelfCheckError(f"{fault}; please report this")
+
+    def compared_with(self) -> tuple[Path, Path]:
+        """See `Output.compared_with`."""
+        return self.base.path, self.plain.path
+
+    def late_warnings(self) -> list[str]:
+        """See `Output.late_warnings`."""
+        return list(self.quantized.warnings)
+
+    def hashes(self, job: Job, made: Path) -> dict[str, str]:
+        """See `Output.hashes`."""
+        return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of([made])}
+
+
+class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
+    """See the module docstring."""
+
+    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
+        """See `GgufFamily.files_beside`."""
+        return (plain_path(outfile),) if self.request.keep_plain else ()
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        if self.request.keep_plain:
+            commit(self.plain.path, plain_path(self.outfile))
+        super().name(made, outfile)
+
+    def report(self, common: ConversionReport) -> GgufReport:
+        """See `Output.report`."""
+        return common.extended(
+            GgufReport,
+            file_type=self.request.options.file_type,
+            plain=plain_path(self.outfile) if self.request.keep_plain else None,
+            coverage=self.coverage,
+            roundings=self.roundings,
+            quantized=self.quantized,
+        )

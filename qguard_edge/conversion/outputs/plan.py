@@ -1,0 +1,166 @@
+"""A rounding plan, for two machines: `qguard-edge plan` where the model can run, `apply` where llama.cpp is.
+
+laptop   qguard-edge convert MODEL --to q4_k --defense none     -> plain GGUF
+GPU box  qguard-edge plan MODEL --base ... --plain ...          -> plan (torch and transformers only)
+laptop   qguard-edge apply PLAN --plain ...                     -> hardened GGUF, every bit checked
+
+Nothing here imports llama_cpp.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.atomic import atomic_path, check_writable, commit
+from convert.cores import available_cores
+from convert.diff import FileDifference, compare_files
+from convert.gguf_file import GgufFile, GgufModel
+from convert.hashes import sha256_of
+from convert.source import open_base
+from qguard_edge import __version__
+from qguard_edge.conversion.metadata import qguard_entries
+from qguard_edge.conversion.naming import check_output
+from qguard_edge.conversion.outputs.base import Guard, Job, Output
+from qguard_edge.conversion.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
+from qguard_edge.conversion.report import ConversionReport, PlanReport
+from qguard_edge.conversion.request import PlanRequest
+from qguard_edge.learned.matrices import GgufTarget, Target
+from qguard_edge.learned.memory import ModelSize, size_of_gguf
+from qguard_edge.progress import Progress
+from qguard_edge.rounding.gguf import (
+    Coverage,
+    TensorRounding,
+    WalkOptions,
+    coverage_of,
+    harden,
+    require_coverage,
+    total_outcome,
+)
+from qguard_edge.runtimes.load_check import LoadCheck
+from quant_grids.errors import UnsupportedError
+
+
+class PlanOutput(Output[PlanRequest, PlanReport]):
+    """See the module docstring."""
+
+    noun = "plan"
+    loads = False
+    base: GgufModel
+    plain: GgufFile
+    coverage: Coverage
+    roundings: tuple[TensorRounding, ...] = ()
+
+    def choose_name(self) -> Path:
+        """See `Output.choose_name`."""
+        outfile = Path(self.request.outfile).expanduser()
+        inputs = (self.request.base, self.request.plain, *([self.source.path] if self.source.is_gguf else []))
+        check_output((outfile,), inputs, overwrite=self.request.overwrite)
+        return outfile
+
+    def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
+        """See `Output.make_base`: base and plain are given."""
+        self.base = open_base(self.request.base, allow_requantize=False)
+        self.plain = GgufFile(self.request.plain)
+        self.coverage = coverage_of(self.base, self.plain)
+        require_coverage(self.coverage, self.request.allow_unprotected)
+        return ()
+
+    def base_files(self) -> list[Path]:
+        """See `Output.base_files`."""
+        return [shard.path for shard in self.base.shards]
+
+    def scan(self, guard: Guard) -> None:
+        """See `Output.scan`."""
+        if guard.before(self.base) or guard.after(self.base, self.plain):
+            raise UnsupportedError(
+                "a plan cannot keep tensors in full precision, for the plain file has them quantized already; make that file "
+                "anew with --tensor-type"
+            )
+
+    def size(self) -> ModelSize:
+        """See `Output.size`."""
+        return size_of_gguf(self.base)
+
+    def target(self) -> Target:
+        """See `Output.target`."""
+        return GgufTarget(self.base, self.plain, self.coverage.protected)
+
+    def write(self, job: Job) -> Path:
+        """See `Output.write`."""
+        recorder = PlanRecorder(self.plain)
+        with job.clock.stage("choose and write"):
+            try:
+                weights = sum(tensor.n_weights for tensor in self.coverage.protected)
+                job.progress.stage(f"Choosing the rounding ({self.request.defense.name})", weights, "weights")
+                self.roundings = harden(
+                    self.base,
+                    self.plain,
+                    self.coverage.protected,
+                    job.defense,
+                    WalkOptions(job.seed, self.request.threads, job.device),
+                    sink=recorder,
+                    progress=job.progress,
+                )
+            finally:
+                recorder.close()
+            hashes = {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path])}
+            entries = qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned)
+            header = {"plain_sha256": hashes["plain"], "options": asdict(self.request.defense), "metadata": entries}
+            made = job.work / "plan.safetensors"
+            write_plan(made, recorder.tensors(), header)
+        return made
+
+    def load(self, made: Path) -> LoadCheck:
+        """See `Output.load`; never called, for a plan is no model."""
+        raise UnsupportedError(f"{made.name} is a plan, not a model that could be loaded")
+
+    def hashes(self, job: Job, made: Path) -> dict[str, str]:
+        """See `Output.hashes`."""
+        return {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path]), "output": sha256_of([made])}
+
+    def name(self, made: Path, outfile: Path) -> None:
+        """See `Output.name`."""
+        commit(made, outfile)
+
+    def base_bytes(self) -> int:
+        """See `Output.base_bytes`."""
+        return self.base.n_bytes
+
+    def report(self, common: ConversionReport) -> PlanReport:
+        """See `Output.report`."""
+        return common.extended(
+            PlanReport,
+            tensors=len(self.roundings),
+            weights=sum(tensor.n_weights for tensor in self.coverage.protected),
+            outcome=total_outcome(self.roundings),
+        )
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """What was written: the file, codes changed per tensor, the comparison with plain, and the plan's header."""
+
+    outfile: Path
+    changed: Mapping[str, int]
+    difference: FileDifference
+    header: Mapping[str, Any]
+
+
+def apply_to(plan_path: Path, plain_path: Path, outfile: Path, *, overwrite: bool, progress: Progress) -> ApplyReport:
+    """Write the hardened file of a plan and hold every bit of it against the plain file.
+
+    Raises:
+        PlanError: the plan does not belong to the plain file, or the output is not what the plan says.
+        OutputError: the output exists or cannot be written.
+    """
+    check_writable(outfile)
+    if outfile.exists() and (not overwrite or outfile.samefile(plain_path)):
+        raise PlanError(f"{outfile.name} exists; pass --overwrite to replace it (the plain file itself is never replaced)")
+    plan, plain = read_plan(plan_path), GgufFile(plain_path)
+    with atomic_path(outfile) as temporary:
+        changed = apply_plan(plan, plain, temporary, progress)
+        difference = compare_files(plain_path, temporary, threads=available_cores())
+        if fault := difference.fault(changed):
+            raise PlanError(f"{fault}; please report this")
+    return ApplyReport(outfile, changed, difference, plan.header)

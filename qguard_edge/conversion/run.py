@@ -1,0 +1,149 @@
+"""The main job, written once for every output.
+
+    open -> base -> scan -> memory -> plain -> learn and choose -> check -> load -> verify -> name
+
+An *output* (`qguard_edge.conversion.outputs`) fills in what differs: a hardened GGUF, a full-precision one, one whose weights
+are moved, a folder for bitsandbytes, a rounding plan. Everything before the last step happens in a hidden work folder beside
+the output, which goes away however the conversion ends. The library returns a report; printing is the command line's job.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, overload
+
+from convert.atomic import work_folder
+from convert.hashes import sha256_of
+from qguard_edge.conversion.learning import Learning
+from qguard_edge.conversion.naming import rejected_path
+from qguard_edge.conversion.outputs.base import Gate, Guard, Job, Output
+from qguard_edge.conversion.outputs.float_gguf import FloatGgufOutput
+from qguard_edge.conversion.outputs.folder import FolderOutput
+from qguard_edge.conversion.outputs.gguf import GgufOutput
+from qguard_edge.conversion.outputs.moved_folder import MovedFolderOutput
+from qguard_edge.conversion.outputs.moved_gguf import MovedGgufOutput
+from qguard_edge.conversion.outputs.plan import PlanOutput
+from qguard_edge.conversion.report import (
+    ConversionReport,
+    FolderReport,
+    GgufReport,
+    MovedGgufReport,
+    PlanReport,
+    Report,
+)
+from qguard_edge.conversion.request import (
+    ConversionRequest,
+    FolderRequest,
+    GgufRequest,
+    MovedGgufRequest,
+    PlanRequest,
+)
+from qguard_edge.defenses.base import make_defense
+from qguard_edge.learned.memory import fitted_defense
+from qguard_edge.progress import Clock, NoProgress, Progress
+from qguard_edge.runtimes.devices import resolve_device
+from qguard_edge.verify.results import Verdict
+from quant_grids.errors import UnsupportedError
+
+
+@overload
+def convert_model(
+    request: MovedGgufRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> MovedGgufReport: ...
+@overload
+def convert_model(
+    request: GgufRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> GgufReport: ...
+@overload
+def convert_model(
+    request: FolderRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> FolderReport: ...
+@overload
+def convert_model(
+    request: PlanRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> PlanReport: ...
+def convert_model(
+    request: ConversionRequest, progress: Progress | None = None, gate: Gate | None = None, guard: Guard | None = None
+) -> ConversionReport:
+    """Convert a model; on any error nothing is left under the final name.
+
+    Args:
+        request: what the user asked for; its class decides what is written.
+        progress: of the stages.
+        gate: verifies the finished output before it gets its name; with a failing verdict it is named `NAME.rejected`.
+        guard: scans the model before it is rounded, and may refuse (`qguard_edge.scan.guard`); None: no scan.
+
+    Raises:
+        QGuardError: one of its kinds, with a sentence for the user.
+    """
+    request.check()
+    output: Output[Any, ConversionReport] = output_for(request)
+    return run(output, progress or NoProgress(), gate, guard)
+
+
+def output_for(request: ConversionRequest) -> Output[Any, Any]:
+    """The kind of output that a request is for."""
+    match request:
+        case MovedGgufRequest():
+            return MovedGgufOutput(request)
+        case GgufRequest():
+            return FloatGgufOutput(request) if request.options.file_type.base else GgufOutput(request)
+        case FolderRequest():
+            return MovedFolderOutput(request) if request.to == "hf" else FolderOutput(request)
+        case PlanRequest():
+            return PlanOutput(request)
+    raise UnsupportedError(f"{type(request).__name__} is no request that a conversion knows")
+
+
+def run(output: Output[Any, Report], progress: Progress, gate: Gate | None, guard: Guard | None) -> Report:
+    """All stages of one conversion; arguments and errors as for `convert_model`."""
+    output.open()
+    clock, warnings = Clock(), list(output.warnings)
+    with work_folder(output.outfile.parent) as work, ThreadPoolExecutor(1) as pool:
+        with clock.stage("base"):
+            warnings += output.make_base(work, progress)
+        # Hashing the base costs a quarter second per gigabyte: it runs beside the stages that follow.
+        base_hash = pool.submit(sha256_of, output.base_files())
+        if output.rounds and guard:
+            with clock.stage("scan"):
+                output.scan(guard)
+        if output.rounds:
+            output.request = replace(output.request, defense=fitted_defense(output.request, output.size(), warnings))
+        request = output.request
+        learning = Learning.begin(request, output.outfile)
+        job = Job(
+            work, progress, clock, learning.seed, make_defense(request.defense), resolve_device(request.device), base_hash
+        )
+        output.make_plain(job, guard)
+        if output.rounds and (target := output.target()) and request.defense.calibrated:
+            with clock.stage("learn"):
+                job.learned = learning.learn(request, job.defense, output.model_path(), target, job.device, progress)
+        made = output.write(job)
+        if request.check_loads and output.loads:
+            progress.stage(f"Loading the {output.noun} in {output.runtime}", 0, "")
+            with clock.stage("load check"):
+                job.loaded = output.load(made)
+        verification, outfile = None, output.outfile
+        if gate and output.rounds:
+            with clock.stage("verify"):
+                verification = gate(made, *output.compared_with(), output.outfile)
+            if verification.verdict is Verdict.FAIL:
+                outfile = rejected_path(outfile)
+        with clock.stage("write"):
+            hashes = output.hashes(job, made)
+            output.name(made, outfile)
+    learning.end()
+    warnings += [*output.late_warnings(), *(job.learned.warnings if job.learned else ())]
+    report = ConversionReport(
+        outfile=outfile,
+        defense=request.defense if output.rounds else None,
+        seed=job.seed if output.rounds else None,
+        base_bytes=output.base_bytes(),
+        out_bytes=output.out_bytes(outfile),
+        hashes=hashes,
+        seconds=clock.seconds,
+        warnings=tuple(warnings),
+        loaded=job.loaded,
+        verification=verification,
+        learned=job.learned,
+    )
+    return output.report(report)

@@ -1,0 +1,1 @@
+"""The tests, one folder per package; what several of them use lies in `tests.helpers`."""
