@@ -12,7 +12,7 @@ from pathlib import Path
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.runtimes.activations_job import Job, job_key
+from qguard_edge.runtimes.activations_job import ActivationJob, job_key
 from qguard_edge.runtimes.gram_files import GramError, WantedWeight, load_index
 from qguard_edge.runtimes.gram_passes import forget_others
 from qguard_edge.runtimes.grams import Grams
@@ -63,7 +63,7 @@ class LlamaGramSource:
             raise GramError("there is no text to see activations on" if weights else "there is no weight to see inputs of")
         named = None if self.identity else self.base
         key = job_key(named, weights, rows, self.identity, self.products, self.batch, self.gpu_layers, self.exact)
-        job = Job(
+        job = ActivationJob(
             key, str(self.base.path), str(folder), tuple(weights), rows, self.products, threads or available_cores(),
             self.batch, max_memory, self.gpu_layers, self.exact, self.copy,
         )  # fmt: skip
@@ -74,7 +74,7 @@ class LlamaGramSource:
             self._run(job, progress or NoProgress())
         return Grams(folder)
 
-    def _run(self, job: Job, progress: Progress) -> None:
+    def _run(self, job: ActivationJob, progress: Progress) -> None:
         def on_event(event: Event) -> None:
             if "total" in event:
                 progress.stage("Seeing activations in llama.cpp", int(event["total"]), "tokens")

@@ -11,7 +11,7 @@ from qguard_edge.runtimes.gram_files import WantedWeight
 
 
 @dataclass(frozen=True)
-class Job:
+class ActivationJob:
     """One run over a text.
 
     Attributes:
@@ -47,7 +47,7 @@ class Job:
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> "Job":
+    def load(cls, path: Path) -> "ActivationJob":
         """Read what `save` wrote."""
         content = json.loads(path.read_text(encoding="utf-8"))
         content["weights"] = tuple(WantedWeight(**weight) for weight in content["weights"])

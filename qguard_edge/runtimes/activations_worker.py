@@ -19,12 +19,12 @@ import llama_cpp
 import numpy as np
 
 from convert.child import die_with_parent, resident_bytes
-from qguard_edge.runtimes.activations_job import Job
+from qguard_edge.runtimes.activations_job import ActivationJob
 from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
 from qguard_edge.runtimes.gram_passes import Unit, plan_passes, resumed, written
 from qguard_edge.runtimes.gram_sums import Watcher, new_sums
-from qguard_edge.runtimes.graph_inputs import GraphInput, Survey
+from qguard_edge.runtimes.graph_inputs import GraphInput, GraphSurvey
 from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.runtimes.llama_child import tell
 from quant_grids.errors import QGuardError
@@ -33,7 +33,7 @@ SURVEY_TOKENS = 16
 SPARE = 32 << 20  # bytes kept free for what Python and BLAS allocate on the way
 
 
-class Runner:
+class ActivationRun:
     """One job with its model loaded.
 
     Args:
@@ -41,12 +41,12 @@ class Runner:
         report: told about progress, see `llama_child.tell`.
     """
 
-    def __init__(self, job: Job, report: Callable[..., None] = tell) -> None:
+    def __init__(self, job: ActivationJob, report: Callable[..., None] = tell) -> None:
         self.job, self.report = job, report
         self.folder = Path(job.folder)
         self.wanted = {weight.name: weight for weight in job.weights}
         self.rows = sorted(job.rows, key=len, reverse=True)
-        self.watch: Survey | Watcher | None = None
+        self.watch: GraphSurvey | Watcher | None = None
         self.inputs: tuple[GraphInput, ...] = ()
         names = ("load", "decode", "callback", "products", "passes", "anonymous_bytes", "peak_resident_bytes")
         self.figures = dict.fromkeys(names, 0.0) | {"tokens": float(sum(map(len, job.rows)))}
@@ -74,7 +74,7 @@ class Runner:
 
     def run(self) -> None:
         """Survey, then pass after pass."""
-        survey = Survey(self.wanted)
+        survey = GraphSurvey(self.wanted)
         self.watch = survey
         self._decode([self.rows[0][: min(SURVEY_TOKENS, self.model.n_batch)]])
         self.inputs = survey.inputs()
@@ -152,7 +152,7 @@ def main() -> None:
     """Entry point of the child process."""
     die_with_parent()
     try:
-        Runner(Job.load(Path(sys.argv[1]))).run()
+        ActivationRun(ActivationJob.load(Path(sys.argv[1]))).run()
     except QGuardError as error:
         tell(error=str(error))
         sys.exit(1)

@@ -46,7 +46,7 @@ class WantedWeight:
 
 
 @dataclass(frozen=True)
-class Piece:
+class GramPiece:
     """Some slices of an input's sums.
 
     Attributes:
@@ -76,7 +76,7 @@ class MeasuredInput:
     columns: int
     slices: int
     routed: bool
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[GramPiece, ...] = ()
 
     @property
     def measured(self) -> int:
@@ -136,7 +136,7 @@ def load_index(folder: Path) -> GramIndex | None:
                 entry["columns"],
                 entry["slices"],
                 entry["routed"],
-                tuple(Piece(p["stem"], p["first"], tuple(p["rows"])) for p in entry["pieces"]),
+                tuple(GramPiece(p["stem"], p["first"], tuple(p["rows"])) for p in entry["pieces"]),
             )
             for entry in content.pop("inputs")
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.runtimes.gram_files import FloatArray, GramError, GramIndex, Piece, load_index, write_array
+from qguard_edge.runtimes.gram_files import FloatArray, GramError, GramIndex, GramPiece, load_index, write_array
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def written(
     write_array(folder / f"{stem}.squares", squares)
     if gram is not None:
         write_array(folder / f"{stem}.gram", gram)
-    piece = Piece(stem, unit.first, tuple(int(count) for count in rows))
+    piece = GramPiece(stem, unit.first, tuple(int(count) for count in rows))
     inputs = list(index.inputs)
     inputs[unit.position] = dataclasses.replace(entry, pieces=(*entry.pieces, piece))
     return dataclasses.replace(index, inputs=tuple(inputs))

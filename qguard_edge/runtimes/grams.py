@@ -28,8 +28,8 @@ from qguard_edge.progress import Progress
 from qguard_edge.runtimes.gram_files import (
     FloatArray,
     GramError,
+    GramPiece,
     MeasuredInput,
-    Piece,
     WantedWeight,
     load_index,
     read_slices,
@@ -174,7 +174,7 @@ class Grams:
         return total.div_(max(1, self.rows(owner)))
 
 
-def _piece_of(found: MeasuredInput, index: int) -> Piece:
+def _piece_of(found: MeasuredInput, index: int) -> GramPiece:
     """The piece that holds a slice."""
     return next(piece for piece in found.pieces if piece.first <= index < piece.first + len(piece.rows))
 

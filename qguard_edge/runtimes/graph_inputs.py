@@ -1,7 +1,7 @@
 """Which matrix products of a llama.cpp graph use which weights, and which of them share an input.
 
-The scheduler asks the evaluation callback about every node before it computes it. `Survey` answers no each time, so nothing is
-held up, and notes for every wanted weight what its product reads:
+The scheduler asks the evaluation callback about every node before it computes it. `GraphSurvey` answers no each time, so
+nothing is held up, and notes for every wanted weight what its product reads:
 
     MUL_MAT     src[0] weight [columns, rows, slices]   src[1] inputs [columns, tokens, ...]
     MUL_MAT_ID  src[0] weight [columns, rows, experts]  src[1] inputs [columns, slots or 1, tokens]  src[2] routes [slots, tokens]
@@ -89,7 +89,7 @@ def key_of(node: GgmlTensor, weight: WantedWeight) -> Key:
 
 
 @dataclass
-class Survey:
+class GraphSurvey:
     """Watches one graph.
 
     Attributes:

@@ -17,16 +17,15 @@ from pathlib import Path
 import torch
 
 from convert.atomic import PREFIX, check_writable
+from convert.base_gguf import write_base
 from convert.gguf_file import GgufModel
-from convert.hf.base import write_base_gguf
-from convert.hf.external import find_converter, run_converter
 from convert.imatrix_file import write_imatrix
 from convert.source import Source, resolve_source
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.tokens import llama_tokens
-from quant_grids.errors import QGuardError, UnsupportedError
+from quant_grids.errors import QGuardError
 
 ALL_LAYERS = 10_000
 
@@ -88,7 +87,7 @@ def make_imatrix(
         raise ImatrixError(f"cannot read the text {text.name} as UTF-8: {error}") from error
     source = resolve_source(model, revision)
     with tempfile.TemporaryDirectory(prefix=PREFIX, dir=outfile.parent) as place:
-        base = GgufModel(source.path if source.is_gguf else _write_base(source, Path(place) / "base.gguf", progress))
+        base = GgufModel(_base_of(source, Path(place) / "base.gguf", progress))
         chunks = _chunks(base, content, chunk_size)[:max_chunks]
         if not chunks:
             raise ImatrixError(f"{text.name} holds no text")
@@ -105,16 +104,12 @@ def make_imatrix(
     return ImatrixReport(outfile, len(sums), grams.missing, sum(map(len, chunks)), len(chunks))
 
 
-def _write_base(source: Source, path: Path, progress: Progress) -> Path:
-    """The folder's model as a GGUF, by llama.cpp's own converter where it is not built in and LLAMA_CPP_ROOT names one."""
-    progress.stage("Writing the base", 0, "B")
-    try:
-        write_base_gguf(source.path, path, name=source.name)
-    except UnsupportedError:
-        script = find_converter()
-        if script is None:
-            raise
-        run_converter(script, source.path, path)
+def _base_of(source: Source, path: Path, progress: Progress) -> Path:
+    """The model's own GGUF, or one written at `path`."""
+    if source.is_gguf:
+        return source.path
+    for warning in write_base(source, path, base_type=None, pre=None, converter=None, progress=progress):
+        progress.note(warning)
     return path
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from convert.child import resident_bytes
 from convert.gguf_file import GgufModel
 from qguard_edge.runtimes.activations import BATCH
-from qguard_edge.runtimes.activations_job import Job
-from qguard_edge.runtimes.activations_worker import Runner
+from qguard_edge.runtimes.activations_job import ActivationJob
+from qguard_edge.runtimes.activations_worker import ActivationRun
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.tokens import llama_tokens
 
@@ -26,10 +26,10 @@ ROW = 256
 def run(arm: str, base: GgufModel, rows: tuple[tuple[int, ...], ...], threads: int, batch: int) -> dict[str, float]:
     """One arm in this process: seconds by the clock and of the processor, and resident bytes that belong to no file."""
     with tempfile.TemporaryDirectory() as place:
-        job = Job(
+        job = ActivationJob(
             "bench", str(base.path), place, wanted_weights(base), rows, arm == ARMS[2], threads, batch, None, 0, False, False
         )  # fmt: skip
-        runner = Runner(job, report=lambda **_event: None)
+        runner = ActivationRun(job, report=lambda **_event: None)
         started, used = time.perf_counter(), time.process_time()
         if arm == ARMS[0]:
             runner.forward()

@@ -1,6 +1,6 @@
 """Tiny models of several architectures as GGUF and in transformers, and sums over their inputs by hooks of these tests' own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ class Pair:
     loaded: HfModel
 
 
-def make_pair(name: str, folder: Path) -> Pair:
-    """The case of that name in `hf_models`, in f32: so that both programs compute nearly the same."""
+def make_pair(name: str, folder: Path, *, base_type: str = "f32", **changes: int) -> Pair:
+    """The case of that name in `hf_models`; as f32, so that both programs compute nearly the same."""
     case = next(case for case in CASES if case.name == name)
+    case = replace(case, options={**case.options, **changes})
     model = make_model(case)
     save_model(case, model, folder / "model")
     save_tokenizer(TOKENIZER, folder / "model")
-    write_base_gguf(folder / "model", folder / "base.gguf", base_type="f32")
+    write_base_gguf(folder / "model", folder / "base.gguf", base_type=base_type)
     config: Any = model.config
     return Pair(GgufModel(folder / "base.gguf"), HfModel(model, None, config.model_type, config.num_hidden_layers))
 

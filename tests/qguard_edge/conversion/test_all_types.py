@@ -125,7 +125,7 @@ def test_imatrix_is_the_mean_square_of_each_input(tiny_folder: Path, imatrix: Pa
 
 
 def test_imatrix_moves_the_flips_to_cheap_columns(tiny_base: Path, tmp_path: Path, imatrix: Path) -> None:
-    """With weights, the added error (weighted) is lower than what the unweighted choice adds, on the same reference."""
+    """With weights, the added error (weighted) is lower than what the unweighted choice adds, on the same plain."""
     from convert.gguf_file import GgufModel
     from convert.tensor_io import open_reader, row_slices
     from qguard_edge.defenses.base import make_defense

@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from convert.gguf_file import GgufModel
-from convert.hf.base import write_base_gguf
 from qguard_edge.progress import NoProgress
 from qguard_edge.runtimes.activations import LlamaGramSource
-from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, Piece, WantedWeight, write_array
+from qguard_edge.runtimes.activations_worker import SPARE
+from qguard_edge.runtimes.gram_files import GramError, GramIndex, GramPiece, MeasuredInput, WantedWeight, write_array
 from qguard_edge.runtimes.grams import Grams, wanted_weights
 from qguard_edge.runtimes.hf_grams import TransformersGramSource
-from tests.conftest import make_tiny_folder
 from tests.helpers.activation_models import Pair, distance, inputs_of, make_pair, texts
 
 TOLERANCE = 1e-5
@@ -34,6 +33,24 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair("qwen3-moe", tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Two matrices of 16 MiB: what else a process allocates does not matter beside them."""
+    return make_pair("llama", tmp_path_factory.mktemp("wide"), intermediate_size=2048)
+
+
+@pytest.fixture(scope="module")
+def wide_mixture(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Eight matrices of 4 MiB."""
+    return make_pair("qwen3-moe", tmp_path_factory.mktemp("wide"), moe_intermediate_size=1024)
+
+
+def limit_for(free: Grams, grams: int) -> int:
+    """The `max_memory` that leaves about so many bytes for matrices and copies, from a run that held all of them."""
+    everything = sum(path.stat().st_size for path in free.folder.glob("*.gram"))
+    return int(free.index.figures["anonymous_bytes"]) - everything + SPARE + grams
 
 
 def collect(base: GgufModel, folder: Path, rows: list[list[int]] | None = None, **options: Any) -> Grams:
@@ -160,16 +177,15 @@ class Used(NoProgress):
         self.total = total
 
 
-@pytest.mark.parametrize("which", ["llama", "mixture"])
+@pytest.mark.parametrize("which", ["wide_llama", "wide_mixture"])
 def test_passes_under_a_limit_give_the_same(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     base = request.getfixturevalue(which).base
     free = collect(base, tmp_path / "free")
-    used = free.index.figures["anonymous_bytes"] + (34 << 20)
-    all_grams = sum(len(blob) for blob in contents(free.folder).values())
     progress = Used()
-    tight = collect(base, tmp_path / "tight", max_memory=int(used - 0.6 * all_grams), progress=progress)
-    assert progress.total >= 2 * sum(map(len, texts()))
-    assert tight.index.figures["passes"] >= 2
+    tight = collect(base, tmp_path / "tight", max_memory=limit_for(free, 32 << 20), progress=progress)
+    assert progress.total == 2 * sum(map(len, texts()))
+    assert tight.index.figures["passes"] == 2
+    assert tight.index.figures["anonymous_bytes"] < free.index.figures["anonymous_bytes"] - (4 << 20)
     assert tight.names == free.names
     for name in free.names:
         for expert in range(len(free.diagonal(name).counts)):
@@ -190,18 +206,18 @@ class Stop(NoProgress):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_goes_on_behind_its_last_pass(llama: Pair, tmp_path: Path) -> None:
-    free = collect(llama.base, tmp_path / "free")
-    limit = int(free.index.figures["anonymous_bytes"] + (34 << 20) - 0.6 * sum(map(len, contents(free.folder).values())))
+def test_an_interrupted_run_goes_on_behind_its_last_pass(wide_llama: Pair, tmp_path: Path) -> None:
+    free = collect(wide_llama.base, tmp_path / "free")
+    limit = limit_for(free, 32 << 20)
     with pytest.raises(KeyboardInterrupt):
-        collect(llama.base, tmp_path / "again", max_memory=limit, progress=Stop(sum(map(len, texts()))))
+        collect(wide_llama.base, tmp_path / "again", max_memory=limit, progress=Stop(sum(map(len, texts()))))
     begun = Grams(tmp_path / "again")
     assert 0 < len(begun.names) < len(free.names)
-    resumed = collect(llama.base, tmp_path / "again", progress=(used := Used()))
+    resumed = collect(wide_llama.base, tmp_path / "again", progress=(used := Used()))
     assert used.total == sum(map(len, texts()))
     for name in free.names:
         assert torch.equal(resumed.of(name), free.of(name))
-    other = collect(llama.base, tmp_path / "again", texts(seed=1))
+    other = collect(wide_llama.base, tmp_path / "again", texts(seed=1))
     assert not torch.equal(other.of("output.weight"), free.of("output.weight"))
 
 
@@ -261,7 +277,7 @@ def test_an_expert_leans_on_its_layer_as_far_as_it_saw_little(tmp_path: Path) ->
     sums = np.stack([x.T @ x for x in rows])
     write_array(tmp_path / "a.gram", sums)
     write_array(tmp_path / "a.squares", np.stack([s.diagonal() for s in sums]))
-    entry = MeasuredInput(("exps",), 8, 3, routed=True, pieces=(Piece("a", 0, (0, 4, 8000)),))
+    entry = MeasuredInput(("exps",), 8, 3, routed=True, pieces=(GramPiece("a", 0, (0, 4, 8000)),))
     GramIndex("job", products=True, inputs=(entry,)).save(tmp_path)
     grams = Grams(tmp_path)
     pooled = torch.from_numpy(sums.sum(0) / 8004)
@@ -284,14 +300,11 @@ def test_a_weight_that_does_not_fit_its_product_is_named(llama: Pair, tmp_path: 
         grams.of("blk.0.ffn_up.weight")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_bases(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base_type", ["bf16", "f16"])
+def test_half_precision_bases(base_type: str, tmp_path: Path) -> None:
     """llama.cpp rounds the inputs of such products to half precision; what is summed is what comes before."""
-    folder = make_tiny_folder(tmp_path / "model", dtype=dtype)
-    write_base_gguf(folder, tmp_path / "base.gguf")
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    grams = collect(GgufModel(tmp_path / "base.gguf"), tmp_path / "grams")
-    seen = inputs_of(model, ["model.layers.1.mlp.down_proj"], texts())["model.layers.1.mlp.down_proj"]
+    pair = make_pair("llama", tmp_path, base_type=base_type)
+    grams = collect(pair.base, tmp_path / "grams")
+    path = "model.layers.1.mlp.down_proj"
+    seen = inputs_of(pair.loaded.model, [path], texts())[path]
     assert distance(grams.of("blk.1.ffn_down.weight"), seen.T @ seen / len(seen)) < 0.02

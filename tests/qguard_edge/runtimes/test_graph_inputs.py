@@ -12,7 +12,7 @@ from qguard_edge.runtimes.ggml_tensor import F16, F32, I32, library, tensor_at
 from qguard_edge.runtimes.gram_files import WantedWeight
 from qguard_edge.runtimes.gram_passes import Unit
 from qguard_edge.runtimes.gram_sums import Sums, Watcher, mirror, new_sums
-from qguard_edge.runtimes.graph_inputs import Survey
+from qguard_edge.runtimes.graph_inputs import GraphSurvey
 
 COLUMNS = 8
 Array = npt.NDArray[np.float32]
@@ -67,15 +67,15 @@ def random(*shape: int) -> Array:
     return np.random.default_rng(len(shape)).standard_normal(shape).astype(np.float32)
 
 
-def survey(graph: Graph, wanted: dict[str, WantedWeight], nodes: list[int]) -> Survey:
+def survey(graph: Graph, wanted: dict[str, WantedWeight], nodes: list[int]) -> GraphSurvey:
     graph.fill()
-    found = Survey(wanted)
+    found = GraphSurvey(wanted)
     answers = [found(node, True) for node in nodes]
     assert not any(answers)
     return found
 
 
-def sums_of(found: Survey, nodes: list[int]) -> list[Sums]:
+def sums_of(found: GraphSurvey, nodes: list[int]) -> list[Sums]:
     inputs = found.inputs()
     made = [new_sums(Unit(i, entry.columns, 0, entry.slices), products=True) for i, entry in enumerate(inputs)]
     watcher = Watcher(found.wanted, inputs, made)

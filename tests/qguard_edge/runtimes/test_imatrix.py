@@ -13,13 +13,12 @@ import torch
 from convert.gguf_file import GgufFile
 from convert.imatrix_file import load_imatrix
 from qguard_edge.runtimes.imatrix import make_imatrix
-from tests.conftest import CORPUS
 from tests.helpers.activation_models import make_pair
 from tests.helpers.hf_models import CASES, make_model, save_model
-from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+from tests.helpers.hf_tokenizers import corpus, digits_then_bytes, save_tokenizer, train_byte_bpe
 
 TOKENIZER = train_byte_bpe(digits_then_bytes())
-TEXT = "\n".join(CORPUS) * 6
+TEXT = "\n".join(corpus())[:3000]
 
 
 def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
