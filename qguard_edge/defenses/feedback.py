@@ -61,7 +61,7 @@ class Tuning:
 
     damping: float = DAMPING
     order: str = "falling"
-    reach: int | None = 1
+    reach: int = 1
 
     def order_of(self, gram: Tensor, group: int = 1) -> Tensor:
         """int64 `[columns]`; columns that share a code, `group` of them, stay together."""
@@ -122,7 +122,7 @@ class FittedPass(MatrixRule):
     factor: Factor
     lean: float
     variance: float
-    reach: int | None
+    reach: int
 
     def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
         """See `MatrixRule.round`."""

@@ -94,7 +94,8 @@ def lean_of_groups(groups: Groups, factor: Factor) -> Tensor:
     if factor.feed is None:
         return groups.error.clone()
     scaled = torch.linalg.solve_triangular(factor.feed.T, groups.error, upper=False, left=False, unitriangular=True)
-    return scaled.contiguous().div_(factor.square)
+    whole: Tensor = scaled.contiguous()
+    return whole.div_(factor.square)
 
 
 def run_groups(

@@ -108,7 +108,7 @@ class Columns:
         inverse: f32 of the same shape, `1 / scale`; 0 where a sub-block cannot be used, whose codes then stay.
         offset: f32 of the same shape.
         sub: int64 `[columns]`, the sub-block of each column.
-        lowest: f32 `[columns, rows]` or a number, the lowest code that may be taken.
+        lowest: f32 `[columns, rows]`, the lowest code that may be taken.
         highest: the highest.
         table: f32 `[levels]` where the levels are not evenly spaced.
     """
@@ -119,8 +119,8 @@ class Columns:
     inverse: Tensor
     offset: Tensor
     sub: Tensor
-    lowest: Tensor | float
-    highest: Tensor | float
+    lowest: Tensor
+    highest: Tensor
     table: Tensor | None
 
     def place(self, at: slice) -> Tensor:
@@ -137,7 +137,7 @@ def place_in(table: Tensor, level: Tensor) -> Tensor:
     return ((level - below) / gap).add_(low)
 
 
-def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor, reach: int | None) -> Columns:
+def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor, reach: int) -> Columns:
     """Turn a slice of rows.
 
     Args:
@@ -145,7 +145,7 @@ def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor,
         blocks: uint8 `[n_blocks, type_size]`, plain.
         weights: f32 `[rows, columns]`, full precision.
         order: of the columns.
-        reach: how many codes beyond the two next to the weight may be taken, to either side; None: all.
+        reach: how many codes beyond the two next to the weight may be taken, to either side.
     """
     rows = len(weights)
     parts = grid.unpack(blocks)
@@ -171,9 +171,7 @@ def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor,
         broken = ~(error.square() < LARGEST_SQUARE)
         turned = torch.where(broken, value.clamp(-1e15, 1e15).nan_to_num(0.0), turned)
         error.masked_fill_(broken, 0.0)
-    found = Columns(turned, error, scale, inverse, offset, sub, lowest, highest, None if even else table)
-    if reach is None:
-        return found
+    found = Columns(turned, error, scale, inverse, offset, sub, error, error, None if even else table)
     below = found.place(slice(None)).floor_()
     return replace(
         found,
@@ -199,13 +197,8 @@ class Passed:
 
 def stacked(columns: Columns, copies: int) -> Columns:
     """The same rows several times over."""
-
-    def repeat(array: Tensor) -> Tensor:
-        return array.repeat(1, copies)
-
-    ends = (repeat(end) if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
-    arrays = map(repeat, (columns.weights, columns.error, columns.scale, columns.inverse, columns.offset))
-    return Columns(*arrays, columns.sub, *ends, columns.table)
+    names = ("weights", "error", "scale", "inverse", "offset", "lowest", "highest")
+    return replace(columns, **{name: getattr(columns, name).repeat(1, copies) for name in names})
 
 
 Uniform = Callable[[int, int], Tensor]
@@ -218,7 +211,8 @@ def lean_shift(columns: Columns, factor: Factor) -> Tensor:
         return columns.error.clone()
     # Turned, so that neither side is copied to LAPACK's order of columns.
     scaled = torch.linalg.solve_triangular(factor.feed.T, columns.error.T, upper=False, left=False, unitriangular=True)
-    return scaled.T.contiguous().div_(factor.square.unsqueeze(1))  # R = feed * diagonal
+    turned: Tensor = scaled.T.contiguous()
+    return turned.div_(factor.square.unsqueeze(1))  # R = feed * diagonal
 
 
 def run_pass(
@@ -260,9 +254,7 @@ def _round_block(
     offset, scale, inverse = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
     centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
     wanted = columns.weights[block].unbind()
-    lowest, highest = (
-        end[block].unbind() if isinstance(end, Tensor) else [end] * len(sub) for end in (columns.lowest, columns.highest)
-    )
+    lowest, highest = columns.lowest[block].unbind(), columns.highest[block].unbind()
     if columns.table is None:  # everything that does not depend on the centres
         base = (columns.offset * columns.inverse)[sub].neg_()
         if noise is not None:
@@ -297,8 +289,7 @@ def _round_at_once(
         found = (place if noise is None else place.add_(noise.clamp_(-0.5, 0.5))).round_()
     else:
         found = _round_in(columns.table, place, noise)
-    lowest, highest = (end[block] if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
-    torch.clamp(found, lowest, highest, out=codes[block])
+    torch.clamp(found, columns.lowest[block], columns.highest[block], out=codes[block])
     level = codes[block] if columns.table is None else columns.table[codes[block].int()]
     torch.addcmul(columns.offset[sub], level, columns.scale[sub], out=error[block]).sub_(columns.weights[block])
 
@@ -329,9 +320,8 @@ def _entropy(columns: Columns, block: slice, centre: Tensor, sharp: Tensor) -> f
         gap = columns.table.diff()[low]
         place.sub_(columns.table[low]).div_(gap).add_(low)
         sharp *= gap.square_()
-    lowest, highest = (end[block] if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
-    open_ = (place > lowest) & (place < highest) & (columns.inverse != 0)[sub]
+    undecided = (place > columns.lowest[block]) & (place < columns.highest[block]) & (columns.inverse != 0)[sub]
     x = place.sub_(place.floor()).sub_(0.5).mul_(sharp).abs_()
     e = torch.exp(-x)
     nats = torch.log1p(e).add_(x.mul_(e).div_(e + 1.0))
-    return float((nats * open_).sum()) / math.log(2.0)
+    return float((nats * undecided).sum()) / math.log(2.0)

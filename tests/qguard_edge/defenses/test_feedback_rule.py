@@ -85,7 +85,7 @@ def test_a_pass_does_what_its_definition_says(name: str, lean: float, temperatur
     blocks, weights, gram = layer(name, 3, columns)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(2))
     factor = factor_of(gram, order)
-    turned = columns_of(grid_of(name), blocks, weights, order, None)
+    turned = columns_of(grid_of(name), blocks, weights, order, 255)
     step = float(grid_of(name).steps(blocks).square().mean())
     variance = temperature * step * float(factor.square.mean()) / 12
     shift = lean_shift(turned, factor) * lean
@@ -225,7 +225,7 @@ def test_threads_change_nothing_and_seeds_do(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_unknown_factor_makes_up_for_nothing() -> None:
     blocks, weights, _ = layer("Q4_K", 8, 256)
     order = torch.arange(256)
-    turned = columns_of(grid_of("Q4_K"), blocks, weights, order, None)
+    turned = columns_of(grid_of("Q4_K"), blocks, weights, order, 255)
     same = [run_pass(turned, factor) for factor in (unknown(256, CPU), factor_of(torch.eye(256), order, 0.0))]
     assert torch.equal(same[0].codes, same[1].codes)
     assert factor_of(torch.zeros(256, 256), order).feed is None
