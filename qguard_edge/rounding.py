@@ -153,7 +153,14 @@ def harden(
 
     Returns:
         One record per tensor, in the order given.
+
+    Raises:
+        UnsupportedError: the rule wants to know the inputs, and they are not given.
     """
+    if defense.wants_inputs and inputs is None:
+        raise UnsupportedError(
+            f"--defense {defense.options.name} needs to know what each matrix is fed, and nobody has looked; use --defense ortho"
+        )
     device = device or torch.device("cpu")
     workers = 1 if device.type == "cuda" else threads or available_cores()
     paths = [shard.path for shard in base.shards]

@@ -195,10 +195,10 @@ class Passed:
     bits: float
 
 
-def stacked(columns: Columns, copies: int) -> Columns:
-    """The same rows several times over."""
+def stacked(columns: Columns, step: int, copies: int) -> Columns:
+    """One of every `step` rows, several times over."""
     names = ("weights", "error", "scale", "inverse", "offset", "lowest", "highest")
-    return replace(columns, **{name: getattr(columns, name).repeat(1, copies) for name in names})
+    return replace(columns, **{name: getattr(columns, name)[:, ::step].repeat(1, copies) for name in names})
 
 
 Uniform = Callable[[int, int], Tensor]

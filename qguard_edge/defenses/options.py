@@ -149,6 +149,7 @@ class FeedbackOptions(DefenseOptions):
         "error feedback: errors made up for where the inputs allow it, drawn at random, alignment constrained (calibrated)"
     )
     implementation = "qguard_edge.defenses.feedback:Feedback"
+    calibrated = True
 
     alignment: float | None = option(
         None,
