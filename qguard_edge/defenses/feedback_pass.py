@@ -230,6 +230,7 @@ def run_pass(
     centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
     codes, error = torch.empty_like(centre), torch.empty_like(centre)
     bits, count = 0.0, len(centre)
+    grid = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
     for start in range(0, count, BLOCK):
         block = slice(start, min(start + BLOCK, count))
         sharp = noise = None
@@ -239,7 +240,7 @@ def run_pass(
         if factor.feed is None:
             _round_at_once(columns, block, centre, codes, error, noise)
         else:
-            _round_block(columns, factor.feed, block, centre, codes, error, noise)
+            _round_block(columns, grid, factor.feed, block, centre, codes, error, noise)
             centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
         if sharp is not None:
             bits += _entropy(columns, block, centre[block], sharp)
@@ -247,11 +248,21 @@ def run_pass(
 
 
 def _round_block(
-    columns: Columns, feed: Tensor, block: slice, centre: Tensor, codes: Tensor, error: Tensor, noise: Tensor | None
+    columns: Columns,
+    grid: tuple[tuple[Tensor, ...], ...],
+    feed: Tensor,
+    block: slice,
+    centre: Tensor,
+    codes: Tensor,
+    error: Tensor,
+    noise: Tensor | None,
 ) -> None:
-    """Round the columns of a block one after the other; their centres are then final."""
+    """Round the columns of a block one after the other; their centres are then final.
+
+    `grid` holds offset, scale and inverse of each sub-block, f32 `[rows]` each, taken apart once per pass.
+    """
     sub = columns.sub[block].tolist()
-    offset, scale, inverse = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
+    offset, scale, inverse = grid
     centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
     wanted = columns.weights[block].unbind()
     lowest, highest = columns.lowest[block].unbind(), columns.highest[block].unbind()
