@@ -84,9 +84,9 @@ def groups_of(grid: LatticeGrid, blocks: Tensor, weights: Tensor, order: Tensor)
     return Groups(weights[:, order], error[:, order], *(x[:, turn] for x in (index, mark, scale, inverse, shift)))
 
 
-def repeated(groups: Groups, copies: int) -> Groups:
-    """The same rows several times over."""
-    return Groups(*(torch.cat([getattr(groups, item.name)] * copies) for item in fields(groups)))
+def repeated(groups: Groups, step: int, copies: int) -> Groups:
+    """One of every `step` rows, several times over."""
+    return Groups(*(torch.cat([getattr(groups, item.name)[::step]] * copies) for item in fields(groups)))
 
 
 def lean_of_groups(groups: Groups, factor: Factor) -> Tensor:
@@ -94,7 +94,8 @@ def lean_of_groups(groups: Groups, factor: Factor) -> Tensor:
     if factor.feed is None:
         return groups.error.clone()
     scaled = torch.linalg.solve_triangular(factor.feed.T, groups.error, upper=False, left=False, unitriangular=True)
-    return torch.div(scaled, factor.square)
+    whole: Tensor = scaled.contiguous()
+    return whole.div_(factor.square)
 
 
 def run_groups(

@@ -109,7 +109,7 @@ class Columns:
         inverse: f32 of the same shape, `1 / scale`; 0 where a sub-block cannot be used, whose codes then stay.
         offset: f32 of the same shape.
         sub: int64 `[columns]`, the sub-block of each column.
-        lowest: f32 `[columns, rows]` or a number, the lowest code that may be taken.
+        lowest: f32 `[columns, rows]`, the lowest code that may be taken.
         highest: the highest.
         table: f32 `[levels]` where the levels are not evenly spaced.
     """
@@ -120,8 +120,8 @@ class Columns:
     inverse: Tensor
     offset: Tensor
     sub: Tensor
-    lowest: Tensor | float
-    highest: Tensor | float
+    lowest: Tensor
+    highest: Tensor
     table: Tensor | None
 
     def place(self, at: slice) -> Tensor:
@@ -138,7 +138,7 @@ def place_in(table: Tensor, level: Tensor) -> Tensor:
     return ((level - below) / gap).add_(low)
 
 
-def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor, reach: int | None) -> Columns:
+def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor, reach: int) -> Columns:
     """Turn a slice of rows.
 
     Args:
@@ -146,7 +146,7 @@ def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor,
         blocks: uint8 `[n_blocks, type_size]`, plain.
         weights: f32 `[rows, columns]`, full precision.
         order: of the columns.
-        reach: how many codes beyond the two next to the weight may be taken, to either side; None: all.
+        reach: how many codes beyond the two next to the weight may be taken, to either side.
     """
     rows = len(weights)
     parts = grid.unpack(blocks)
@@ -172,9 +172,7 @@ def columns_of(grid: ScalarGrid, blocks: Tensor, weights: Tensor, order: Tensor,
         broken = ~(error.square() < LARGEST_SQUARE)
         turned = torch.where(broken, value.clamp(-1e15, 1e15).nan_to_num(0.0), turned)
         error.masked_fill_(broken, 0.0)
-    found = Columns(turned, error, scale, inverse, offset, sub, lowest, highest, None if even else table)
-    if reach is None:
-        return found
+    found = Columns(turned, error, scale, inverse, offset, sub, error, error, None if even else table)
     below = found.place(slice(None)).floor_()
     return replace(
         found,
@@ -198,24 +196,10 @@ class Passed:
     bits: float
 
 
-def stacked(columns: Columns, copies: int) -> Columns:
-    """The same rows several times over."""
-
-    def repeat(array: Tensor) -> Tensor:
-        return array.repeat(1, copies)
-
-    lowest, highest = (repeat(end) if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
-    return Columns(
-        repeat(columns.weights),
-        repeat(columns.error),
-        repeat(columns.scale),
-        repeat(columns.inverse),
-        repeat(columns.offset),
-        columns.sub,
-        lowest,
-        highest,
-        columns.table,
-    )
+def stacked(columns: Columns, step: int, copies: int) -> Columns:
+    """One of every `step` rows, several times over."""
+    names = ("weights", "error", "scale", "inverse", "offset", "lowest", "highest")
+    return replace(columns, **{name: getattr(columns, name)[:, ::step].repeat(1, copies) for name in names})
 
 
 Uniform = Callable[[int, int], Tensor]
@@ -228,7 +212,8 @@ def lean_shift(columns: Columns, factor: Factor) -> Tensor:
         return columns.error.clone()
     # Turned, so that neither side is copied to LAPACK's order of columns.
     scaled = torch.linalg.solve_triangular(factor.feed.T, columns.error.T, upper=False, left=False, unitriangular=True)
-    return torch.div(scaled.T, factor.square.unsqueeze(1)).contiguous()  # R = feed * diagonal
+    turned: Tensor = scaled.T.contiguous()
+    return turned.div_(factor.square.unsqueeze(1))  # R = feed * diagonal
 
 
 def run_pass(
@@ -246,6 +231,7 @@ def run_pass(
     centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
     codes, error = torch.empty_like(centre), torch.empty_like(centre)
     bits, count = 0.0, len(centre)
+    grid = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
     for start in range(0, count, BLOCK):
         block = slice(start, min(start + BLOCK, count))
         sharp = noise = None
@@ -255,7 +241,7 @@ def run_pass(
         if factor.feed is None:
             _round_at_once(columns, block, centre, codes, error, noise)
         else:
-            _round_block(columns, factor.feed, block, centre, codes, error, noise)
+            _round_block(columns, grid, factor.feed, block, centre, codes, error, noise)
             centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
         if sharp is not None:
             bits += _entropy(columns, block, centre[block], sharp)
@@ -263,14 +249,24 @@ def run_pass(
 
 
 def _round_block(
-    columns: Columns, feed: Tensor, block: slice, centre: Tensor, codes: Tensor, error: Tensor, noise: Tensor | None
+    columns: Columns,
+    grid: tuple[tuple[Tensor, ...], ...],
+    feed: Tensor,
+    block: slice,
+    centre: Tensor,
+    codes: Tensor,
+    error: Tensor,
+    noise: Tensor | None,
 ) -> None:
-    """Round the columns of a block one after the other; their centres are then final."""
+    """Round the columns of a block one after the other; their centres are then final.
+
+    `grid` holds offset, scale and inverse of each sub-block, f32 `[rows]` each, taken apart once per pass.
+    """
     sub = columns.sub[block].tolist()
-    offset, scale, inverse = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
+    offset, scale, inverse = grid
     centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
     wanted = columns.weights[block].unbind()
-    lowest, highest = (_end_of(end, block, len(sub)) for end in (columns.lowest, columns.highest))
+    lowest, highest = columns.lowest[block].unbind(), columns.highest[block].unbind()
     if columns.table is None:  # everything that does not depend on the centres
         base = (columns.offset * columns.inverse)[sub].neg_()
         if noise is not None:
@@ -310,9 +306,7 @@ def _round_at_once(
         found = (place if noise is None else place.add_(noise.clamp_(-0.5, 0.5))).round_()
     else:
         found = _round_in(columns.table, place, noise)
-    lowest: Any = columns.lowest[block] if isinstance(columns.lowest, Tensor) else columns.lowest
-    highest: Any = columns.highest[block] if isinstance(columns.highest, Tensor) else columns.highest
-    torch.clamp(found, lowest, highest, out=codes[block])
+    torch.clamp(found, columns.lowest[block], columns.highest[block], out=codes[block])
     level = codes[block] if columns.table is None else columns.table[codes[block].int()]
     torch.addcmul(columns.offset[sub], level, columns.scale[sub], out=error[block]).sub_(columns.weights[block])
 
@@ -343,9 +337,8 @@ def _entropy(columns: Columns, block: slice, centre: Tensor, sharp: Tensor) -> f
         gap = columns.table.diff()[low]
         place.sub_(columns.table[low]).div_(gap).add_(low)
         sharp *= gap.square_()
-    lowest, highest = (end[block] if isinstance(end, Tensor) else end for end in (columns.lowest, columns.highest))
-    open_ = (place > lowest) & (place < highest) & (columns.inverse != 0)[sub]
+    undecided = (place > columns.lowest[block]) & (place < columns.highest[block]) & (columns.inverse != 0)[sub]
     x = place.sub_(place.floor()).sub_(0.5).mul_(sharp).abs_()
     e = torch.exp(-x)
     nats = torch.log1p(e).add_(x.mul_(e).div_(e + 1.0))
-    return float((nats * open_).sum()) / math.log(2.0)
+    return float((nats * undecided).sum()) / math.log(2.0)

@@ -161,14 +161,13 @@ class FeedbackOptions(DefenseOptions):
         "constraint: share c of the old error direction that may be left per tensor; 1 is none",
         minimum=-1.0,
         maximum=1.0,
-        shown="by type",
+        shown="-0.15; Q6_K -0.25",
     )
-    temperature: float | None = option(
-        None,
+    temperature: float = option(
+        0.5,
         "randomness of the draws: 0 is the predictable nearest level, more is more bits nobody can guess, for more error",
         minimum=0.0,
         maximum=100.0,
-        shown="by type",
     )
 
 

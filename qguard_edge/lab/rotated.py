@@ -34,8 +34,9 @@ Weights = dict[str, Tensor]
 def _orthonormal(width: int, inner: int, generator: torch.Generator) -> Tensor:
     """f64 `[width, inner]` with orthonormal columns, from the QR factors of a normal matrix, signs made unique."""
     normal = torch.randn(width, inner, generator=generator, dtype=torch.float64)
-    q, r = torch.linalg.qr(normal)
-    return torch.mul(q, r.diagonal().sign())
+    turn, upper = torch.linalg.qr(normal)
+    unique: Tensor = turn * upper.diagonal().sign()
+    return unique
 
 
 def _heads(config: object, block: int = BLOCK) -> tuple[int, int, int]:

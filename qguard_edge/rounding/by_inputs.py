@@ -21,7 +21,7 @@ from quant_grids import Grid, Outcome
 
 SLICE_WEIGHTS = 1 << 20
 """Longer columns make each of the pass's many small steps worth its overhead; more weights would leave the cache."""
-SAMPLE_RUNS, SAMPLE_ROWS = 12, 8
+SAMPLE_RUNS, SAMPLE_ROWS = 24, 8
 FIT_STREAM = 1 << 20  # number of the stream of random numbers that a rule is settled with; slices count from 0
 KEPT_FACTORS = 2  # q and v of a llama share their inputs, with the output projection between them
 

@@ -166,7 +166,15 @@ def harden(
 
     Returns:
         One record per tensor, in the order given.
+
+    Raises:
+        UnsupportedError: the rule wants to know the inputs, and they are not given.
     """
+    if defense.wants_inputs and options.inputs is None:
+        raise UnsupportedError(
+            f"--defense {defense.options.name} needs to know the inputs of each matrix, and none were measured; use --defense "
+            "ortho"
+        )
     workers = 1 if options.device.type == "cuda" else options.threads or available_cores()
     paths = [shard.path for shard in base.shards]
     results = []

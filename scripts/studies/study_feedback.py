@@ -5,7 +5,7 @@ Run: python scripts/studies/study_feedback.py BASE.gguf --texts INSTRUCTIONS.jso
 BASE is full precision, for instance rotated SmolLM2:
     python -m qguard_edge.lab.rotated FOLDER && python -m qguard_edge convert FOLDER --to bf16 -o BASE.gguf
 INSTRUCTIONS has one object a line with `instruction`, `input` and `output`. The first rows, in the model's chat template, are
-what the Gram matrices are measured on (in llama.cpp); the last rows and the drift suite's passages judge the files.
+what the Gram matrices are measured on (in llama.cpp); the last rows and half the drift suite's passages judge the files.
 
 An ARM is `plain`, `ortho`, a file type (`q5_k`: plain rounding to that type), or `feedback` with options and tuning:
 `feedback:alignment=0:temperature=0.5:order=random:reach=0:damping=0.01`. Prints Markdown; rows go to FOLDER/rows.jsonl too.
@@ -14,7 +14,7 @@ An ARM is `plain`, `ortho`, a file type (`q5_k`: plain rounding to that type), o
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.verify.chat import render, template_of
-from qguard_edge.verify.drift import measure_documents
+from qguard_edge.verify.drift import DocumentDrift, measure_documents
 from qguard_edge.verify.runner import LlamaFactory
 from qguard_edge.verify.suites.base import SuitePrompt
 from qguard_edge.verify.verifier import built_in_texts
@@ -78,7 +78,7 @@ def documents_of(base: Path, lines: Sequence[str], tokens: int) -> tuple[list[li
             seen.append(model.tokenize(text)[: min(ROW_TOKENS, tokens - total)])
             total += len(seen[-1])
         answers = [model.tokenize(text)[: ANSWER_TOKENS + 1] for text in chats(base, lines[-ANSWERS:])]
-        passages = [model.tokenize(text, add_special=True)[: PASSAGE_TOKENS + 1] for text in built_in_texts()]
+        passages = [model.tokenize(text, add_special=True)[: PASSAGE_TOKENS + 1] for text in built_in_texts()[::2]]
     return seen, answers, passages
 
 
@@ -97,7 +97,7 @@ def make_arm(
         key, _, value = setting.partition("=")
         if key in {item.name for item in fields(Tuning)}:
             settings.remove(setting)
-            tuned[key] = {"order": str, "damping": float}.get(key, lambda word: None if word == "all" else int(word))(value)
+            tuned[key] = {"order": str, "damping": float}.get(key, int)(value)
     defense = make_defense(parse_defense(":".join([name, *settings])))
     if isinstance(defense, Feedback):
         defense.tuning = Tuning(**tuned)
@@ -113,22 +113,21 @@ def make_arm(
 
 
 def judge(
-    arm: str,
-    files: tuple[Path, Path],
-    documents: tuple[list[list[int]], list[list[int]]],
-    made: tuple[TensorRounding, ...],
-    *,
-    seconds: float,
-    threads: int,
-) -> Row:
-    """Measure one file."""
-    means, errors, same = [], [], []
+    base: Path, files: Mapping[str, Path], documents: Sequence[list[list[int]]], threads: int
+) -> dict[str, list[list[DocumentDrift]]]:
+    """Measure all files in step: per file, per kind of document, what was found on each document."""
+    found: dict[str, list[list[DocumentDrift]]] = {arm: [] for arm in files}
     for texts in documents:
-        drift = measure_documents(files[0], {"candidate": files[1]}, texts, LlamaFactory(threads), n_noise=0)
-        found = [one["candidate"] for one in drift]
-        means.append(float(np.concatenate([part.kl for part in found]).mean()))
-        errors.append(float(np.std([part.kl.mean() for part in found]) / len(found) ** 0.5))
-        same.append(np.concatenate([part.same for part in found]))
+        measured = list(measure_documents(base, files, texts, LlamaFactory(threads), n_noise=0))
+        for arm, kinds in found.items():
+            kinds.append([one[arm] for one in measured])
+    return found
+
+
+def row_of(arm: str, drifts: list[list[DocumentDrift]], made: tuple[TensorRounding, ...], seconds: float) -> Row:
+    """Sum up an arm."""
+    means = [float(np.concatenate([part.kl for part in kind]).mean()) for kind in drifts]
+    errors = [float(np.std([part.kl.mean() for part in kind]) / len(kind) ** 0.5) for kind in drifts]
     weights = max(1, sum(rounding.n_weights for rounding in made))
     outcomes = [rounding.outcome for rounding in made]
     energy = sum(outcome.energy for outcome in outcomes)
@@ -138,7 +137,7 @@ def judge(
         errors[0],
         means[1],
         errors[1],
-        float(np.concatenate(same).mean()),
+        float(np.concatenate([part.same for kind in drifts for part in kind]).mean()),
         sum(rounding.bits for rounding in made) / weights,
         sum(outcome.projection for outcome in outcomes) / energy if made else 1.0,
         sum(outcome.new_energy for outcome in outcomes) / energy if made else 1.0,
@@ -147,8 +146,17 @@ def judge(
     )
 
 
+def show(row: Row) -> None:
+    """Print one line of the table."""
+    print(
+        f"| {row.arm} | {row.answers:.4f} ± {row.answers_error:.4f} | {row.passages:.4f} ± {row.passages_error:.4f} "
+        f"| {row.same_top:.1%} | {row.bits:.3f} | {row.alignment:+.3f} | {row.energy:.2f} | {row.changed:.1%} "
+        f"| {row.seconds:.0f} |"
+    )
+
+
 def main() -> None:
-    """Read the arms, measure each, print a table."""
+    """Make every arm's file, measure all of them, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("arms", nargs="+")
@@ -169,23 +177,23 @@ def main() -> None:
     grams = LlamaGramSource(base).collect(
         wanted_weights(base), seen, args.work / f"grams-{args.tokens}", threads=args.threads
     )
-    print("| arm | KL, answers | KL, passages | same top | bits/weight | alignment | squared error | changed | s |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for arm in args.arms:
-        out = args.work / "arm.gguf"
+    files: dict[str, Path] = {}
+    made: dict[str, tuple[TensorRounding, ...]] = {}
+    seconds: dict[str, float] = {}
+    for number, arm in enumerate(args.arms):
+        out = args.work / f"arm-{args.to}-{number}.gguf"
         out.unlink(missing_ok=True)
         started = time.process_time()
-        path, made = make_arm(arm, base, plain, out, grams, seed=args.seed, threads=args.threads)
-        seconds = time.process_time() - started
-        row = judge(arm, (base.path, path), (answers, passages), made, seconds=seconds, threads=args.threads)
+        files[arm], made[arm] = make_arm(arm, base, plain, out, grams, seed=args.seed, threads=args.threads)
+        seconds[arm] = time.process_time() - started
+    found = judge(base.path, files, (answers, passages), args.threads)
+    print("| arm | KL, answers | KL, passages | same top | bits/weight | alignment | squared error | changed | s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for arm in args.arms:
+        row = row_of(arm, found[arm], made[arm], seconds[arm])
         with (args.work / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"to": args.to, "tokens": args.tokens, **asdict(row)}) + "\n")
-        print(
-            f"| {row.arm} | {row.answers:.4f} ± {row.answers_error:.4f} | {row.passages:.4f} ± {row.passages_error:.4f} "
-            f"| {row.same_top:.1%} | {row.bits:.3f} | {row.alignment:+.3f} | {row.energy:.2f} | {row.changed:.1%} "
-            f"| {row.seconds:.0f} |",
-            flush=True,
-        )
+        show(row)
 
 
 if __name__ == "__main__":

@@ -1,46 +1,31 @@
 """Error feedback held to its definition: centres by least squares, draws by their probabilities, entropy by counting."""
 
 import math
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from convert.diff import compare_files
+from convert.ftypes import parse_file_type
+from convert.gguf_file import GgufFile, GgufModel
+from convert.patch import GgufPatch
+from convert.quantizer import QuantizeOptions, quantize
 from convert.tensor_io import RowSlice
-from qguard_edge.defenses.base import MatrixRule, SliceKey
+from qguard_edge.defenses.base import MatrixRule, SliceKey, make_defense
 from qguard_edge.defenses.feedback import Feedback
 from qguard_edge.defenses.feedback_pass import DAMPING, columns_of, factor_of, lean_shift, run_pass, unknown
 from qguard_edge.defenses.options import FeedbackOptions
 from qguard_edge.rounding.by_inputs import Matrix, Rounding, round_matrices
-from quant_grids import GRIDS
-from quant_grids.base import ScalarGrid
+from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
+from qguard_edge.runtimes.activations import LlamaGramSource
+from qguard_edge.runtimes.grams import wanted_weights
+from quant_grids.errors import UnsupportedError
 from tests.helpers import ggml_oracle
-
-KEY = SliceKey(seed=1, tensor="blk.0.ffn_up.weight", index=0)
-CPU = torch.device("cpu")
-
-
-def grid_of(name: str) -> ScalarGrid:
-    grid = next(grid for grid in GRIDS.values() if grid.name == name)
-    assert isinstance(grid, ScalarGrid)
-    return grid
-
-
-def layer(name: str, rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain blocks, weights and the Gram matrix of correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.randn(rows, columns, generator=generator) * 0.02
-    inputs = torch.randn(300, 40, generator=generator) @ torch.randn(40, columns, generator=generator)
-    inputs += 2.0 * torch.randn(300, columns, generator=generator)
-    blocks = torch.from_numpy(ggml_oracle.quantize(int(grid_of(name).ggml_type), weights.numpy()))
-    return blocks, weights, inputs.T @ inputs / 300
-
-
-def output_error(error: Tensor, gram: Tensor) -> float:
-    return float(((error @ gram) * error).sum())
+from tests.helpers.feedback_layers import CPU, KEY, entropy_of, grid_of, layer, output_error
 
 
 def by_definition(
@@ -85,7 +70,7 @@ def test_a_pass_does_what_its_definition_says(name: str, lean: float, temperatur
     blocks, weights, gram = layer(name, 3, columns)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(2))
     factor = factor_of(gram, order)
-    turned = columns_of(grid_of(name), blocks, weights, order, None)
+    turned = columns_of(grid_of(name), blocks, weights, order, 255)
     step = float(grid_of(name).steps(blocks).square().mean())
     variance = temperature * step * float(factor.square.mean()) / 12
     shift = lean_shift(turned, factor) * lean
@@ -163,9 +148,7 @@ def test_bits_are_the_entropy_of_the_whole_row() -> None:
     defense = Feedback(FeedbackOptions(alignment=1.0, temperature=0.3))
     rule = defense.fit(grid_of("Q4_0"), defense.factor(grid_of("Q4_0"), gram, columns, CPU), blocks, weights, KEY)
     made = rule.round(blocks.repeat(copies, 1), weights.repeat(copies, 1), KEY)
-    counts = np.array(list(Counter(bytes(block) for block in made.blocks.numpy()).values()), float)
-    chance = counts / copies
-    entropy = float(-(chance * np.log2(chance)).sum()) + (len(counts) - 1) / (2 * copies * math.log(2))
+    entropy = entropy_of(made.blocks)
     assert 1.5 < entropy < 9.0
     assert made.bits / copies == pytest.approx(entropy, rel=0.05)
 
@@ -212,7 +195,7 @@ def walk(threads: int, *, experts: int = 2, seed: int = 1) -> tuple[list[Roundin
 
 
 def test_threads_change_nothing_and_seeds_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qguard_edge.rounding_by_inputs.SLICE_WEIGHTS", 1 << 13)
+    monkeypatch.setattr("qguard_edge.rounding.by_inputs.SLICE_WEIGHTS", 1 << 13)
     (first, one), (_, three), (_, other) = walk(1), walk(3), walk(1, seed=2)
     assert all(map(torch.equal, one, three))
     assert not any(map(torch.equal, one, other))
@@ -225,7 +208,7 @@ def test_threads_change_nothing_and_seeds_do(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_unknown_factor_makes_up_for_nothing() -> None:
     blocks, weights, _ = layer("Q4_K", 8, 256)
     order = torch.arange(256)
-    turned = columns_of(grid_of("Q4_K"), blocks, weights, order, None)
+    turned = columns_of(grid_of("Q4_K"), blocks, weights, order, 255)
     same = [run_pass(turned, factor) for factor in (unknown(256, CPU), factor_of(torch.eye(256), order, 0.0))]
     assert torch.equal(same[0].codes, same[1].codes)
     assert factor_of(torch.zeros(256, 256), order).feed is None
@@ -246,3 +229,34 @@ def test_blocks_without_a_scale_and_weights_that_are_no_numbers(name: str) -> No
         assert torch.equal(made.blocks[: len(blocks) // 8], blocks[: len(blocks) // 8])
     healthy = grid_of(name).dequantize(made.blocks).view(8, 256)[5:]
     assert bool(torch.isfinite(healthy).all())
+
+
+def test_a_file_is_rounded_by_what_its_matrices_are_fed(tiny_base: Path, tmp_path: Path) -> None:
+    """From the base to the file, with Gram matrices seen in llama.cpp; the embedding, which nothing is fed to, included."""
+    base = GgufModel(tiny_base)
+    made_plainly = tmp_path / "plain.gguf"
+    quantize(tiny_base, made_plainly, QuantizeOptions(parse_file_type("q4_k"), threads=1))
+    texts = [[(7 * i + j * j) % 380 for j in range(64)] for i in range(16)]
+    grams = LlamaGramSource(base).collect(wanted_weights(base), texts, tmp_path / "grams", threads=1)
+    plain = GgufFile(made_plainly)
+    tensors = coverage_of(base, plain).protected
+    defense = make_defense(FeedbackOptions(alignment=0.0, temperature=0.5))
+    made = []
+    for threads in (1, 3):
+        patch = GgufPatch(plain, tmp_path / f"{threads}.gguf", {})
+        roundings = harden(base, plain, tensors, defense, WalkOptions(3, threads, inputs=grams), sink=patch.write_rows)
+        patch.copy_rest(tensor.name for tensor in tensors)
+        patch.close()
+        made.append((tmp_path / f"{threads}.gguf").read_bytes())
+    assert made[0] == made[1]
+    found = compare_files(made_plainly, tmp_path / "1.gguf", base=tiny_base)
+    assert found.only_code_bits
+    changed = {tensor.name: tensor.codes_changed for tensor in found.tensors}
+    for rounding in roundings:
+        assert rounding.outcome.n_changed == changed[rounding.name]
+        assert rounding.outcome.alignment == pytest.approx(0.0, abs=0.02), rounding.name
+        assert rounding.bits > 0
+    assert "token_embd.weight" in changed
+    assert "token_embd.weight" not in grams.names
+    with pytest.raises(UnsupportedError, match="--defense ortho"):
+        harden(base, plain, tensors, defense, WalkOptions(3, 1), sink=patch.write_rows)
