@@ -4,7 +4,8 @@ A plan says for every weight of every protected tensor whether its code stays or
 file with two tensors per GGUF tensor, and one JSON header:
 
     NAME.moved   uint8 [rows, ceil(columns / 8)]   one bit per weight, most significant first: the code moves
-    NAME.up      uint8 [ceil(moved / 8)]           one bit per moved code, in storage order: 1 up, 0 down, by one level
+    NAME.up      uint8 [ceil(moved / 8)]           one bit per moved code, in storage order: 1 up, 0 down
+    NAME.further uint8 [moved]                     levels beyond the first; left out where no code moves further
 
 So a plan needs neither the base nor torch's model to be applied, only the plain file it was made for, which the header names
 by its SHA-256. Formats whose codes are shared by several weights have no such plan.
@@ -62,14 +63,16 @@ class PlanRecorder:
         """See `qguard_edge.rounding.gguf.Sink`.
 
         Raises:
-            PlanError: a code moved by more than one level, or the type has no code per weight.
+            PlanError: a code moved further than a plan can say, or the type has no code per weight.
         """
         grid = _scalar(tensor)
         rows = len(blocks) * grid.block_size // tensor.columns
         before = self._reader.blocks(tensor, RowSlice(0, row, row + rows))
         change = grid.unpack(blocks.cpu()).codes.short() - grid.unpack(before).codes.short()
-        if change.abs().amax() > 1:
-            raise PlanError(f"{tensor.name!r}: a code moves by more than one level; such a change cannot be put into a plan")
+        if change.abs().amax() > 127:
+            raise PlanError(
+                f"{tensor.name!r}: a code moves by more than 127 levels; such a change cannot be put into a plan"
+            )
         table = self._changes.setdefault(tensor.name, torch.zeros((tensor.rows, tensor.columns), dtype=torch.int8))
         table[row : row + rows] = change.view(rows, tensor.columns).to(torch.int8)
 
@@ -79,7 +82,10 @@ class PlanRecorder:
         for name, change in self._changes.items():
             moved = change.numpy() != 0
             packed[f"{name}.moved"] = np.packbits(moved, axis=1)
-            packed[f"{name}.up"] = np.packbits(change.numpy()[moved] > 0)
+            steps = change.numpy()[moved]
+            packed[f"{name}.up"] = np.packbits(steps > 0)
+            if steps.size and int(np.abs(steps.astype(np.int16)).max()) > 1:
+                packed[f"{name}.further"] = (np.abs(steps.astype(np.int16)) - 1).astype(np.uint8)
         return packed
 
 
@@ -96,7 +102,7 @@ class Plan:
     path: Path
 
     def change(self, tensor: TensorInfo) -> Tensor:
-        """int8 `[rows, columns]`, -1, 0 or 1 per code.
+        """int16 `[rows, columns]`, how many levels each code moves, up or down.
 
         Raises:
             PlanError: the bits do not fit the tensor.
@@ -105,6 +111,9 @@ class Plan:
             with safe_open(self.path, "np") as file:
                 moved_bits: Bytes = file.get_tensor(f"{tensor.name}.moved")
                 up_bits: Bytes = file.get_tensor(f"{tensor.name}.up")
+                further = None
+                if f"{tensor.name}.further" in file.keys():  # noqa: SIM118 - not a mapping
+                    further = file.get_tensor(f"{tensor.name}.further")
         except (OSError, SafetensorError) as error:
             raise PlanError(f"{self.path.name}: no plan for {tensor.name!r} ({error})") from error
         width = -(-tensor.columns // 8)
@@ -116,8 +125,12 @@ class Plan:
             raise PlanError(
                 f"{self.path.name}: {tensor.name!r} moves {count} codes but names {up_bits.size} bytes of directions"
             )
-        change = np.zeros(moved.shape, np.int8)
+        if further is not None and (further.shape != (count,) or further.dtype != np.uint8):
+            raise PlanError(f"{self.path.name}: {tensor.name!r} moves {count} codes but says of {further.size} how far")
+        change = np.zeros(moved.shape, np.int16)
         change[moved] = np.where(np.unpackbits(up_bits, count=count), 1, -1)
+        if further is not None:
+            change[moved] *= further.astype(np.int16) + 1
         return torch.from_numpy(change)
 
 

@@ -163,8 +163,8 @@ class FolderRequest(ConversionRequest):
         super().check()
         if self.defense.calibrated and self.to == "hf":
             raise UnsupportedError(
-                f"--defense {self.defense.name} learns the codes of one format; choose --to nf4, fp4 or int8, or a data-free "
-                "defense"
+                f"--defense {self.defense.name} fits the codes of one format to text; choose --to nf4, fp4 or int8, or a "
+                "data-free defense such as --defense ortho"
             )
         if self.double_quant and self.to not in ("nf4", "fp4"):
             raise UnsupportedError(

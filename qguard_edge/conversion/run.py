@@ -99,6 +99,15 @@ def output_for(request: ConversionRequest) -> Output[Any, Any]:
 def run(output: Output[Any, Report], progress: Progress, gate: Gate | None, guard: Guard | None) -> Report:
     """All stages of one conversion; arguments and errors as for `convert_model`."""
     output.open()
+    try:
+        return _stages(output, progress, gate, guard)
+    except Exception:
+        # Only a conversion that is stopped from outside goes on where it was: one that fails leaves nothing.
+        forget_activations(output.outfile)
+        raise
+
+
+def _stages(output: Output[Any, Report], progress: Progress, gate: Gate | None, guard: Guard | None) -> Report:
     clock, warnings = Clock(), list(output.warnings)
     with work_folder(output.outfile.parent) as work, ThreadPoolExecutor(1) as pool:
         with clock.stage("base"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convert.tensor_io import SLICE_WEIGHTS, RowSlice
 from qguard_edge.defenses.base import Defense, Inputs, SliceKey
-from qguard_edge.rounding.by_inputs import Matrix, round_matrices
+from qguard_edge.rounding.by_inputs import MatrixWork, round_matrices
 from qguard_edge.rounding.choose import choose_rounding, measured_outcome
 from quant_grids import Flips, Outcome
 from quant_grids.bnb import BnbGrid, bnb_grid
@@ -87,7 +87,7 @@ def harden_matrix(
         blocks[part.start * per_row : part.stop * per_row] = changed
 
     if defense.wants_inputs:
-        matrix = Matrix(
+        matrix = MatrixWork(
             name=key(0).tensor,
             expert=0,
             grid=grid,

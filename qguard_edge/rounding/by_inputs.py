@@ -27,7 +27,7 @@ KEPT_FACTORS = 2  # q and v of a llama share their inputs, with the output proje
 
 
 @dataclass(frozen=True)
-class Matrix:
+class MatrixWork:
     """One matrix to round.
 
     Attributes:
@@ -86,7 +86,7 @@ class _Factors:
     inputs: Inputs | None
     kept: OrderedDict[tuple[str, int, int], Any] = field(default_factory=OrderedDict)
 
-    def of(self, matrix: Matrix, device: torch.device) -> Any:
+    def of(self, matrix: MatrixWork, device: torch.device) -> Any:
         if self.inputs is None or matrix.name not in self.inputs.names:
             return self.defense.factor(matrix.grid, None, matrix.columns, device)
         name = (min(self.inputs.shares(matrix.name)), matrix.expert, matrix.grid.weights_per_code)
@@ -100,7 +100,11 @@ class _Factors:
 
 
 def round_matrices(
-    matrices: Sequence[Matrix], defense: Defense[Any], inputs: Inputs | None, pool: ThreadPoolExecutor, device: torch.device
+    matrices: Sequence[MatrixWork],
+    defense: Defense[Any],
+    inputs: Inputs | None,
+    pool: ThreadPoolExecutor,
+    device: torch.device,
 ) -> Iterator[Rounding]:
     """Round matrices one after the other.
 
@@ -113,13 +117,13 @@ def round_matrices(
     """
     factors = _Factors(defense, inputs)
 
-    def prepare(matrix: Matrix) -> MatrixRule:
+    def prepare(matrix: MatrixWork) -> MatrixRule:
         with torch.inference_mode():
             blocks, weights = matrix.sample()
             key = replace(matrix.key(RowSlice(0, matrix.first, matrix.first)), index=FIT_STREAM + matrix.expert)
             return defense.on(matrix.grid).fit(matrix.grid, factors.of(matrix, device), blocks, weights, key)
 
-    def decide(matrix: Matrix, rule: MatrixRule, part: RowSlice) -> Rounded:
+    def decide(matrix: MatrixWork, rule: MatrixRule, part: RowSlice) -> Rounded:
         with torch.inference_mode():
             blocks, weights = matrix.read(part)
             rounded = rule.round(blocks, weights, matrix.key(part))

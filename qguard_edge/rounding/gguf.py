@@ -22,7 +22,7 @@ from convert.imatrix_file import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.defenses.base import Defense, Inputs, SliceKey
 from qguard_edge.progress import Progress
-from qguard_edge.rounding.by_inputs import Matrix, round_matrices
+from qguard_edge.rounding.by_inputs import MatrixWork, round_matrices
 from qguard_edge.rounding.choose import choose_rounding
 from quant_grids import GRIDS, Flips, Outcome
 from quant_grids.errors import FormatError, UnsupportedError
@@ -227,12 +227,12 @@ class _TensorWork:
         device = self.options.device
         return self.reader.blocks(self.plain, part).to(device), self.reader.weights(self.base, part).to(device)
 
-    def matrices(self, sink: Sink) -> list[Matrix]:
+    def matrices(self, sink: Sink) -> list[MatrixWork]:
         """The tensor as matrices: one, or one per expert."""
         experts = math.prod(self.plain.shape[2:])
         each = self.plain.rows // experts
         return [
-            Matrix(
+            MatrixWork(
                 name=self.plain.name,
                 expert=expert,
                 grid=GRIDS[self.plain.ggml_type],

@@ -127,6 +127,12 @@ class HardenedGguf(GgufFamily[Made, Report]):
     roundings: tuple[TensorRounding, ...] = ()
     plain_hash = ""
 
+    def open(self) -> None:
+        """See `Output.open`."""
+        super().open()
+        if self.request.options.imatrix:
+            load_imatrix(self.request.options.imatrix)  # a broken one is an error now, not after minutes
+
     def scan(self, guard: Guard) -> None:
         """See `Output.scan`."""
         self.request = self.request.with_types(guard.before(self.base))

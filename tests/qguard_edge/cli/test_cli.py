@@ -8,8 +8,8 @@ import pytest
 
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.defenses.feedback import ALIGNMENT, ALIGNMENTS
 from tests.helpers.command import CommandLine, program
-from tests.helpers.expected_targets import ortho_target
 
 
 def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
@@ -20,7 +20,7 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
     assert report["outfile"] == "tiny-Q4_K_M.gguf"
     assert report["seed"] == 5
     for tensor in report["tensors"]:
-        assert tensor["alignment"] == pytest.approx(ortho_target(tensor["type"]), abs=0.01), tensor["name"]
+        assert tensor["alignment"] == pytest.approx(ALIGNMENTS.get(tensor["type"], ALIGNMENT), abs=0.02), tensor["name"]
     assert str(tmp_path) not in done.stdout
 
     out, plain = tmp_path / "tiny-Q4_K_M.gguf", tmp_path / "tiny-Q4_K_M.plain.gguf"
@@ -35,13 +35,13 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
     aligned = [tensor for tensor in document["tensors"] if tensor["codes_changed"]]
     assert len(aligned) == 16
     for tensor in aligned:
-        assert tensor["alignment"] == pytest.approx(ortho_target(tensor["type"]), abs=0.01), tensor["name"]
+        assert tensor["alignment"] == pytest.approx(ALIGNMENTS.get(tensor["type"], ALIGNMENT), abs=0.02), tensor["name"]
 
 
 def test_human_output_names_everything(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_base, "--to", "q4_k", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("Q4_K", "Q6_K", "1.00 -> 0.00", "added error", "seed", "llama.cpp loads it", "wrote"):
+    for words in ("Q4_K", "Q6_K", "1.00 -> -0.15", "added error", "seed", "llama.cpp loads it", "wrote"):
         assert words in done.stdout
     assert "\x1b[" not in done.stdout + done.stderr  # no colours, no bars: not a terminal
 
@@ -105,8 +105,8 @@ def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path, cli: CommandL
         (["convert", "{folder}"], "--to"),
         (["convert", "missing-model", "--to", "q4_k"], "not a folder"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "magic"], "choose one of"),
-        (["convert", "{folder}", "--to", "q4_k", "--ortho-target", "7"], "must lie between"),
-        (["convert", "{folder}", "--to", "q4_k", "--ortho-group", "layer"], "row, block, tensor"),
+        (["convert", "{folder}", "--to", "q4_k", "--defense", "ortho", "--ortho-target", "7"], "must lie between"),
+        (["convert", "{folder}", "--to", "q4_k", "--defense", "ortho", "--ortho-group", "layer"], "row, block, tensor"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "none", "--ortho-target", "0"], "belongs to --defense ortho"),
         (["convert", "{folder}", "--to", "q4_k", "--device", "tpu"], "auto, cpu or cuda"),
         (["convert", "{folder}", "--to", "q4_k", "--imatrix", "none.dat"], "importance matrix"),

@@ -19,7 +19,7 @@ from qguard_edge.defenses.base import MatrixRule, SliceKey, make_defense
 from qguard_edge.defenses.feedback import Feedback
 from qguard_edge.defenses.feedback_pass import DAMPING, columns_of, factor_of, lean_shift, run_pass, unknown
 from qguard_edge.defenses.options import FeedbackOptions
-from qguard_edge.rounding.by_inputs import Matrix, Rounding, round_matrices
+from qguard_edge.rounding.by_inputs import MatrixWork, Rounding, round_matrices
 from qguard_edge.rounding.gguf import WalkOptions, coverage_of, harden
 from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.grams import wanted_weights
@@ -173,7 +173,7 @@ def walk(threads: int, *, experts: int = 2, seed: int = 1) -> tuple[list[Roundin
     made = {name: torch.zeros_like(blocks) for name, (blocks, _) in data.items()}
     per_row = columns // grid.block_size
 
-    def matrix(name: str, expert: int) -> Matrix:
+    def matrix(name: str, expert: int) -> MatrixWork:
         blocks, weights = data[name]
 
         def read(part: RowSlice) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ def walk(threads: int, *, experts: int = 2, seed: int = 1) -> tuple[list[Roundin
         def key(part: RowSlice) -> SliceKey:
             return SliceKey(seed, name, part.index, part.start)
 
-        return Matrix(name, expert, grid, columns, expert * rows, rows, read, key, sink)
+        return MatrixWork(name, expert, grid, columns, expert * rows, rows, read, key, sink)
 
     matrices = [matrix(name, expert) for name in data for expert in range(experts)]
     defense = Feedback(FeedbackOptions(alignment=0.0, temperature=0.5))
