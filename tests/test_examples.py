@@ -33,7 +33,7 @@ def test_convert_and_check(tiny_folder: Path, tmp_path: Path) -> None:
     verdict = {0: "pass: ", 1: "fail: ", 3: "inconclusive: "}[done.returncode]
     assert any(line.startswith(verdict) for line in lines)
     assert any("drift/mean-kl" in line for line in lines)
-    assert qguard_metadata(GgufFile(tmp_path / "tiny.gguf"))["defense"] == "ortho"
+    assert qguard_metadata(GgufFile(tmp_path / "tiny.gguf"))["defense"] == "feedback"
 
 
 def test_gate_passes_on_what_the_verification_says(tiny_folder: Path, tmp_path: Path) -> None:

@@ -269,7 +269,9 @@ def test_functions_answer_as_the_commands_do(tiny_base: Path, tmp_path: Path, ca
 
 
 def test_plan_and_apply_give_what_convert_gives(tiny_base: Path, tmp_path: Path) -> None:
-    request = request_for(tiny_base, "q4_0", seed=1, outfile=tmp_path / "out.gguf", keep_plain=True, check_loads=False)
+    request = request_for(
+        tiny_base, "q4_0", defense="ortho", seed=1, outfile=tmp_path / "out.gguf", keep_plain=True, check_loads=False
+    )
     report = convert(request, scan=False)
     assert report.plain is not None
     planned = plan(

@@ -30,7 +30,6 @@ from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
 from qguard_edge.learned.calibration import Calibration, load_calibration
-from qguard_edge.learned.calibration_gguf import gguf_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
@@ -152,6 +151,9 @@ class HardenedGguf(GgufFamily[Made, Report]):
 
     def _calibration(self, job: Job) -> Calibration:
         """The text by the GGUF's own vocabulary and template; what the model is to write itself, through transformers."""
+        # Not at the top: it brings llama.cpp into the process, which planning does without.
+        from qguard_edge.learned.calibration_gguf import gguf_calibration
+
         options = self.request.calibration
         if options.self_written and not self.source.is_gguf:
             loaded = load_hf_model(self.source.path, device=job.device)

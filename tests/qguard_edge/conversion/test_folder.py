@@ -357,7 +357,11 @@ def test_command_line(tiny_folder: Path, tmp_path: Path, cli: CommandLine) -> No
     again = cli("convert", tiny_folder, "--to", "nf4", cwd=tmp_path)
     assert again.returncode == 2
     assert "tiny-NF4 exists; pass --overwrite" in again.stderr
-    shown = cli("convert", tiny_folder, "--to", "hf", "--target", "all", "-o", "moved", cwd=tmp_path)
+    moved = ("convert", tiny_folder, "--to", "hf", "--target", "all", "-o", "moved")
+    refused = cli(*moved, cwd=tmp_path)  # the default fits codes to text, and here several formats share the weights
+    assert refused.returncode == 2
+    assert "--defense ortho" in refused.stderr
+    shown = cli(*moved, "--defense", "ortho", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     for words in ("NF4", "FP4", "INT8", "bitsandbytes agrees", "given up", "transformers loads it", "wrote moved"):
         assert words in shown.stdout
