@@ -315,7 +315,7 @@ def test_refusals(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="--target goes with --to hf"):
         opened(request(tiny_folder, tmp_path / "x", "nf4", target="all"))
     learned = replace(request(tiny_folder, tmp_path / "x", "hf"), defense=QuantGuardOptions())
-    with pytest.raises(UnsupportedError, match="quantguard learns the codes of one format"):
+    with pytest.raises(UnsupportedError, match="quantguard fits the codes of one format"):
         opened(learned)
     with pytest.raises(UnsupportedError, match="choose one of nf4, fp4, int8, all"):
         opened(request(tiny_folder, tmp_path / "x", "hf", target="q4_0"))
