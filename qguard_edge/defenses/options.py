@@ -77,7 +77,10 @@ class OrthoOptions(DefenseOptions):
     """Orthogonal rounding, see `qguard_edge.defenses.ortho`."""
 
     name = "ortho"
-    summary = "orthogonal rounding: no error component left along the direction the attacker relied on (data-free)"
+    summary = (
+        "orthogonal rounding: no error left along the direction the attacker relied on (data-free); costs fidelity on k-quants, "
+        "does not stop an attacker who runs it"
+    )
     implementation = "qguard_edge.defenses.ortho:Ortho"
 
     group: str = option("row", "weights over which the projection is balanced", choices=("row", "block", "tensor"))
