@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qguard_edge.packs.topk import compare_listed, compare_rows, merged_kl
@@ -31,6 +31,8 @@ def full_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, N_VOCAB), st.integers(1, N_VOCAB), st.floats(0.1, 6.0))
+@example(0, 13, 49, 4.0)
+@example(21, 4, 49, 5.0)
 def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed: int, spread: float) -> None:
     rng = np.random.default_rng(seed)
     p, q = log_softmax(rng, 4, spread), log_softmax(rng, 4, spread)
@@ -39,7 +41,9 @@ def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed
     p_next = p[np.arange(4), following]
     exact = full_kl(p, q)
     found = compare_rows(top, np.take_along_axis(p, top, -1), p_next, following, q)
-    assert (found.kl <= exact + 1e-9).all()
+    # q's rest is 1 minus a sum: known to about 1e-16, and it may be as small as 1e-12. What that does is weighed by p's rest.
+    slack = 1e-9 + 1e-3 * np.maximum(1 - np.exp(np.take_along_axis(p, top, -1)).sum(-1), 0.0)
+    assert (found.kl <= exact + slack).all()
     if k == N_VOCAB:
         assert found.kl == pytest.approx(exact, abs=1e-7)
     assert found.loss == pytest.approx(p_next - q[np.arange(4), following])
@@ -49,7 +53,7 @@ def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed
         kl, same, loss = compare_listed(
             top[row].tolist(), p[row, top[row]].tolist(), float(p_next[row]), following[row], likeliest, anything
         )
-        assert kl <= found.kl[row] + 1e-9
+        assert kl <= found.kl[row] + slack[row]
         assert same == found.same[row]
         floor = min(likeliest.values())
         assert loss == pytest.approx(max(p_next[row], floor) - max(q[row, following[row]], floor))
