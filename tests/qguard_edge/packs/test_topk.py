@@ -33,6 +33,7 @@ def full_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 @given(st.integers(0, 10**6), st.integers(1, N_VOCAB), st.integers(1, N_VOCAB), st.floats(0.1, 6.0))
 @example(0, 13, 49, 4.0)
 @example(21, 4, 49, 5.0)
+@example(1, 7, 49, 5.5)
 def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed: int, spread: float) -> None:
     rng = np.random.default_rng(seed)
     p, q = log_softmax(rng, 4, spread), log_softmax(rng, 4, spread)
@@ -41,8 +42,9 @@ def test_a_lower_bound_that_is_exact_when_all_is_known(seed: int, k: int, listed
     p_next = p[np.arange(4), following]
     exact = full_kl(p, q)
     found = compare_rows(top, np.take_along_axis(p, top, -1), p_next, following, q)
-    # q's rest is 1 minus a sum: known to about 1e-16, and it may be as small as 1e-12. What that does is weighed by p's rest.
-    slack = 1e-9 + 1e-3 * np.maximum(1 - np.exp(np.take_along_axis(p, top, -1)).sum(-1), 0.0)
+    # q's rest is 1 minus a sum of up to 50 numbers: off by up to 50 times 2e-16, where it may be as small as 1e-12. So its
+    # logarithm is off by up to 0.011, and p's rest is the weight of that in the divergence.
+    slack = 1e-9 + 0.02 * np.maximum(1 - np.exp(np.take_along_axis(p, top, -1)).sum(-1), 0.0)
     assert (found.kl <= exact + slack).all()
     if k == N_VOCAB:
         assert found.kl == pytest.approx(exact, abs=1e-7)
