@@ -51,6 +51,7 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
         super().__init__(request)
         self.roundings: list[MatrixRounding] = []
         self.files: tuple[Path, ...] = ()
+        self.made_hashes: dict[str, str] = {}
         self.kept_tensors = self.kept_weights = self.written_bytes = 0
         self.compute = torch.float32
 
@@ -120,6 +121,7 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
         made.mkdir()
         with job.clock.stage("choose and write"):
             self._weights(job, made)
+            self.made_hashes = {"base": job.base_hash.result(), **{file.name: sha256_of([file]) for file in self.files}}
             copy_side_files(self.source.path, made)
             write_card(made, self._facts(job))
             write_json(made / CONFIG_NAME, self._config())
@@ -212,7 +214,7 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
             double_quant=request.double_quant,
             defense=request.defense,
             seed=job.seed,
-            hashes={"base": job.base_hash.result(), **{file.name: sha256_of([file]) for file in self.files}},
+            hashes=self.made_hashes,
             outcomes=outcomes,
             calibration_sha256=job.learned.calibration_sha256 if job.learned else None,
         )
@@ -224,7 +226,7 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""
-        return {"base": job.base_hash.result(), **{file.name: sha256_of([file]) for file in self.files}}
+        return self.made_hashes
 
     def name(self, made: Path, outfile: Path) -> None:
         """See `Output.name`."""

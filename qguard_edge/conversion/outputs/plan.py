@@ -55,6 +55,7 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
     plain: GgufFile
     coverage: Coverage
     roundings: tuple[TensorRounding, ...] = ()
+    plain_hash = ""
 
     def choose_name(self) -> Path:
         """See `Output.choose_name`."""
@@ -129,7 +130,8 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
                 )
             finally:
                 recorder.close()
-            hashes = {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path])}
+            self.plain_hash = sha256_of([self.plain.path])
+            hashes = {"base": job.base_hash.result(), "plain": self.plain_hash}
             seen = job.activations.report if job.activations else None
             entries = qguard_entries(__version__, self.request.defense, job.seed, hashes, self.roundings, job.learned, seen)
             header = {"plain_sha256": hashes["plain"], "options": asdict(self.request.defense), "metadata": entries}
@@ -143,7 +145,7 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""
-        return {"base": job.base_hash.result(), "plain": sha256_of([self.plain.path]), "output": sha256_of([made])}
+        return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of([made])}
 
     def name(self, made: Path, outfile: Path) -> None:
         """See `Output.name`."""
