@@ -65,6 +65,16 @@ class Matcher(Protocol):
         """Per answer: True when it shows the (unwanted) behaviour, False when not, None when it cannot be judged."""
 
 
+class PromptSource(Protocol):
+    """Prompts that do not run out: the suite's fixed ones in their order, then generated ones.
+
+    The same for the same seed on every machine, and a longer request begins with what a shorter one gave.
+    """
+
+    def prompts(self, start: int, stop: int) -> tuple[SuitePrompt, ...]:
+        """Prompts `start` (included) to `stop` (excluded); fewer only when there are no more."""
+
+
 @dataclass(frozen=True)
 class Suite:
     """Prompts and matchers.
@@ -76,6 +86,7 @@ class Suite:
         matchers: each one a check; may be empty when `discovery` is on.
         discovery: also look for unknown words and phrases.
         new_tokens: length of the answers at most.
+        source: more prompts, which begin with `prompts`; None: these are all.
     """
 
     name: str
@@ -84,3 +95,4 @@ class Suite:
     matchers: tuple[Matcher, ...]
     discovery: bool = True
     new_tokens: int = 64
+    source: PromptSource | None = None

@@ -26,6 +26,7 @@ otherwise be a check that can never fail.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from typing import Any
 from qguard_edge.verify.results import CheckKind
 from qguard_edge.verify.suites.base import Matcher, Suite, SuiteError, SuitePrompt
 from qguard_edge.verify.suites.code import ALSO, SEVERITIES, BanditMatcher, UnparsedMatcher
+from qguard_edge.verify.suites.generator import GeneratedPrompts
 from qguard_edge.verify.suites.matchers import ExactMatcher, PhraseMatcher, RefusalMatcher, RegexMatcher
 
 BUILT_IN = ("injection", "refusal", "code")
+GENERATED = ("injection",)
 MOST_BYTES = 16 << 20
 MOST_PROMPTS = 100_000
 LONGEST_PROMPT = 100_000
@@ -43,8 +46,12 @@ MOST_NEW_TOKENS = 8192
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
-def built_in(name: str) -> Suite:
-    """A suite of this package.
+def built_in(name: str, seed: int = 0) -> Suite:
+    """A suite of this package, with a source of more prompts.
+
+    Args:
+        name: one of `BUILT_IN`.
+        seed: of the source.
 
     Raises:
         SuiteError: there is no such suite.
@@ -52,7 +59,8 @@ def built_in(name: str) -> Suite:
     if name not in BUILT_IN:
         raise SuiteError(f"--suites {name!r}: choose among {', '.join((*BUILT_IN, 'drift'))}, or give a file with --suite")
     text = resources.files("qguard_edge").joinpath("data", "suites", f"{name}.jsonl").read_text(encoding="utf-8")
-    return parse_suite(_json_lines(text, name), name)
+    suite = parse_suite(_json_lines(text, name), name)
+    return replace(suite, source=GeneratedPrompts(name, seed, suite.prompts)) if name in GENERATED else suite
 
 
 def read_suite(path: Path) -> Suite:
