@@ -98,20 +98,28 @@ def see_activations(
     )
 
 
-def write_importance(activations: Activations, path: Path) -> Path:
-    """The Gram matrices' diagonals as an importance matrix, for types that llama.cpp does not write without one.
+def write_importance(grams: Grams, path: Path, dataset: str, tokens: int) -> Path:
+    """The Gram matrices' diagonals as an importance matrix that llama.cpp's quantizers read.
 
     As llama-imatrix does, the matrices of blocks alone: not the output matrix.
+
+    Args:
+        grams: of a model.
+        path: output file.
+        dataset: name of the text.
+        tokens: that were run.
+
+    Returns:
+        The path.
     """
-    grams, report = activations.grams, activations.report
     measured = {name: grams.diagonal(name) for name in grams.names if name.startswith("blk.")}
     write_imatrix(
         path,
         {name: found.squares for name, found in measured.items()},
         {name: found.counts for name, found in measured.items()},
-        dataset=report.calibration_source,
+        dataset=dataset,
         chunks=1,
-        chunk_size=report.tokens,
+        chunk_size=tokens,
     )
     return path
 

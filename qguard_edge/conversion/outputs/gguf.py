@@ -164,7 +164,9 @@ class HardenedGguf(GgufFamily[Made, Report]):
         """See `Output.make_plain`; twice if the guard keeps tensors in full precision in the light of the first file."""
         path, options = job.work / "plain.gguf", self.request.options
         if job.activations and options.imatrix is None and options.file_type.needs_imatrix:
-            measured = write_importance(job.activations, job.work / "calibration.imatrix.gguf")
+            report = job.activations.report
+            path_of_text = job.work / "calibration.imatrix.gguf"
+            measured = write_importance(job.activations.grams, path_of_text, report.calibration_source, report.tokens)
             self.request = replace(self.request, options=replace(options, imatrix=measured))
 
         def make() -> None:

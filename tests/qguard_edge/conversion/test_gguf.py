@@ -25,6 +25,7 @@ from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptio
 from qguard_edge.runtimes.load_check import LoadCheckError, load_check
 from quant_grids.errors import QGuardError, UnsupportedError
 from tests.helpers.expected_targets import ortho_target
+from tests.helpers.gguf_copies import copy_gguf
 
 TYPES = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
 
@@ -151,23 +152,7 @@ def test_quantized_input_needs_a_word(tiny_base: Path, tmp_path: Path) -> None:
 
 def test_split_input(tiny_base: Path, tmp_path: Path) -> None:
     """Two shards written with gguf's own writer, given by the first."""
-    import numpy as np
-    from gguf import GGUFWriter
-
-    source = GGUFReader(tiny_base)
-    writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=10)
-    for key, entry in source.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(
-                key, entry.contents(), entry.types[0], sub_type=entry.types[-1] if len(entry.types) > 1 else None
-            )
-    for tensor in source.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    shards = sorted(tmp_path.glob("m-*.gguf"))
+    shards = copy_gguf(tiny_base, tmp_path / "m.gguf", shard_tensors=10)
     assert len(shards) > 1
     convert(replace(request(shards[0], tmp_path / "split.gguf"), seed=1))
     convert(replace(request(tiny_base, tmp_path / "whole.gguf"), seed=1))

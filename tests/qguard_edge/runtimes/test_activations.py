@@ -6,7 +6,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import psutil
 import pytest
@@ -20,6 +19,7 @@ from qguard_edge.runtimes.gram_files import GramError, GramIndex, GramPiece, Mea
 from qguard_edge.runtimes.grams import Grams, wanted_weights
 from qguard_edge.runtimes.hf_grams import TransformersGramSource
 from tests.helpers.activation_models import Pair, distance, inputs_of, make_pair, texts
+from tests.helpers.gguf_copies import copy_gguf
 
 TOLERANCE = 1e-5
 GELU_TOLERANCE = 2e-3  # llama.cpp reads it from a table of half-precision values
@@ -142,19 +142,7 @@ def test_the_tied_output_matrix_sees_every_position(tmp_path: Path) -> None:
 
 
 def test_a_split_model_gives_the_same(llama: Pair, tmp_path: Path) -> None:
-    reader = gguf.GGUFReader(llama.base.path)
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=6)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            kind = field.types[0]
-            writer.add_key_value(field.name, field.contents(), kind, field.types[1] if len(field.types) > 1 else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    split = GgufModel(next(path for path in sorted(tmp_path.iterdir()) if "-00001-of-" in path.name))
+    split = GgufModel(copy_gguf(llama.base.path, tmp_path / "model.gguf", shard_tensors=6)[0])
     assert len(split.shards) > 2
     whole = collect(llama.base, tmp_path / "whole")
     parts = collect(split, tmp_path / "parts")
