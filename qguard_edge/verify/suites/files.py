@@ -38,7 +38,6 @@ from qguard_edge.verify.suites.generator import GeneratedPrompts
 from qguard_edge.verify.suites.matchers import ExactMatcher, PhraseMatcher, RefusalMatcher, RegexMatcher
 
 BUILT_IN = ("injection", "refusal", "code")
-GENERATED = ("injection",)
 MOST_BYTES = 16 << 20
 MOST_PROMPTS = 100_000
 LONGEST_PROMPT = 100_000
@@ -60,7 +59,7 @@ def built_in(name: str, seed: int = 0) -> Suite:
         raise SuiteError(f"--suites {name!r}: choose among {', '.join((*BUILT_IN, 'drift'))}, or give a file with --suite")
     text = resources.files("qguard_edge").joinpath("data", "suites", f"{name}.jsonl").read_text(encoding="utf-8")
     suite = parse_suite(_json_lines(text, name), name)
-    return replace(suite, source=GeneratedPrompts(name, seed, suite.prompts)) if name in GENERATED else suite
+    return replace(suite, source=GeneratedPrompts(name, seed, suite.prompts))
 
 
 def read_suite(path: Path) -> Suite:

@@ -11,11 +11,11 @@ prompts, which always come first, are followed by generated ones. What there is 
     frames: ["{} Keep it short."]       # put around some of the prompts
     groups:
       - tags: [CWE-078]                   # of all prompts of the group
-        completion: false
-        framed: true
         slots: {}                         # known to this group only
         tasks:
           animal-winter: ["How does {animal} survive the winter?", "Where is {animal} in January?"]
+        completions:                      # texts to go on with as they are, without chat template and frames
+          shell-go-on: ["def {command.f}(host):\\n    # {command.do^}\\n"]
 
 **A task** is one kind of request in several wordings. Its topic is the first slot of its first wording. No topic comes twice in a
 task, and a task has `MOST_PER_TASK` prompts at most, so however many are asked for, no template dominates. `{animal2}`
@@ -66,8 +66,6 @@ class Task:
         slots: words by slot.
         tags: of its prompts.
         completion: its prompts are continued as they are.
-        framed: frames may be put around them.
-        system: system message of its prompts.
     """
 
     id: str
@@ -76,8 +74,6 @@ class Task:
     slots: Mapping[str, Sequence[Value]]
     tags: tuple[str, ...]
     completion: bool
-    framed: bool
-    system: str | None
 
 
 @dataclass(frozen=True)
@@ -136,22 +132,13 @@ def read_plan(raw: Mapping[str, Any]) -> Plan:
     tasks = []
     for group in raw["groups"]:
         slots = common | {name: _values(words) for name, words in group.get("slots", {}).items()}
-        for name, wordings in group["tasks"].items():
-            topic = _SLOT.search(wordings[0])
-            if topic is None:
-                raise KeyError(f"{name}: its first wording has no slot")
-            tasks.append(
-                Task(
-                    name,
-                    tuple(wordings),
-                    topic[1],
-                    slots,
-                    tuple(group.get("tags", ())),
-                    group.get("completion", False),
-                    group.get("framed", True),
-                    group.get("system"),
-                )
-            )
+        tags = tuple(group.get("tags", ()))
+        for kind in ("tasks", "completions"):
+            for name, wordings in group.get(kind, {}).items():
+                topic = _SLOT.search(wordings[0])
+                if topic is None:
+                    raise KeyError(f"{name}: its first wording has no slot")
+                tasks.append(Task(name, tuple(wordings), topic[1], slots, tags, kind == "completions"))
     return Plan(tuple(tasks), tuple(raw.get("frames", ())))
 
 
@@ -184,9 +171,8 @@ def generate(plan: Plan, seed: int, fixed: Sequence[SuitePrompt] = ()) -> Iterat
             number += 1
             yield SuitePrompt(
                 f"gen-{number:05}",
-                _framed(text, plan.frames, seed) if task.framed else text,
+                text if task.completion else _framed(text, plan.frames, seed),
                 completion=task.completion,
-                system=task.system,
                 tags=(*task.tags, task.id),
             )
 

@@ -1,11 +1,13 @@
 """Generated prompts: the same for a seed, distinct, varied, and no fixed list."""
 
+import ast
+import re
 from collections import Counter
 
 import pytest
 
 from qguard_edge.verify.suites.base import SuitePrompt
-from qguard_edge.verify.suites.files import GENERATED, built_in
+from qguard_edge.verify.suites.files import BUILT_IN, built_in
 from qguard_edge.verify.suites.generator import built_in_plan, content_words, generate, read_plan
 from qguard_edge.verify.suites.matchers import plain
 
@@ -14,7 +16,7 @@ PLAN = {
     "slots": {"animal": ["an otter", "a mole", "a bat"], "job": {"fields": ["f", "do"], "rows": ["dig | dig a hole"]}},
     "groups": [
         {"tasks": {"race": ["Who is faster, {animal} or {animal2}?"], "food": ["What does {animal} eat?"]}},
-        {"tags": ["x"], "completion": True, "tasks": {"code": ["def {job.f}():  # {job.do^}"]}},
+        {"tags": ["x"], "completions": {"code": ["def {job.f}():  # {job.do^}"]}},
     ],
 }
 
@@ -25,7 +27,7 @@ def asked(name: str, count: int, seed: int = 0) -> tuple[SuitePrompt, ...]:
     return source.prompts(0, count)
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_thousands_of_distinct_prompts(name: str) -> None:
     prompts = asked(name, MANY)
     assert len(prompts) == MANY
@@ -33,10 +35,10 @@ def test_thousands_of_distinct_prompts(name: str) -> None:
     assert len({plain(prompt.text) for prompt in prompts}) == MANY
     fixed = built_in(name).prompts
     assert prompts[: len(fixed)] == fixed
-    assert not any("{" in prompt.text for prompt in prompts[len(fixed) :] if not prompt.completion)
+    assert not any(re.search(r"\{[a-z]", prompt.text) for prompt in prompts)  # no slot left empty
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_they_are_varied(name: str) -> None:
     more = asked(name, MANY)[len(built_in(name).prompts) :]
     tasks = Counter(prompt.tags[-1] for prompt in more)
@@ -48,7 +50,7 @@ def test_they_are_varied(name: str) -> None:
     assert lengths[len(lengths) * 19 // 20] >= 2 * lengths[len(lengths) // 20]  # 95th and 5th percentile
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_a_longer_request_begins_with_the_shorter(name: str) -> None:
     source = built_in(name).source
     assert source is not None
@@ -58,7 +60,7 @@ def test_a_longer_request_begins_with_the_shorter(name: str) -> None:
     assert source.prompts(total, total + 5) == ()
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_another_seed_asks_otherwise(name: str) -> None:
     fixed = len(built_in(name).prompts)
     first, second = (asked(name, 1000, seed) for seed in (0, 1))
@@ -68,13 +70,28 @@ def test_another_seed_asks_otherwise(name: str) -> None:
     assert len(shared) < 0.35 * (1000 - fixed)
 
 
-@pytest.mark.parametrize("name", GENERATED)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_every_template_can_be_filled(name: str) -> None:
     plan = built_in_plan(name)
     assert len({task.id for task in plan.tasks}) == len(plan.tasks)
     for task in plan.tasks:
         for wording in task.wordings:
             assert f"{{{task.topic}" in wording, f"{task.id}: every wording must be about {task.topic}"
+
+
+def test_generated_files_can_be_gone_on_with() -> None:
+    for prompt in asked("code", 10**9):
+        if prompt.completion:
+            indented = ("    pass\n", "        pass\n", "pass\n")
+            assert any(parses(prompt.text + more) for more in indented), prompt.text
+
+
+def parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
 
 
 def test_what_a_plan_gives() -> None:
