@@ -290,7 +290,8 @@ def score_distance(z: Floats, margin: float) -> Floats:
     variance = (weights * gaps**2).sum(-1) + unseen * (1 - margin) ** 2
     found = below * np.sqrt(n / np.maximum(variance, 1e-300))
     never = -n * np.log1p(-margin) if margin > 0 else np.inf
-    return np.minimum(np.where(below > 0, found, np.minimum(found, 0.0)), _normal_quantile(never))
+    capped = np.minimum(np.where(below > 0, found, np.minimum(found, 0.0)), _normal_quantile(never))
+    return np.asarray(capped, np.float64)
 
 
 def _normal_quantile(never: float) -> float:
