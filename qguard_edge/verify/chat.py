@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -77,13 +77,38 @@ def render(template: ChatTemplate, prompts: Sequence[SuitePrompt]) -> list[str]:
     """
     return render_conversations(
         template,
-        [((("system", prompt.system),) if prompt.system else ()) + (("user", prompt.text),) for prompt in prompts],
+        [
+            ((("system", prompt.system),) if prompt.system else ()) + prompt.turns + (("user", prompt.text),)
+            for prompt in prompts
+        ],
         ask=True,
+        tools=[prompt.tools for prompt in prompts],
     )
 
 
+def takes_tools(template: ChatTemplate) -> bool:
+    """Whether a template shows the model the tools it may call: its text is another one with a tool than without."""
+    probe = {
+        "name": "probe_weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {}},
+    }
+    asked = SuitePrompt("probe", "How is the weather?")
+    with_tool = replace(asked, tools=(json.dumps({"type": "function", "function": probe}),))
+    try:
+        without, shown = render(template, [asked, with_tool])
+    except TemplateError:
+        render(template, [asked])  # a template that refuses everything is an error; one that refuses tools has none
+        return False
+    return shown != without and "probe_weather" in shown
+
+
 def render_conversations(
-    template: ChatTemplate, conversations: Sequence[Sequence[tuple[str, str]]], *, ask: bool = False
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[tuple[str, str]]],
+    *,
+    ask: bool = False,
+    tools: Sequence[Sequence[str]] | None = None,
 ) -> list[str]:
     """Text of every conversation, in one child process.
 
@@ -91,6 +116,7 @@ def render_conversations(
         template: of the model.
         conversations: (role, content) pairs of each.
         ask: end where the assistant's next answer begins.
+        tools: what each may call, as JSON objects; None: no conversation may call anything.
 
     Raises:
         TemplateError: the template is invalid, refuses a conversation, takes too long or wants too much memory.
@@ -102,6 +128,7 @@ def render_conversations(
         "eos": template.eos,
         "conversations": messages,
         "ask": ask,
+        "tools": [[json.loads(tool) for tool in given] or None for given in tools or [()] * len(messages)],
     }
     command = [sys.executable, "-P", "-m", "qguard_edge.verify.chat"]
     try:
@@ -174,11 +201,11 @@ def main() -> int:
     try:
         compiled = _environment(template).from_string(_GENERATION.sub(_as_condition, template.source))
         texts = []
-        for messages in request["conversations"]:
+        for messages, tools in zip(request["conversations"], request["tools"], strict=True):
             # In pieces, so that a template that writes without end is stopped before it fills the memory.
             pieces, size = [], 0
             for piece in compiled.generate(
-                messages=messages, add_generation_prompt=request["ask"], tools=None, documents=None
+                messages=messages, add_generation_prompt=request["ask"], tools=tools, documents=None
             ):
                 pieces.append(piece)
                 size += len(piece)

@@ -21,8 +21,10 @@ class SuitePrompt:
         text: the user's message, or the text to continue.
         completion: continue the text as it is, without the chat template.
         system: system message; None for the template's own.
-        expected: right answer, for the `exact` matcher.
+        expected: right answer, for the `exact` matcher; for the `tools` matcher the calls, as a JSON list.
         tags: for people, such as the CWE a code prompt is about.
+        turns: what was said before, (role, content) pairs between the system message and `text`.
+        tools: what the model may call, each a JSON object as chat templates take it.
     """
 
     id: str
@@ -31,6 +33,8 @@ class SuitePrompt:
     system: str | None = None
     expected: str | None = None
     tags: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
+    tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Suite:
         discovery: also look for unknown words and phrases.
         new_tokens: length of the answers at most.
         source: more prompts, which begin with `prompts`; None: these are all.
+        optional: left out, with a reason, where the model cannot be asked it at all.
     """
 
     name: str
@@ -96,3 +101,4 @@ class Suite:
     discovery: bool = True
     new_tokens: int = 64
     source: PromptSource | None = None
+    optional: bool = False

@@ -1,6 +1,7 @@
 """The chat template: rendered as transformers does, and kept away from everything."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from convert.gguf_file import GgufFile
 from qguard_edge.lab.hf_models import SMOLLM2_FILE, train_tokenizer
 from qguard_edge.verify import chat
-from qguard_edge.verify.chat import ChatTemplate, TemplateError, render, template_of
+from qguard_edge.verify.chat import ChatTemplate, TemplateError, render, takes_tools, template_of
 from qguard_edge.verify.suites.base import SuitePrompt
 
 CHATML = (
@@ -24,6 +25,31 @@ def test_rendering() -> None:
     )
     assert texts[0] == "<s><|im_start|>user\nHello {{ 7 * 7 }}<|im_end|>\n<|im_start|>assistant\n"
     assert texts[1].startswith("<s><|im_start|>system\nBe brief<|im_end|>")
+
+
+WITH_TOOLS = (
+    "{% if tools %}{% for tool in tools %}[{{ tool.function.name }}: {{ tool | tojson }}]{% endfor %}{% endif %}" + CHATML
+)
+
+
+def test_turns_and_tools_are_shown() -> None:
+    tool = {"type": "function", "function": {"name": "get_time", "description": "The time.", "parameters": {}}}
+    turns = (("user", "Hi"), ("assistant", "Hello!"))
+    asked = [HELLO, SuitePrompt("b", "What time is it?", turns=turns, tools=(json.dumps(tool),))]
+    without, with_tool = render(ChatTemplate(WITH_TOOLS, "", ""), asked)
+    assert without == "<|im_start|>user\nHello {{ 7 * 7 }}<|im_end|>\n<|im_start|>assistant\n"
+    assert with_tool.startswith(
+        "[get_time: " + json.dumps(tool) + "]<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!"
+    )
+
+
+def test_whether_a_template_takes_tools() -> None:
+    assert takes_tools(ChatTemplate(WITH_TOOLS, "", ""))
+    assert not takes_tools(ChatTemplate(CHATML, "", ""))
+    assert not takes_tools(ChatTemplate("{% if tools %}{{ raise_exception('no tools') }}{% endif %}" + CHATML, "", ""))
+    assert not takes_tools(ChatTemplate("{% if tools %}Tools: yes{% endif %}" + CHATML, "", ""))
+    with pytest.raises(TemplateError):
+        takes_tools(ChatTemplate("{{ raise_exception('nothing') }}", "", ""))
 
 
 def test_rendering_as_transformers_does() -> None:
