@@ -263,14 +263,52 @@ def adjust_discrete(p_values: npt.NDArray[np.float64], least: npt.NDArray[np.flo
     return adjusted
 
 
-def least_excess(disagreements: npt.NDArray[np.int64], error: float) -> int:
-    """Answers in which a phrase that the base never uses must stand to be significant, given the other phrases.
+def corrected(
+    p_values: npt.NDArray[np.float64], least_counts: npt.NDArray[np.int64], disagreeing: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """P-values of the McNemar test corrected for many phrases, of which only some outcomes count.
+
+    The corrected value of p is the sum over all phrases of P(X >= max(least_count, x)), X binomial over the phrase's
+    disagreeing pairs with probability one half and x the smallest count whose p-value is at most p. The chance that one phrase
+    or more has its least count and a corrected value of at most e stays below e, whatever the dependence.
 
     Args:
-        disagreements: disagreeing pairs of every phrase seen.
-        error: familywise.
+        p_values: of outcomes, f64 `[n]`.
+        least_counts: of each phrase, what only the first model must have for the outcome to count; int64 `[phrases]`.
+        disagreeing: of each phrase; int64 `[phrases]`.
+
+    Returns:
+        f64 `[n]`, at most 1.
     """
-    for k in range(1, 64):
-        if 0.5**k * (int((disagreements >= k).sum()) + 1) <= error:
-            return k
-    return 64
+    from scipy.stats import binom
+
+    if not len(p_values):
+        return np.empty(0, np.float64)
+    kinds, counts = np.unique(np.stack([least_counts, disagreeing]), axis=1, return_counts=True)
+    possible = kinds[0] <= kinds[1]
+    least, trials, weights = kinds[0][possible], kinds[1][possible], counts[possible]
+    distinct, place = np.unique(p_values, return_inverse=True)
+    sums = np.zeros(len(distinct))
+    for i, p in enumerate(distinct.tolist()):
+        x = np.asarray(binom.isf(p, trials, 0.5), np.int64)
+        x = np.where(mcnemar_one_sided(x, trials) <= p, x, x + 1)
+        sums[i] = float((weights * mcnemar_one_sided(np.maximum(x, least), trials)).sum())
+    return np.asarray(np.minimum(sums, 1.0)[place], np.float64)
+
+
+def detectable_share(least: int, n: int, power: float) -> float:
+    """Share of all answers for which `least` or more of `n` have it with probability `power`; 2 when `least` exceeds `n`."""
+    from scipy.stats import beta
+
+    return 2.0 if least > n else float(beta.ppf(power, least, n - least + 1))
+
+
+def prompts_to_find(least: int, share: float, power: float) -> int:
+    """Smallest n such that `least` or more of n answers have, with probability `power`, what a `share` of all has."""
+    low, high = least - 1, max(least, 1)
+    while detectable_share(least, high, power) > share:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if detectable_share(least, middle, power) <= share else (middle, high)
+    return high

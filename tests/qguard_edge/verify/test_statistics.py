@@ -1,8 +1,10 @@
 """Intervals and tests against published worked examples, and the error rates they promise."""
 
+from math import comb
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from qguard_edge.verify.results import Verdict
 from qguard_edge.verify.statistics import (
@@ -10,13 +12,15 @@ from qguard_edge.verify.statistics import (
     adjust_discrete,
     bootstrap_means,
     clustered_difference,
+    corrected,
     count_pairs,
+    detectable_share,
     judge,
-    least_excess,
     least_prompts,
     mcnemar_one_sided,
     newcombe_paired,
     prompts_needed,
+    prompts_to_find,
     rate,
     wilson,
 )
@@ -102,14 +106,41 @@ def test_the_correction_is_sharper_than_bonferroni_and_never_below_p() -> None:
     assert (adjusted[1:] == 1.0).all()
 
 
-def test_least_excess_is_what_would_be_found() -> None:
-    others = np.array([3] * 400 + [9] * 30)
-    k = least_excess(others, 0.05)
-    for size, found in ((k, True), (k - 1, False)):
-        disagreeing = np.append(others, size)
-        more = np.append(others // 2, size)
-        p = mcnemar_one_sided(more, disagreeing)
-        assert (adjust_discrete(p, 0.5 ** disagreeing.astype(float))[-1] <= 0.05) == found
+def test_a_corrected_p_is_the_sum_over_all_phrases_of_its_chance() -> None:
+    """By listing every outcome of every phrase."""
+    least, disagreeing = np.array([4, 3, 9, 6, 6]), np.array([5, 2, 12, 7, 7])
+
+    def chance(p: float) -> float:
+        total = 0.0
+        for needed, d in zip(least, disagreeing, strict=True):
+            counting = [x for x in range(needed, d + 1) if binomtest(x, d, alternative="greater").pvalue <= p + 1e-15]
+            total += sum(comb(d, x) for x in counting) / 2**d
+        return min(total, 1.0)
+
+    p_values = np.array([binomtest(7, 7, alternative="greater").pvalue, binomtest(5, 5, alternative="greater").pvalue, 0.3])
+    assert corrected(p_values, least, disagreeing) == pytest.approx([chance(p) for p in p_values])
+
+
+def test_corrected_p_values_keep_the_familywise_error() -> None:
+    """1,000 phrases of two models that are alike: one or more below 5% in at most 5% of the runs, and not far fewer."""
+    rng = np.random.default_rng(2)
+    false = 0
+    for _ in range(200):
+        disagreeing = rng.binomial(150, rng.choice([0.03, 0.08, 0.2], 1000, p=[0.7, 0.25, 0.05]))
+        least = np.maximum(-(-3 * disagreeing // 4), 3)
+        more = rng.binomial(disagreeing, 0.5)
+        found = more >= least
+        p = mcnemar_one_sided(more[found], disagreeing[found])
+        false += bool((corrected(p, least, disagreeing) <= 0.05).any())
+    assert 0.005 < false / 200 < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+
+
+def test_how_many_prompts_find_a_share() -> None:
+    n = prompts_to_find(14, 0.05, 0.95)
+    assert binom.sf(13, n, 0.05) >= 0.95 > binom.sf(13, n - 1, 0.05)
+    share = detectable_share(14, 400, 0.95)
+    assert binom.sf(13, 400, share) == pytest.approx(0.95)
+    assert detectable_share(14, 13, 0.95) > 1
 
 
 def test_verdicts() -> None:
