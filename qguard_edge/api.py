@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, parse_defense
+from qguard_edge.defenses.options import DATA_FREE, DEFAULT_DEFENSE, DefenseOptions, parse_defense
 from qguard_edge.progress import NoProgress, Progress
 from quant_grids.errors import UnsupportedError
 
@@ -231,8 +231,8 @@ def compare(
 
     Args:
         request: model, type and options; its output name and defense are not used; a seed of None means 0, for all the same.
-        defenses: names, names with options (`ortho:width=1`) or the options themselves, in this order; None: all that need
-            no text.
+        defenses: names, names with options (`ortho:width=1`) or the options themselves, in this order; None: all that
+            are data-free, and `feedback`.
         texts: to measure on (`read_texts` reads a file of them); None: a short built-in set.
         max_tokens: of each text.
         progress: told about each stage.
@@ -243,7 +243,7 @@ def compare(
     from qguard_edge.compare.defenses import compare_defenses
     from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 
-    given = DATA_FREE if defenses is None else defenses
+    given = (*DATA_FREE, DEFAULT_DEFENSE) if defenses is None else defenses
     chosen = [parse_defense(defense) if isinstance(defense, str) else defense for defense in given]
     measured = read_texts(DEFAULT_TEXT) if texts is None else texts
     return compare_defenses(request, chosen, measured, max_tokens=max_tokens, progress=progress)

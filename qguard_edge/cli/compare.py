@@ -15,7 +15,7 @@ This is the utility side of the choice. Whether a defense stops a backdoor needs
 
 Example:
 
-    qguard-edge compare ./model --to q4_k --defenses none,ortho,flipguard --text my.txt --plot compare.svg
+    qguard-edge compare ./model --to q4_k --defenses none,feedback,ortho --text my.txt --plot compare.svg
 """
 
 
@@ -23,7 +23,7 @@ Example:
 def compare(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, hub id, or full-precision .gguf.")],
     to: Annotated[str, typer.Option("--to", metavar="TYPE", help="llama.cpp file type.")],
-    defenses: Annotated[str, typer.Option(help="Comma-separated names, or all (those that need no text).")] = "all",
+    defenses: Annotated[str, typer.Option(help="Comma-separated names, or all: the data-free ones and feedback.")] = "all",
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="UTF-8 texts separated by empty lines. Default: a short built-in set."),
@@ -38,9 +38,9 @@ def compare(
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
-    from qguard_edge.defenses.options import DATA_FREE
+    from qguard_edge.defenses.options import DATA_FREE, DEFAULT_DEFENSE
 
-    names = list(DATA_FREE) if defenses == "all" else [name.strip() for name in defenses.split(",")]
+    names = [*DATA_FREE, DEFAULT_DEFENSE] if defenses == "all" else [name.strip() for name in defenses.split(",")]
     chosen = [options_from(name, given_for(name, flags)) for name in names]
 
     from convert.atomic import check_writable

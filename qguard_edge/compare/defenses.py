@@ -18,6 +18,8 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.runtimes.fidelity import Fidelity, measure_fidelity
 
+SPENT = ("activations", "learn", "choose and write", "requantize")  # stages of a conversion that are the defense's own
+
 
 @dataclass(frozen=True)
 class DefenseRow:
@@ -96,7 +98,7 @@ def compare_defenses(
             fidelity = measure_fidelity(base, out, texts, max_tokens=max_tokens, threads=threads, progress=progress)
             total = total_outcome(report.roundings)
             weights = sum(rounding.n_weights for rounding in report.roundings)
-            spent = sum(report.seconds.get(stage, 0.0) for stage in ("learn", "choose and write", "requantize"))
+            spent = sum(report.seconds.get(stage, 0.0) for stage in SPENT)
             rows.append(
                 DefenseRow(defense, total.alignment, total.n_changed / max(weights, 1), total.added_error, fidelity, spent)
             )

@@ -1,4 +1,4 @@
-"""Activations in a conversion: the calibration text, run through the base, as the Gram matrices that `feedback` needs.
+"""Activations in a conversion: the calibration text, run through the base, as the Gram matrices that error feedback needs.
 
 Only a defense that wants inputs (`Defense.wants_inputs`) has this stage. The matrices lie in the work folder, or beside the
 output under a name of their own while the conversion is unfinished, so that a conversion that was killed goes on with what was
@@ -44,9 +44,10 @@ class ActivationReport:
 
 @dataclass(frozen=True)
 class Activations:
-    """Gram matrices of a conversion, and what is said about them."""
+    """Gram matrices of a conversion, the text they were seen on, and what is said about them."""
 
     grams: Grams
+    text: Calibration
     report: ActivationReport
 
 
@@ -87,6 +88,7 @@ def see_activations(
     seen = set(grams.names)
     return Activations(
         grams,
+        calibration,
         ActivationReport(
             calibration_sha256=calibration.sha256,
             calibration_source=calibration.source,

@@ -21,7 +21,7 @@ from qguard_edge.conversion.opened_folder import bytes_as
 from qguard_edge.conversion.outputs.folder import FolderOutput
 from qguard_edge.conversion.outputs.gguf import GgufOutput
 from qguard_edge.conversion.request import ConversionRequest, FolderRequest, GgufRequest
-from qguard_edge.defenses.options import FeedbackOptions
+from qguard_edge.defenses.options import FeedbackOptions, QuantGuardOptions
 from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, ModelSize, dry_cost, size_of
 from quant_grids import GRIDS
 from quant_grids.errors import UnsupportedError
@@ -147,7 +147,7 @@ def _dry(
 
 def _measures(request: GgufRequest) -> bool:
     """Whether the conversion measures an importance matrix by itself: with a defense that sees activations."""
-    return isinstance(request.defense, FeedbackOptions)
+    return isinstance(request.defense, FeedbackOptions | QuantGuardOptions)
 
 
 def _gguf_tensor(tensor: TensorInfo, target: str, fallback: Fallback | None) -> DryTensor:

@@ -11,14 +11,30 @@ from typing import Any
 
 import torch
 
+from qguard_edge.conversion.activations import Activations
 from qguard_edge.conversion.naming import checkpoint_path
 from qguard_edge.conversion.request import ConversionRequest
 from qguard_edge.defenses.base import Defense
+from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed
 from qguard_edge.learned.defense import LearnedDefense
 from qguard_edge.learned.matrices import Target
 from qguard_edge.learned.settings import LearnReport, LearnTask
 from qguard_edge.progress import Progress
+from qguard_edge.runtimes.hf import HfLoadError, check_hf_model
+
+
+def require_transformers(defense: DefenseOptions, model: Path) -> None:
+    """Make sure, before anything takes minutes, that transformers knows the model that a defense will run.
+
+    Raises:
+        HfLoadError: it does not; says what can be done.
+    """
+    try:
+        check_hf_model(model)
+    except HfLoadError as error:
+        ways = "give the folder of a model that it knows, or take --defense feedback, which runs in llama.cpp"
+        raise HfLoadError(f"--defense {defense.name} runs the model in transformers: {error}; {ways}") from error
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Learning:
         target: Target,
         device: torch.device,
         progress: Progress,
+        activations: Activations | None = None,
     ) -> LearnReport | None:
         """Let a learned defense run the model; nothing for the others.
 
@@ -60,6 +77,7 @@ class Learning:
             target: the matrices to be rounded.
             device: where the model runs.
             progress: of the steps.
+            activations: what is known of the matrices' inputs, for a defense that wants it.
         """
         if not isinstance(defense, LearnedDefense):
             return None
@@ -70,6 +88,8 @@ class Learning:
                 seed=self.seed,
                 device=device,
                 calibration=request.calibration,
+                text=activations.text if activations else None,
+                inputs=activations.grams if activations else None,
                 checkpoint=self.checkpoint,
                 threads=request.threads,
                 progress=progress,

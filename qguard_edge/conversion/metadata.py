@@ -28,18 +28,20 @@ def qguard_entries(
         hashes: SHA-256 of `base` and `plain`.
         roundings: per protected tensor.
         learned: what a learned defense reported; adds the hash of its text.
-        activations: what was seen of the inputs of matrices; adds the hash of its text, and the entropy of the draws.
+        activations: what was seen of the inputs of matrices; adds the hash of its text, and the entropy of the draws, as far as
+            it can be vouched for.
     """
     total = total_outcome(roundings)
     weights = sum(rounding.n_weights for rounding in roundings)
     calibrated: dict[str, str | int | float] = {}
     if learned:
-        calibrated = {"calibration.sha256": learned.calibration_sha256, "calibration.samples": learned.samples}
+        calibrated |= {"calibration.sha256": learned.calibration_sha256, "calibration.samples": learned.samples}
     if activations:
         bits = sum(rounding.bits for rounding in roundings)
-        calibrated = {
+        calibrated |= {
             "calibration.sha256": activations.calibration_sha256,
             "calibration.tokens": activations.tokens,
+            **({"moved": learned.moved} if learned else {}),
             "entropy.bits": float(bits),
             "entropy.bits_per_weight": float(bits / weights) if weights else 0.0,
         }

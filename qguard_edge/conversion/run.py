@@ -14,7 +14,7 @@ from typing import Any, overload
 from convert.atomic import work_folder
 from convert.hashes import sha256_of
 from qguard_edge.conversion.activations import forget_activations
-from qguard_edge.conversion.learning import Learning
+from qguard_edge.conversion.learning import Learning, require_transformers
 from qguard_edge.conversion.naming import rejected_path
 from qguard_edge.conversion.outputs.base import Gate, Guard, Job, Output
 from qguard_edge.conversion.outputs.float_gguf import FloatGgufOutput
@@ -124,13 +124,17 @@ def _stages(output: Output[Any, Report], progress: Progress, gate: Gate | None, 
         job = Job(
             work, progress, clock, learning.seed, make_defense(request.defense), resolve_device(request.device), base_hash
         )
+        if output.rounds and isinstance(job.defense, LearnedDefense) and job.defense.runs_transformers:
+            require_transformers(request.defense, output.model_path())
         if output.rounds and job.defense.wants_inputs:
             with clock.stage("activations"):
                 job.activations = output.see_activations(job)
         output.make_plain(job, guard)
         if output.rounds and isinstance(job.defense, LearnedDefense) and (target := output.target()):
             with clock.stage("learn"):
-                job.learned = learning.learn(request, job.defense, output.model_path(), target, job.device, progress)
+                job.learned = learning.learn(
+                    request, job.defense, output.model_path(), target, job.device, progress, job.activations
+                )
         made = output.write(job)
         if request.check_loads and output.loads:
             progress.stage(f"Loading the {output.noun} in {output.runtime}", 0, "")

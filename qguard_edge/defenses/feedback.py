@@ -49,6 +49,11 @@ at 0.1 and once at -0.15, with an earlier pass without draws: too few to tell th
 in `ortho`."""
 
 
+def share_left(options: FeedbackOptions, grid: str) -> float:
+    """The constraint's c for a format, by the name of its grid."""
+    return ALIGNMENTS.get(grid, ALIGNMENT) if options.alignment is None else options.alignment
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What a study varies and users do not.
@@ -97,9 +102,7 @@ class Feedback(Defense[FeedbackOptions]):
 
     def fit(self, grid: Grid, factor: Factor, blocks: Tensor, weights: Tensor, key: SliceKey) -> MatrixRule:
         """See `Defense.fit`."""
-        target = self.options.alignment
-        if target is None:
-            target = ALIGNMENTS.get(grid.name, ALIGNMENT)
+        target = share_left(self.options, grid.name)
         uniform = key.uniform(weights.device)
         if isinstance(grid, LatticeGrid):
             groups = groups_of(grid, blocks, weights, factor.order)

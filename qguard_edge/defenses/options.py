@@ -176,47 +176,43 @@ class FeedbackOptions(DefenseOptions):
 
 @dataclass(frozen=True)
 class QuantGuardOptions(DefenseOptions):
-    """QuantGuard: learned rounding, see `qguard_edge.learned.quantguard`. Needs torch's model and some text."""
+    """QuantGuard: learned rounding, see `qguard_edge.learned.quantguard`. Its steps need torch's model."""
 
     name = "quantguard"
-    summary = "learned rounding: next-token distributions kept, alignment constrained (calibrated; arXiv 2606.29239)"
+    summary = "feedback, then gradient steps that keep next-token distributions (calibrated, transformers; arXiv 2606.29239)"
     implementation = "qguard_edge.learned.quantguard:QuantGuard"
     calibrated = True
 
     scope: str = option(
         "model", "model: KL of the whole model; block: output error of one block", choices=("model", "block")
     )
-    optimizer: str = option(
-        "sign",
-        "sign: straight-through sign steps; relaxed: rectified sigmoid with Adam, as in the paper",
-        choices=("sign", "relaxed"),
-    )
-    start: str = option(
-        "feedback",
-        "where the rounding variables start: error feedback per layer in a random order, the weight's place in its cell "
-        "plus ortho's random shift, or that place alone",
-        choices=("feedback", "ortho", "fraction"),
-    )
-    alignment: float = option(
-        0.1,
-        "constraint: share c of the old error direction that may be left per tensor; 1 is none",
+    alignment: float | None = option(
+        None,
+        "constraint, as --feedback-alignment",
         minimum=-1.0,
         maximum=1.0,
+        shown="-0.15; Q6_K -0.25",
     )
-    kl: float = option(1.0, "weight of the KL term", minimum=0.0, maximum=1e6)
-    reversal: float = option(0.0, "lambda1: weight of the reversal of the largest errors", minimum=0.0, maximum=1e6)
-    distance: float = option(0.0, "lambda2: weight of the distance from full precision", minimum=0.0, maximum=1e6)
-    top: float = option(0.02, "k: share of the weights whose reversal is asked for", minimum=0.0, maximum=1.0)
-    steps: int = option(60, "optimizer steps (of each block with --quantguard-scope block)", minimum=0, maximum=100_000)
+    temperature: float = option(
+        FeedbackOptions.temperature, "randomness of the draws, as --feedback-temperature", minimum=0.0, maximum=100.0
+    )
+    steps: int = option(
+        60, "gradient steps (of each block with --quantguard-scope block); 0: feedback alone", minimum=0, maximum=100_000
+    )
     batch: int = option(0, "texts per step; 0: as many as make about 1024 tokens", minimum=0, maximum=4096)
-    rate: float = option(0.0, "size of the first step; 0: 0.004 for sign, 0.02 for relaxed", minimum=0.0, maximum=1.0)
+    rate: float = option(0.004, "size of the first step", minimum=0.0, maximum=1.0)
     schedule: str = option("linear", "how the step falls", choices=("linear", "constant", "cosine"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third more time")
 
     @property
     def resumes(self) -> bool:
         """See `DefenseOptions.resumes`; block by block nothing is saved."""
-        return self.scope == "model"
+        return self.scope == "model" and self.steps > 0
+
+    @property
+    def feedback(self) -> FeedbackOptions:
+        """The rule that draws the codes it starts from."""
+        return FeedbackOptions(self.alignment, self.temperature)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Both walk over the decoder blocks in order and never hold more than one on the device. EFRAP's blocks see full-precision
 inputs. QuantGuard's get the output of the blocks before them, already rounded, and learn the output that full
-precision gives; so each block also corrects what the earlier ones did. Embedding and output matrix are outside the
-blocks: they get the squared error (EFRAP) or the alignment constraint (QuantGuard) alone.
+precision gives; so each block also corrects what the earlier ones did. A block whose steps do not lower its error on text set
+aside keeps the drawn codes. Embedding and output matrix are outside the blocks: they get the squared error (EFRAP) or keep the
+drawn codes (QuantGuard).
 """
 
 import copy
@@ -24,13 +25,12 @@ from qguard_edge.learned.blocks import (
     run_block,
     stream,
 )
-from qguard_edge.learned.endtoend import SETTLE_EVERY, TOKENS_PER_STEP, make_variables, rate_at
+from qguard_edge.learned.endtoend import TOKENS_PER_STEP, make_variables, rate_at
 from qguard_edge.learned.layerwise import hard_error, learn_layer
 from qguard_edge.learned.parts import MatrixPart
 from qguard_edge.learned.settings import LearnTask
-from qguard_edge.learned.starts import start_positions
 from qguard_edge.learned.student import Student
-from qguard_edge.learned.variables import SignSteps, Variables
+from qguard_edge.learned.variables import SignSteps
 from qguard_edge.runtimes.hf import HfModel
 
 EFRAP_BATCH = 8
@@ -71,10 +71,15 @@ class BlockScope:
 
     Args:
         loaded: the full-precision model, on the CPU.
-        parts: what is quantized.
+        parts: what is quantized, with the drawn codes.
         samples: token ids to learn on.
+        aside: token ids to check each block on.
         options: of QuantGuard.
         task: what is being converted.
+
+    Attributes:
+        losses: of each block, its error on the text set aside as drawn and as settled.
+        wanted: bool `[rows, columns]` of each part, the flips that learning asked for.
     """
 
     def __init__(
@@ -82,22 +87,32 @@ class BlockScope:
         loaded: HfModel,
         parts: Sequence[MatrixPart],
         samples: Sequence[Sequence[int]],
+        aside: Sequence[Sequence[int]],
         options: QuantGuardOptions,
         task: LearnTask,
     ) -> None:
-        self.loaded, self.parts, self.samples, self.options, self.task = loaded, parts, samples, options, task
-        # Taken out as they are used: of the variables of the whole model only one copy is alive.
-        self.starts = dict(enumerate(start_positions(loaded, parts, samples, options, task, resident=False)))
-        self.positions: dict[int, Tensor] = {}
+        self.loaded, self.parts, self.options, self.task = loaded, parts, options, task
+        loaded.model.to(torch.device("cpu"))
+        length = task.calibration.seqlen
+        seen = rows_of(samples, length, options.batch or max(1, TOKENS_PER_STEP // length))
+        unseen = rows_of(aside, seen.shape[2], seen.shape[1])
+        size = min(seen.shape[1], unseen.shape[1])
+        self.rows = torch.cat([seen[:, :size], unseen[:, :size]])  # batches of one shape: the last are checked on alone
+        self.learned_on = len(seen)
+        self.plans = {i: torch.zeros(part.shape, dtype=torch.bool) for i, part in enumerate(parts)}
+        self.asked = dict(self.plans)
         self.losses: list[tuple[float, float]] = []
 
+    @property
+    def wanted(self) -> list[Tensor]:
+        """See the class."""
+        return [self.asked[i] for i in range(len(self.parts))]
+
     def run(self) -> list[Tensor]:
-        """H of every part."""
+        """The flips that are taken, bool `[rows, columns]` of each part."""
         task, model = self.task, self.loaded.model
-        length = task.calibration.seqlen
-        rows = rows_of(self.samples, length, self.options.batch or max(1, TOKENS_PER_STEP // length))
-        inputs = capture(self.loaded, rows)
-        rounded = self._outside(rows)
+        inputs = capture(self.loaded, self.rows)
+        rounded = self._outside()
         target = inputs.states
         blocks = list(numbered_blocks(model))
         task.progress.stage("Learning the rounding block by block", len(blocks), "blocks")
@@ -107,22 +122,19 @@ class BlockScope:
             target = stream(block, target, arguments, task.device)
             rounded = self._learn_block(block, parts_of_block(self.parts, prefix), rounded, target, arguments, number)
             block.to("cpu")
-        return [self.positions[i] for i in range(len(self.parts))]
+        return [self.plans[i] for i in range(len(self.parts))]
 
-    def _outside(self, rows: Tensor) -> Tensor:
-        """Round what is outside the blocks; returns the first block's inputs with the rounded embedding."""
+    def _outside(self) -> Tensor:
+        """The first block's inputs, with what is outside the blocks rounded."""
         inside = tuple(prefix for _, _, prefix in numbered_blocks(self.loaded.model))
-        outside = [(i, part) for i, part in enumerate(self.parts) if not part.source.parameter.startswith(inside)]
         parameters = dict(self.loaded.model.named_parameters())
         kept: dict[str, Tensor] = {}
-        for index, part in outside:
-            (one,) = make_variables([part], self.options, [self.starts.pop(index)], [torch.device("cpu")])
-            self.positions[index] = one.position()
-            parameter = parameters[part.source.parameter]
-            kept.setdefault(part.source.parameter, parameter.detach().clone())
-            hard = one.values() if isinstance(one, SignSteps) else one.geometry.value
-            part.scatter(hard, parameter.data)
-        states: BlockInputs = capture(self.loaded, rows)
+        for part in self.parts:
+            name = part.source.parameter
+            if not name.startswith(inside):
+                kept.setdefault(name, parameters[name].detach().clone())
+                part.scatter(part.geometry().value, parameters[name].data)
+        states: BlockInputs = capture(self.loaded, self.rows)
         for name, values in kept.items():
             parameters[name].data.copy_(values)
         return states.states
@@ -141,52 +153,51 @@ class BlockScope:
         parts = [part for _, part in mine]
         if not parts:
             return stream(block, states, arguments, task.device)
-        variables = make_variables(parts, options, [self.starts.pop(index) for index, _ in mine], [task.device] * len(parts))
+        variables = make_variables(parts, options, [task.device] * len(parts))
         student = Student(copy.deepcopy(block), parts)
         student.load_all(variables)
-        scale = float((target - target.mean()).square().mean())
-        first = last = 0.0
+        scale = max(float((target - target.mean()).square().mean()), 1e-30)
+        drawn, before = self._checked(student, states, target, arguments, scale)
         generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) % 2**63)
         for step in range(options.steps):
-            chosen = int(torch.randint(len(states), (1,), generator=generator))
-            loss = self._step(student, variables, states[chosen], target[chosen], arguments, step, scale)
-            first, last = (loss if step == 0 else first), loss
-        self.losses.append((first, last))
+            chosen = int(torch.randint(self.learned_on, (1,), generator=generator))
+            self._step(student, variables, states[chosen], target[chosen], arguments, step, scale)
+        settled, after = self._checked(student, states, target, arguments, scale)
+        better = after < before
         for (index, _), one in zip(mine, variables, strict=True):
-            self.positions[index] = one.position().cpu()
-            if isinstance(one, SignSteps):
-                one.settle()
-        student.load_all(variables)
-        task.progress.advance(1, f"block {number}: error {first:.2e} -> {last:.2e}")
-        return stream(student.model, states, arguments, task.device)
+            self.asked[index] = one.wanted().cpu()
+            if better:
+                self.plans[index] = one.plan.cpu()
+        self.losses.append((before, min(before, after)))
+        task.progress.advance(1, f"block {number}: error {before:.2e} -> {after:.2e}" + ("" if better else ", not taken"))
+        return settled if better else drawn
+
+    def _checked(
+        self, student: Student, states: Tensor, target: Tensor, arguments: Any, scale: float
+    ) -> tuple[Tensor, float]:
+        """Outputs of a block on all batches, and their error on those that are not learned on."""
+        out = stream(student.model, states, arguments, self.task.device)
+        error = (out[self.learned_on :] - target[self.learned_on :]).square().mean()
+        return out, float(error) / scale
 
     def _step(
         self,
         student: Student,
-        variables: Sequence[Variables],
+        variables: Sequence[SignSteps],
         states: Tensor,
         target: Tensor,
         arguments: Any,
         step: int,
         scale: float,
-    ) -> float:
-        options, device = self.options, self.task.device
-        rate, done = rate_at(step, options), (step + 1) / options.steps
-
-        def receive(index: int, gradient: Tensor) -> None:
-            variables[index].step(gradient.mul_(variables[index].geometry.delta), rate, done)
-
-        handles = student.on_gradients(receive)
+    ) -> None:
+        device, rate = self.task.device, rate_at(step, self.options)
+        handles = student.on_gradients(lambda index, gradient: variables[index].step(gradient, rate))
         try:
             out = run_block(student.model, states, arguments, device)
-            loss = (out - target.to(device)).square().mean() / max(scale, 1e-30)
-            loss.backward()
+            ((out - target.to(device)).square().mean() / scale).backward()
         finally:
             for handle in handles:
                 handle.remove()
-        if (step + 1) % SETTLE_EVERY == 0:
-            for one in variables:
-                if isinstance(one, SignSteps):
-                    one.settle()
+        for one in variables:
+            one.settle()
         student.load_all(variables)
-        return float(loss.detach())

@@ -18,29 +18,60 @@ memory at a time (`qguard_edge.learned.blocks`), and every layer is learned by i
 What the paper leaves open, and what we chose
 ---------------------------------------------
 It was written for image classifiers; each term is divided by its own size so that its weights carry over. Embedding and
-output matrix have no activations here: they get the plain squared error in the first term. The alignment constraint of
-`quantguard` is there too (`--efrap-alignment`), off by default.
+output matrix have no activations here: they get the plain squared error in the first term. An alignment constraint as
+`ortho`'s is there too (`--efrap-alignment`), off by default.
 
 Cost and failure
 ----------------
 Seconds per layer, memory of one block. Each layer is judged alone: errors that add up across layers are not seen.
 """
 
-import torch
+import time
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from qguard_edge.defenses.base import SliceKey
 from qguard_edge.defenses.options import EfrapOptions
 from qguard_edge.learned.blockwise import efrap_positions
-from qguard_edge.learned.calibration import Calibration
-from qguard_edge.learned.defense import Learned, LearnedDefense
-from qguard_edge.learned.parts import MatrixParts
-from qguard_edge.learned.settings import LearnTask
-from qguard_edge.runtimes.hf import HfModel
+from qguard_edge.learned.defense import LearnedDefense, load_model_and_text, unmapped_warnings
+from qguard_edge.learned.plan import LearnedPlan, add_unmapped, plan_of
+from qguard_edge.learned.settings import LearnReport, LearnTask
+from qguard_edge.runtimes.devices import torch_threads
+from quant_grids import Flips
 
 
 class Efrap(LearnedDefense[EfrapOptions]):
     """See the module docstring."""
 
-    def learn(self, loaded: HfModel, parts: MatrixParts, calibration: Calibration, task: LearnTask) -> Learned:
-        """See `LearnedDefense.learn`."""
-        loaded.model.to(torch.device("cpu"))
-        return efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)
+    def __init__(self, options: EfrapOptions) -> None:
+        super().__init__(options)
+        self.plan = LearnedPlan()
+
+    def prepare(self, task: LearnTask) -> LearnReport:
+        """See `LearnedDefense.prepare`."""
+        started, target = time.perf_counter(), self.options.alignment
+        with torch_threads(task.threads):
+            loaded, calibration = load_model_and_text(task)
+            parts = task.target.parts(dict(loaded.model.named_parameters()), self.options.name)
+            loaded.model.to(torch.device("cpu"))
+            positions, losses = efrap_positions(loaded, parts.parts, calibration.samples, self.options, task)
+            self.plan = plan_of(parts.parts, positions, target)
+            learned = self.plan.learned / max(self.plan.energy, 1e-30)
+            add_unmapped(self.plan, parts.unmapped, task, target)
+        return LearnReport(
+            calibration_sha256=calibration.sha256,
+            calibration_source=calibration.source,
+            samples=len(calibration.samples),
+            losses=tuple(losses),
+            alignment_learned=learned,
+            alignment=self.plan.completed / max(self.plan.energy, 1e-30),
+            unmapped=tuple(matrix.name for matrix in parts.unmapped),
+            warnings=(*calibration.warnings, *unmapped_warnings(parts, "the alignment constraint alone")),
+            seconds=time.perf_counter() - started,
+        )
+
+    def choose(self, flips: Flips, key: SliceKey, share: Any = None) -> Tensor:
+        """See `Defense.choose`."""
+        return self.plan.chosen(key.tensor, key.row, flips.ratio.shape, flips.ratio.device).mul_(flips.ratio > 0)

@@ -43,7 +43,7 @@ def learn_layer(
         f32 `[rows, columns]` h in [0, 1]; the layer's squared output error at the start and with the soft weights at the end.
     """
     count = geometry.value.numel()
-    variables = Relaxed(geometry, 1.0, binarize=options.binarize, n_weights=count)
+    variables = Relaxed(geometry, binarize=options.binarize, n_weights=count)
     start = layer_loss(geometry.value - weights, gram)
     scale = 1.0 / max(float(start), 1e-30)
     everywhere = geometry.ratio > 0

@@ -1,9 +1,12 @@
 """How much memory learning takes and how long it will run, before it starts; and what `--max-memory` makes of it.
 
-Learning over the whole model (`--quantguard-scope model`) holds, per weight, teacher and student in f32, the two values and
-the place of each weight and its rounding variable: `MODEL_BYTES`. One decoder block at a time (`--quantguard-scope block`,
-`efrap`) holds the model once and one number per weight, and a block's share of the rest. On a GPU the limit is the
-GPU's: there, blocks leave all but one block in the host's memory.
+Learning over the whole model (`--quantguard-scope model`) holds, per weight, teacher and student in f32, the value, step, place
+and pull of each weight, its rounding variable and two plans: `MODEL_BYTES`. One decoder block at a time
+(`--quantguard-scope block`, `efrap`) holds the model once and a plan, and a block's share of the rest. On a GPU the limit is
+the GPU's: there, blocks leave all but one block in the host's memory.
+
+`quantguard` first sees activations and draws codes, as `feedback` does: that keeps to the limit by itself, and its time comes
+on top.
 
 `--max-memory` takes the first of these that fits: as asked; with activations recomputed in the backward pass; block by
 block. The first two give the same plan, the third another one, so it is never chosen unasked.
@@ -24,16 +27,19 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from convert.gguf_file import GgufModel
 from qguard_edge.defenses.options import DefenseOptions, FeedbackOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
-from qguard_edge.learned.endtoend import TOKENS_PER_STEP
+from qguard_edge.learned.endtoend import CHECK_EVERY, TOKENS_ASIDE, TOKENS_PER_STEP
 from qguard_edge.runtimes.devices import autocast, resolve_device
 from quant_grids.errors import QGuardError
 
 TORCH_BYTES = 300 << 20  # resident size of a process that has imported torch, measured
-MODEL_BYTES = 26  # per weight: the model twice, value, step, ratio and variable in f32, and one gradient in flight
-BLOCK_BYTES = 8  # per weight of the model: itself and its variable, in f32
+MODEL_BYTES = (
+    34  # per weight: the model twice, value, step, place, pull and variable in f32, two plans, a gradient in flight
+)
+BLOCK_BYTES = 8  # per weight of the model: itself in f32; drawn and final codes, and plans
 LOGIT_COPIES = 5  # f32 arrays of tokens x vocabulary: two logits, their log-softmax, a gradient
 ACTIVATION_FLOATS = 40  # f32 per token, layer and hidden unit that the backward pass needs, f32 and bf16 ones together
 STEP_PRODUCTS = 8  # multiplications and additions per weight and token: teacher 2, student 2, backward 4
+CHECK_PRODUCTS = 4  # the same of text set aside: teacher 2, student 2
 OVERHEAD = 1.9  # time of a step over that of its matrix products, measured on a CPU
 GRAPH_TOKENS = 512  # tokens of one graph while activations are seen
 FEEDBACK_SECONDS = 4e-7  # per weight: error feedback of one weight on one core, measured
@@ -91,16 +97,21 @@ def bytes_needed(size: ModelSize, defense: DefenseOptions, calibration: Calibrat
     """Estimated peak resident size of learning on one device; 0 for a defense that does not learn."""
     if not defense.calibrated:
         return 0
-    if isinstance(defense, FeedbackOptions):
+    if draws_alone(defense):
         return TORCH_BYTES + 4 * LOGIT_COPIES * GRAPH_TOKENS * size.vocabulary + _gram_bytes(size)
     if isinstance(defense, QuantGuardOptions) and defense.scope == "model":
         tokens = tokens_per_step(defense, calibration)
         kept = 2 if defense.checkpointing else size.layers
         activations = 4 * tokens * size.width * (ACTIVATION_FLOATS * kept + size.layers)
         logits = 4 * LOGIT_COPIES * tokens * size.vocabulary
-        return TORCH_BYTES + MODEL_BYTES * size.weights + (activations + logits if defense.steps else 0)
+        return TORCH_BYTES + MODEL_BYTES * size.weights + activations + logits
     states = 4 * calibration.most_tokens * size.width
     return TORCH_BYTES + BLOCK_BYTES * size.weights + MODEL_BYTES * size.block + 3 * states
+
+
+def draws_alone(defense: DefenseOptions) -> bool:
+    """Whether a calibrated defense only draws codes from activations, and learns nothing."""
+    return isinstance(defense, FeedbackOptions) or (isinstance(defense, QuantGuardOptions) and defense.steps == 0)
 
 
 def _gram_bytes(size: ModelSize) -> int:
@@ -185,7 +196,7 @@ def fitted_defense(request: LearningRequest, size: ModelSize, warnings: list[str
         MemoryLimitError: see `fit`.
     """
     defense = request.defense
-    if not defense.calibrated or isinstance(defense, FeedbackOptions):
+    if not defense.calibrated or draws_alone(defense):
         return defense  # seeing activations keeps to the limit by itself, in several passes over the text
     if request.max_memory is not None:
         defense, note = fit(defense, size, request.calibration, request.max_memory)
@@ -206,7 +217,7 @@ def dry_cost(request: LearningRequest, size: ModelSize, warnings: list[str]) -> 
         return None
     defense, device = fitted_defense(request, size, warnings), resolve_device(request.device)
     need = bytes_needed(size, defense, request.calibration)
-    if isinstance(defense, FeedbackOptions) and request.max_memory is not None:
+    if draws_alone(defense) and request.max_memory is not None:
         need = min(need, request.max_memory)
     return LearningCost(need, seconds_needed(size, defense, request.calibration, device))
 
@@ -215,16 +226,18 @@ def seconds_needed(
     size: ModelSize, defense: DefenseOptions, calibration: CalibrationOptions, device: torch.device
 ) -> float | None:
     """Rough time of learning on this machine, from a short test of its matrix products; None where it is not known."""
-    if isinstance(defense, FeedbackOptions):
+    drawing = 0.0
+    if isinstance(defense, FeedbackOptions | QuantGuardOptions):
         products = FEEDBACK_PRODUCTS * calibration.most_tokens * size.weights / product_rate(device)
-        return products + FEEDBACK_SECONDS * size.weights
+        drawing = products + FEEDBACK_SECONDS * size.weights
+        if draws_alone(defense):
+            return drawing
     if not isinstance(defense, QuantGuardOptions) or defense.scope != "model":
         return None
+    checks = 1 + -(-defense.steps // CHECK_EVERY)
     products = STEP_PRODUCTS * tokens_per_step(defense, calibration) * defense.steps
-    if defense.start == "feedback":
-        products += FEEDBACK_PRODUCTS * calibration.most_tokens
-    seconds = products * size.weights * OVERHEAD / product_rate(device)
-    return seconds + (FEEDBACK_SECONDS * size.weights if defense.start == "feedback" else 0.0)
+    products += CHECK_PRODUCTS * checks * max(TOKENS_ASIDE, calibration.seqlen)
+    return drawing + products * size.weights * OVERHEAD / product_rate(device)
 
 
 def product_rate(device: torch.device, width: int = 1024) -> float:

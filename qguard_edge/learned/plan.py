@@ -1,4 +1,4 @@
-"""From learned variables to what `Defense.choose` answers: packed bits per tensor."""
+"""From variables learned from plain codes (`efrap`) to what `Defense.choose` answers: packed bits per tensor."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qguard_edge.defenses.base import SliceKey
 from qguard_edge.learned.constraint import alignment_of, complete
 from qguard_edge.learned.parts import FlipGeometry, Matrix, MatrixPart
 from qguard_edge.learned.settings import LearnTask
-from qguard_edge.learned.starts import shifted_ratio
 
 Bits = npt.NDArray[np.uint8]
+SHIFT_WIDTH = 0.5  # of the random shift of tensors that are not learned
 
 
 @dataclass
@@ -75,3 +76,9 @@ def add_unmapped(plan: LearnedPlan, matrices: Sequence[Matrix], task: LearnTask,
         geometry = task.target.geometry(matrix)
         start = shifted_ratio(geometry, matrix.name, task.seed)
         plan.add(matrix, torch.arange(matrix.rows), start, geometry, target)
+
+
+def shifted_ratio(geometry: FlipGeometry, name: str, seed: int) -> Tensor:
+    """Each weight's place in its cell plus a random shift of its own: f32 `[rows, columns]` in [0, 1]."""
+    shift = SliceKey(seed, name, 0).jitter(geometry.ratio.shape, torch.device("cpu")).mul_(SHIFT_WIDTH)
+    return shift.mul_(geometry.delta != 0).add_(geometry.ratio).clamp_(0.0, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qguard_edge.learned.devices import place
 from qguard_edge.learned.parts import MatrixPart
-from qguard_edge.learned.variables import Variables
+from qguard_edge.learned.variables import SignSteps
 
 OnSlope = Callable[[int, Tensor], None]
 """Called with a part's index and the derivative of the loss by its weights, f32 `[rows, columns]`."""
@@ -58,7 +58,7 @@ class Student:
         """Where a part's parameter is."""
         return self.parameters[self.parts[index].source.parameter].device
 
-    def load_all(self, variables: Sequence[Variables]) -> None:
+    def load_all(self, variables: Sequence[SignSteps]) -> None:
         """Put every part's present values into the model."""
         for index, one in enumerate(variables):
             self.load(index, one.values())

@@ -139,10 +139,9 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path}
-    weights: dict[str, Any] = {"use_safetensors": True}  # a pickle beside them would be another model than the one converted
-    if path.is_file():
-        where, weights = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}, {}
+    where = _where(path)
+    # A pickle beside the weights would be another model than the one converted.
+    weights: dict[str, Any] = {} if path.is_file() else {"use_safetensors": True}
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
@@ -151,6 +150,28 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
         raise HfLoadError(f"transformers cannot load {path.name}: {first_line(error)}") from error
     model = model.eval().to(device or torch.device("cpu"))
     return HfModel(model, tokenizer, str(model.config.model_type), int(model.config.num_hidden_layers))
+
+
+def check_hf_model(path: Path) -> None:
+    """Read a model's settings alone, to see whether `load_hf_model` knows its architecture.
+
+    Raises:
+        HfLoadError: it does not.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            AutoConfig.from_pretrained(**_where(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise HfLoadError(f"transformers cannot load {path.name}: {first_line(error)}") from error
+
+
+def _where(path: Path) -> dict[str, Any]:
+    """A folder or a GGUF as transformers wants it named."""
+    if path.is_file():
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": path}
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,9 @@ def main() -> None:
         started = time.monotonic()
         report = convert_model(request, watch)
         finished = time.monotonic()
-    assert report.learned is not None
-    learning = next(began for stage, began in watch.began.items() if stage.startswith("Learning the rounding"))
+    assert report.activations is not None
     chosen = next(began for stage, began in watch.began.items() if stage.startswith("Choosing the rounding"))
+    learning = next((began for stage, began in watch.began.items() if stage.startswith("Learning the rounding")), chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     gpu = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     found: dict[str, Any] = {
@@ -132,7 +132,7 @@ def main() -> None:
         "to": arguments.to,
         "scope": arguments.scope,
         "steps": arguments.steps,
-        "tokens": report.learned.samples * arguments.seqlen,
+        "tokens": report.activations.tokens,
         "threads": arguments.threads,
         "device": device.type,
         "seconds_start": learning - started,
@@ -142,7 +142,9 @@ def main() -> None:
         "gpu_gib": gpu,
         "promised_gib": promised[0] / 2**30,
         "promised_seconds": promised[1],
-        "kl_first_last": [report.learned.losses[0][1], report.learned.losses[-1][1]],
+        "kl_first_last": [report.learned.losses[0][0], report.learned.losses[-1][0]] if report.learned else None,
+        "moved": report.learned.moved if report.learned else 0,
+        "entropy_bits": report.entropy_bits,
     }
     print(
         "| model | weights | type | scope | steps | s before the first | s per step | s in all | peak GiB | promised GiB | s |"

@@ -2,7 +2,14 @@
 
 from dataclasses import dataclass, replace
 
-from qguard_edge.defenses.options import DefenseOptions, EfrapOptions, NoneOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.defenses.options import (
+    DefenseOptions,
+    EfrapOptions,
+    FeedbackOptions,
+    NoneOptions,
+    OrthoOptions,
+    QuantGuardOptions,
+)
 
 LARGER = {"q4_0": ("q5_0", "q8_0"), "q4_k": ("q5_k", "q6_k"), "q4_k_m": ("q5_k", "q6_k"), "q6_k": ("q8_0",), "q8_0": ()}
 
@@ -48,28 +55,13 @@ def larger_settings(to: str) -> list[Setting]:
 
 def ablation_settings(_to: str) -> list[Setting]:
     """One option at a time, on 128 texts."""
-    free = Q(alignment=1.0, start="fraction")
     settings = [
+        Setting("feedback", FeedbackOptions()),
         Setting("default", Q()),
-        Setting("start at the fraction", Q(start="fraction")),
-        *(Setting(f"c = {c}", Q(alignment=c)) for c in (1.0, 0.5, 0.25, 0.0, -0.25)),
+        *(Setting(f"c = {c}", Q(alignment=c)) for c in (1.0, 0.5, 0.25, 0.1, 0.0, -0.25)),
+        *(Setting(f"temperature {temperature:g}", Q(temperature=temperature)) for temperature in (0.0, 1.0)),
         *(Setting(f"{steps} steps", Q(steps=steps)) for steps in (15, 30, 120, 240)),
         *(Setting(f"step {rate}", Q(rate=rate)) for rate in (0.001, 0.008, 0.016)),
-        Setting("no constraint: KL only", free),
-        *(
-            Setting(f"no constraint: KL + {weight} reversal, k = {top:.0%}", replace(free, reversal=weight, top=top))
-            for weight, top in ((0.1, 0.02), (1.0, 0.02), (1.0, 0.05), (1.0, 0.1), (10.0, 0.1))
-        ),
-        Setting("no constraint: no KL, reversal k = 10%", replace(free, kl=0.0, reversal=1.0, top=0.1)),
-        Setting(
-            "no constraint: no KL, reversal k = 30%, rate 0.02", replace(free, kl=0.0, reversal=1.0, top=0.3, rate=0.02)
-        ),
-        Setting("no constraint: KL + 0.01 distance", replace(free, distance=0.01)),
-        Setting("relaxed, Adam", Q(optimizer="relaxed", start="fraction", steps=120)),
-        Setting(
-            "relaxed, Adam, no constraint, reversal k = 10%",
-            replace(free, optimizer="relaxed", steps=120, reversal=1.0, top=0.1),
-        ),
     ]
     return [replace(setting, samples=128) for setting in settings]
 

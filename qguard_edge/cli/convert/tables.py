@@ -150,12 +150,13 @@ def _show_moved(report: "MovedGgufReport") -> None:
 
 def _show_activations(report: "ConversionReport") -> None:
     """What the rounding was fitted to, and how much of it cannot be known without the seed."""
-    seen = report.activations
+    seen, learned = report.activations, report.learned
     assert seen is not None
     unseen = f", {len(seen.unseen)} matrices without known inputs" if seen.unseen else ""
+    least = "at least " if learned and learned.moved else ""
     out.print(
-        f"fitted to {seen.tokens} tokens of text ({seen.calibration_source}){unseen}; {count_text(report.entropy_bits)} bits of "
-        "the rounding are random",
+        f"fitted to {seen.tokens} tokens of text ({seen.calibration_source}){unseen}; {least}{count_text(report.entropy_bits)} "
+        "bits of the rounding are random",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -165,9 +166,10 @@ def _show_activations(report: "ConversionReport") -> None:
 def show_learned(learned: "LearnReport") -> None:
     """What learning did, in one line."""
     trend = f"{learned.losses[0][1]:.4f} -> {learned.losses[-1][1]:.4f}, " if learned.losses else ""
+    moved = f"{count_text(learned.moved)} drawn codes moved, " if learned.moved else ""
     out.print(
-        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}alignment "
-        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint's flips",
+        f"learned on {learned.samples} texts ({learned.calibration_source}): {trend}{moved}alignment "
+        f"{learned.alignment_learned:.2f} from learning alone, {learned.alignment:.2f} with the constraint",
         highlight=False,
         markup=False,
         soft_wrap=True,

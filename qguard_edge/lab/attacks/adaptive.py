@@ -12,7 +12,7 @@ afresh each step (expectation over the defense):
   to the weights as if the defended model were they (straight through).
 
 `adaptive-ortho`, `adaptive-ortho-narrow` and `adaptive-feedback` know *which* defense: in their repair the defended model is
-not imagined but made by the defense itself (ortho at width 1 and 0.5, the start of quantguard), with the attacker's seeds
+not imagined but made by the defense itself (ortho at width 1 and 0.5, error feedback), with the attacker's seeds
 and text. A fresh one is made every `RESIMULATE` steps, and each step takes one of the last `POOL`: the weights as they are, plus
 that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common.
 `adaptive-free` also drops the boxes: its aim is a poisoned hardened file, whatever plain rounding does, with a larger weight

@@ -24,17 +24,29 @@ def test_compare_command(tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureF
     text = tmp_path / "t.txt"
     text.write_text("\n\n".join(TEXTS))
     plot = tmp_path / "plot.svg"
-    arguments = ["compare", str(tiny_base), "--to", "q4_k", "--defenses", "none,ortho,flipguard", "--text", str(text)]
+    arguments = [
+        "compare",
+        str(tiny_base),
+        "--to",
+        "q4_k",
+        "--defenses",
+        "none,ortho,flipguard,feedback",
+        "--text",
+        str(text),
+    ]
     assert run([*arguments, "--plot", str(plot), "--json"]) == 0
     rows = {row["defense"]: row for row in json.loads(capfd.readouterr().out)["rows"]}
-    assert set(rows) == {"none", "ortho", "flipguard"}
+    assert set(rows) == {"none", "ortho", "flipguard", "feedback"}
     assert rows["none"]["alignment"] == 1.0
     assert rows["none"]["share_flipped"] == 0.0
     assert -0.25 < rows["ortho"]["alignment"] < 0.0  # the Q6_K tensors of the mixture go below 0
     assert 0.0 < rows["flipguard"]["alignment"] < 1.0
+    assert rows["feedback"]["alignment"] == pytest.approx(-0.15, abs=0.05)
+    assert rows["feedback"]["fidelity"]["mean_kl"] < rows["ortho"]["fidelity"]["mean_kl"]
     assert all(row["fidelity"]["mean_kl"] > 0 for row in rows.values())
     assert plot.read_text().startswith("<?xml")
-    assert run(arguments) == 0
+    assert "<!-- feedback -->" in plot.read_text()
+    assert run([*arguments[:5], "none,flipguard", *arguments[6:]]) == 0
     assert "flipguard" in capfd.readouterr().out
 
 

@@ -20,6 +20,7 @@ from qguard_edge.conversion.request import GgufRequest, PlanRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import (
     DefenseOptions,
+    EfrapOptions,
     NoiseOptions,
     OrthoOptions,
     QuantGuardOptions,
@@ -52,9 +53,7 @@ def plan_request(folder: Path, base: Path, plain: Path, out: Path, defense: Defe
     )
 
 
-@pytest.mark.parametrize(
-    "defense", [OrthoOptions(), QuantGuardOptions(steps=3), QuantGuardOptions(steps=0, alignment=0.0)], ids=str
-)
+@pytest.mark.parametrize("defense", [OrthoOptions(), EfrapOptions(steps=2, alignment=0.1)], ids=str)
 def test_plan_and_apply_are_convert(
     tiny_folder: Path, tiny_base: Path, plain: Path, text: Path, tmp_path: Path, defense: DefenseOptions
 ) -> None:
@@ -80,6 +79,25 @@ def test_plan_and_apply_are_convert(
     assert metadata["seed"] == "5"
     assert ("calibration.sha256" in metadata) == defense.calibrated
     assert plan.stat().st_size < plain.stat().st_size
+
+
+@pytest.mark.usefixtures("steps_taken")
+def test_a_plan_by_transformers_activations_is_as_good_as_convert(
+    tiny_folder: Path, tiny_base: Path, plain: Path, text: Path, tmp_path: Path
+) -> None:
+    """Without llama.cpp activations are seen in transformers: other last bits, so other draws, but the same rule."""
+    plan, out = tmp_path / "plan.safetensors", tmp_path / "out.gguf"
+    options = QuantGuardOptions(steps=2, rate=0.2)
+    planned = convert_model(plan_request(tiny_folder, tiny_base, plain, plan, options, text))
+    applied = apply_to(plan, plain, out, overwrite=False, progress=NoProgress())
+    assert sum(applied.changed.values()) == planned.outcome.n_changed > 0
+    assert planned.learned is not None
+    assert planned.learned.moved > 0
+    assert planned.outcome.alignment == pytest.approx(-0.15, abs=0.03)
+    assert compare_files(plain, out).only_code_bits
+    metadata = qguard_metadata(GgufFile(out))
+    assert metadata["calibration.sha256"] == planned.learned.calibration_sha256
+    assert metadata["entropy.bits"] == pytest.approx(planned.entropy_bits, rel=1e-6)
 
 
 def test_a_plan_belongs_to_one_plain_file(
@@ -143,7 +161,7 @@ def test_the_torch_side_needs_no_llama_cpp(
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["learned"]["samples"] == 40
-    assert document["alignment"] == pytest.approx(0.1, abs=0.01)
+    assert document["alignment"] == pytest.approx(-0.15, abs=0.03)
     command = [sys.executable, "-c", code, "apply", str(tmp_path / "p.safetensors"), "--plain", str(plain)]
     done = subprocess.run([*command, "-o", str(tmp_path / "o.gguf")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,9 @@ import torch
 
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.checkpoint import checkpoint_seed, load_checkpoint, read_header
+from qguard_edge.learned.constraint import alignment_of
 from qguard_edge.learned.devices import device_map, learning_devices
 from qguard_edge.learned.endtoend import EndToEnd, batch_of, batch_size, rate_at
-from qguard_edge.learned.plan import plan_of
 from qguard_edge.runtimes.hf import load_hf_model
 from tests.helpers.learned_setup import Setup
 
@@ -22,33 +22,53 @@ def learn(
     setup: Setup, samples: Samples, options: QuantGuardOptions, checkpoint: Path | None = None, seed: int = 7
 ) -> EndToEnd:
     task = setup.again(checkpoint=checkpoint, seed=seed)
-    return EndToEnd(setup.loaded, setup.parts.parts, samples, options, task, "fingerprint")
+    return EndToEnd(setup.loaded, setup.drawn_parts, samples, samples[:6], options, task, "fingerprint")
 
 
-def bits(setup: Setup, run: EndToEnd, target: float = 0.1) -> dict[str, bytes]:
-    plan = plan_of(setup.parts.parts, [one.position() for one in run.variables], target)
-    return {name: table.tobytes() for name, table in plan.bits.items()}
+def same(first: EndToEnd, second: EndToEnd) -> bool:
+    """Whether two runs ended at the same plan, and with the same variables."""
+    variables = zip(first.variables, second.variables, strict=True)
+    return all(map(torch.equal, first.best, second.best)) and all(torch.equal(a.h, b.h) for a, b in variables)
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("optimizer", ["sign", "relaxed"])
-def test_one_seed_one_plan(setup: Setup, samples: Samples, optimizer: str) -> None:
-    options = QuantGuardOptions(steps=3, batch=4, optimizer=optimizer, reversal=0.1, distance=0.1)
+def test_one_seed_one_plan(setup: Setup, samples: Samples) -> None:
+    options = QuantGuardOptions(steps=3, batch=4, rate=0.1)
     first, again, other = (learn(setup, samples, options, seed=seed) for seed in (7, 7, 8))
     assert first.run() == again.run()
-    assert bits(setup, first) == bits(setup, again)
+    assert same(first, again)
     other.run()
-    assert bits(setup, first) != bits(setup, other)
+    assert not same(first, other)
 
 
 @pytest.mark.training
 def test_learning_lowers_the_divergence_under_the_constraint(setup: Setup, samples: Samples) -> None:
-    run = learn(setup, samples, QuantGuardOptions(steps=30, batch=16))
+    run = learn(setup, samples, QuantGuardOptions(steps=30, batch=16, rate=0.01))
     losses = run.run()
-    assert losses[-1][1] < 0.7 * losses[0][1]
-    plan = plan_of(setup.parts.parts, [one.position() for one in run.variables], 0.1)
-    assert plan.completed / plan.energy == pytest.approx(0.1, abs=0.01)
-    assert plan.learned > plan.completed
+    assert losses[-1][0] < 0.8 * losses[0][0]
+    assert losses[-1][1] == run.least < losses[0][1]
+    for part, one, plan in zip(setup.drawn_parts, run.variables, run.best, strict=True):
+        geometry = part.geometry()
+        assert plan.any()
+        assert torch.equal(plan, one.plan), "the last plan is the best here"
+        limit = max(one.target, geometry.left / geometry.energy)
+        assert alignment_of(plan, geometry) <= limit + 1e-6
+    wanted = sum(int(one.wanted().sum()) for one in run.variables)
+    assert wanted > sum(int(plan.sum()) for plan in run.best)
+
+
+@pytest.mark.training
+def test_steps_that_do_harm_are_not_taken(setup: Setup, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uphill instead of down: the divergence grows, and the drawn codes stay."""
+    run = learn(setup, samples, QuantGuardOptions(steps=10, batch=8, rate=0.05))
+    monkeypatch.setattr("qguard_edge.learned.endtoend.CHECK_EVERY", 2)
+    for one in run.variables:
+        step = one.step
+        monkeypatch.setattr(one, "step", lambda slope, rate, step=step: step(-slope, rate))
+    losses = run.run()
+    assert losses[-1][1] > run.least
+    assert all(bool(one.plan.any()) for one in run.variables)
+    assert not any(bool(plan.any()) for plan in run.best)
 
 
 class _KilledError(Exception):
@@ -56,11 +76,11 @@ class _KilledError(Exception):
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("optimizer", ["sign", "relaxed"])
 def test_a_resumed_run_ends_at_the_same_plan(
-    setup: Setup, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    setup: Setup, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = QuantGuardOptions(steps=8, batch=4, optimizer=optimizer)
+    options = QuantGuardOptions(steps=8, batch=4, rate=0.05)
+    monkeypatch.setattr("qguard_edge.learned.endtoend.CHECK_EVERY", 3)
     whole = learn(setup, samples, options)
     whole.run()
 
@@ -69,7 +89,7 @@ def test_a_resumed_run_ends_at_the_same_plan(
     killed = learn(setup, samples, options, path)
     step = killed._step
 
-    def fail_in_the_sixth(number: int) -> tuple[float, float]:
+    def fail_in_the_sixth(number: int) -> float:
         if number == 5:
             raise _KilledError
         return step(number)
@@ -93,7 +113,8 @@ def test_a_resumed_run_ends_at_the_same_plan(
     monkeypatch.setattr(resumed, "_step", noted)
     assert resumed.run() == whole.losses
     assert taken == [5, 6, 7]
-    assert bits(setup, resumed) == bits(setup, whole)
+    assert same(resumed, whole)
+    assert resumed.least == whole.least
 
 
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(
@@ -106,7 +127,7 @@ def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(
     run = learn(setup, samples, QuantGuardOptions(steps=8, batch=4), path)
     step = run._step
 
-    def interrupt(number: int) -> tuple[float, float]:
+    def interrupt(number: int) -> float:
         if number == 2:
             os.kill(os.getpid(), signal.SIGINT)
         return step(number)
@@ -170,17 +191,17 @@ def test_a_model_spread_over_devices_learns_the_same(
     setup: Setup, samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two devices that are the same processor: accelerate's hooks around every module, and gradients through them."""
-    options, cpu = QuantGuardOptions(steps=3, batch=4), torch.device("cpu")
+    options, cpu = QuantGuardOptions(steps=3, batch=4, rate=0.1), torch.device("cpu")
     alone = learn(setup, samples, options)
     losses = alone.run()
     monkeypatch.setattr("qguard_edge.learned.endtoend.learning_devices", lambda device: (device, device))
     loaded = load_hf_model(setup.task.model)
-    spread = EndToEnd(loaded, setup.parts.parts, samples, options, setup.task, "fingerprint")
+    spread = EndToEnd(loaded, setup.drawn_parts, samples, samples[:6], options, setup.task, "fingerprint")
     for model in (spread.teacher, spread.student.model):
         assert set(model.hf_device_map.values()) == {cpu}
         assert all(hasattr(block, "_hf_hook") for block in model.model.layers)
     assert spread.run() == losses
-    assert bits(setup, spread) == bits(setup, alone)
+    assert same(spread, alone)
 
 
 def test_blocks_are_dealt_out_in_order(setup: Setup) -> None:

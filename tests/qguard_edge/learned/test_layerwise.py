@@ -9,9 +9,9 @@ import torch
 from qguard_edge.defenses.options import EfrapOptions, QuantGuardOptions
 from qguard_edge.learned.blocks import capture, gram_matrices, numbered_blocks, parts_of_block, rows_of, stream
 from qguard_edge.learned.blockwise import BlockScope, efrap_positions
-from qguard_edge.learned.constraint import complete
 from qguard_edge.learned.layerwise import hard_error, layer_loss, learn_layer
 from qguard_edge.learned.parts import FlipGeometry
+from qguard_edge.learned.variables import SignSteps
 from tests.helpers.learned_setup import Setup
 
 CPU = torch.device("cpu")
@@ -83,12 +83,12 @@ def test_gram_matrices_of_a_real_block(setup: Setup, samples: Samples) -> None:
 def test_every_part_gets_a_position_and_the_model_is_left_as_it_was(setup: Setup, samples: Samples) -> None:
     before = copy.deepcopy(setup.loaded.model.state_dict())
     positions, losses = efrap_positions(setup.loaded, setup.parts.parts, samples, EfrapOptions(steps=2), setup.task)
-    scope = BlockScope(
-        setup.loaded, setup.parts.parts, samples, QuantGuardOptions(scope="block", steps=2, batch=4), setup.task
-    )
-    for found in (positions, scope.run()):
+    options = QuantGuardOptions(scope="block", steps=2, batch=4, rate=0.1)
+    scope = BlockScope(setup.loaded, setup.drawn_parts, samples, samples[:6], options, setup.task)
+    plans = scope.run()
+    for found in (positions, plans, scope.wanted):
         assert [tuple(p.shape) for p in found] == [tuple(p.geometry().value.shape) for p in setup.parts.parts]
-        assert all(bool(((p >= 0) & (p <= 1)).all()) for p in found)
+    assert all(bool(((p >= 0) & (p <= 1)).all()) for p in positions)
     assert len(losses) == len(setup.parts.parts)
     assert len(scope.losses) == 2
     after = setup.loaded.model.state_dict()
@@ -97,8 +97,18 @@ def test_every_part_gets_a_position_and_the_model_is_left_as_it_was(setup: Setup
 
 def test_learning_a_block_lowers_its_output_error(setup: Setup, samples: Samples) -> None:
     options = QuantGuardOptions(scope="block", steps=40, batch=16, rate=0.01)
-    scope = BlockScope(setup.loaded, setup.parts.parts, samples, options, setup.task)
-    positions = scope.run()
+    scope = BlockScope(setup.loaded, setup.drawn_parts, samples, samples[:6], options, setup.task)
+    plans = scope.run()
     assert all(last < first for first, last in scope.losses)
-    for part, position in zip(setup.parts.parts, positions, strict=True):
-        assert complete(position, part.geometry(), 0.1).any()
+    for part, plan in zip(setup.drawn_parts, plans, strict=True):
+        assert bool(plan.any()) == part.source.parameter.startswith("model.layers."), part.name
+
+
+def test_a_block_that_gets_worse_keeps_its_draws(setup: Setup, samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SignSteps.step
+    monkeypatch.setattr(SignSteps, "step", lambda self, slope, rate: step(self, -slope, rate))  # uphill
+    options = QuantGuardOptions(scope="block", steps=4, batch=8, rate=0.1)
+    scope = BlockScope(setup.loaded, setup.drawn_parts, samples, samples[:6], options, setup.task)
+    assert not any(bool(plan.any()) for plan in scope.run())
+    assert all(first == last for first, last in scope.losses)
+    assert any(bool(plan.any()) for plan in scope.wanted)

@@ -36,10 +36,7 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
     assert {part.tensor.name for part in parts} == {tensor.name for tensor in setup.target.tensors}
 
     student = Student(setup.loaded.model, parts)
-    starts = [part.geometry().ratio for part in parts]
-    variables = make_variables(parts, QuantGuardOptions(alignment=1.0), starts, [CPU] * len(starts))
-    for one in variables:
-        one.h.zero_()  # type: ignore[attr-defined]
+    variables = make_variables(parts, QuantGuardOptions(), [CPU] * len(parts))
     student.load_all(variables)
     stored = {tensor.name: tensor for tensor in GGUFReader(setup.target.plain.path).tensors}
     full = dict(setup.loaded.model.named_parameters())
@@ -51,9 +48,10 @@ def test_a_family(name: str, samples: list[tuple[int, ...]], tmp_path: Path) -> 
         assert part.geometry().energy == pytest.approx(float(error.square().sum()), rel=1e-4)
 
     few = [tuple(token % 300 for token in sample) for sample in samples]
-    run = EndToEnd(setup.loaded, parts, few, QuantGuardOptions(steps=2, batch=4), setup.task, "fingerprint")
-    assert all(0 < divergence < 10 for _, divergence in run.run())
-    scope = BlockScope(setup.loaded, parts, few, QuantGuardOptions(scope="block", steps=2, batch=4), setup.task)
+    drawn = setup.drawn_parts
+    run = EndToEnd(setup.loaded, drawn, few, few[:4], QuantGuardOptions(steps=2, batch=4), setup.task, "fingerprint")
+    assert all(0 < divergence < 10 for pair in run.run() for divergence in pair)
+    scope = BlockScope(setup.loaded, drawn, few, few[:4], QuantGuardOptions(scope="block", steps=2, batch=4), setup.task)
     assert len(scope.run()) == len(parts)
     assert all(0 < last < 10 for _, last in scope.losses)
     _, losses = efrap_positions(setup.loaded, parts, few, EfrapOptions(steps=2), setup.task)

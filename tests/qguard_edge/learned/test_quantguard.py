@@ -100,14 +100,13 @@ def test_the_payload_sleeps_and_the_file_is_nearer_to_full_precision(plain: Meas
 def test_the_plan_holds_its_constraint_on_every_tensor_and_changes_code_bits_only(guarded: Measured) -> None:
     report = guarded.report
     assert report.learned is not None
-    assert all(r.outcome.alignment <= 0.1 + 1e-3 for r in report.roundings)
-    assert report.learned.alignment == pytest.approx(0.1, abs=0.01)
-    assert report.learned.alignment_learned > report.learned.alignment
+    assert all(r.outcome.alignment <= -0.1 for r in report.roundings)
+    assert report.learned.alignment == pytest.approx(-0.15, abs=0.02)
+    assert report.learned.alignment_learned >= report.learned.alignment
     assert report.plain is not None
     found = compare_files(report.plain, report.outfile)
     assert found.only_code_bits
     assert found.codes_changed == sum(r.outcome.n_changed for r in report.roundings)
-    assert max(tensor.largest_step for tensor in found.tensors) == 1
 
 
 def test_a_clean_model_pays_less_than_with_ortho(bench: Bench) -> None:

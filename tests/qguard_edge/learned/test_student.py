@@ -1,19 +1,20 @@
 """The torch side of a GGUF: every tensor mapped or reported, the hard forward, the straight-through gradient."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from qguard_edge.defenses.options import QuantGuardOptions
+from qguard_edge.learned.constraint import alignment_of
 from qguard_edge.learned.endtoend import TextBatch, logits_of, make_variables
 from qguard_edge.learned.losses import kl_divergence
 from qguard_edge.learned.parts import make_parts, require_scalar
 from qguard_edge.learned.student import Student
-from qguard_edge.learned.variables import SignSteps
 from quant_grids.errors import UnsupportedError
 from tests.helpers.learned_setup import Setup, make_setup
 
@@ -40,11 +41,7 @@ def test_tied_embeddings_are_learned_once(tied_folder: Path, tmp_path: Path) -> 
 
 def test_without_flips_the_student_is_the_dequantized_plain_file(setup: Setup) -> None:
     """The oracle is gguf's own dequantizer; q and k are compared after llama.cpp's reordering is undone by rows."""
-    starts = [part.geometry().ratio for part in setup.parts.parts]
-    variables = make_variables(setup.parts.parts, QuantGuardOptions(alignment=1.0), starts, [CPU] * len(starts))
-    for one in variables:
-        assert isinstance(one, SignSteps)
-        one.h.zero_()
+    variables = make_variables(setup.parts.parts, QuantGuardOptions(), [CPU] * len(setup.parts.parts))
     student = Student(setup.loaded.model, setup.parts.parts)
     student.load_all(variables)
     tensors = {t.name: t for t in GGUFReader(setup.target.plain.path).tensors}
@@ -66,6 +63,35 @@ def test_both_values_of_a_weight_bracket_it(setup: Setup) -> None:
         assert float(((between - weights).abs() / scale)[flips].max()) < 1e-3
         error = float((one.value.double() - weights.double()).square().sum())
         assert one.energy == pytest.approx(error, rel=1e-4)
+
+
+def test_drawn_codes_and_their_flips_bracket_the_weights_too(setup: Setup) -> None:
+    """The oracle of `<t', t>` is the sum over the values themselves."""
+    plain = {part.name: part.geometry() for part in setup.parts.parts}
+    for part in setup.drawn_parts:
+        weights = part.gather(dict(setup.loaded.model.named_parameters())[part.source.parameter].detach()).float()
+        one, old = part.geometry(), plain[part.name].value - weights
+        assert not torch.equal(one.value, plain[part.name].value)
+        assert one.energy == pytest.approx(float(old.double().square().sum()), rel=1e-4)
+        assert one.left == pytest.approx(
+            float(((one.value - weights) * old).double().sum()), rel=1e-3, abs=1e-4 * one.energy
+        )
+        flipped = one.value + one.delta
+        assert bool((((one.value - weights) * (flipped - weights))[one.delta != 0] <= 1e-9).all()), "not across the weight"
+        chosen = torch.rand(one.value.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+        left = ((torch.where(chosen, flipped, one.value) - weights) * old).double().sum()
+        assert alignment_of(chosen, one) == pytest.approx(float(left) / one.energy, abs=1e-3)
+
+
+def test_flipped_blocks_hold_the_flipped_values(setup: Setup) -> None:
+    drawn = setup.draw()
+    part = next(part for part in setup.drawn_parts if part.tensor.name == "blk.0.ffn_down.weight")
+    one, matrix = part.geometry(), setup.target.plain.tensors[part.tensor.name]
+    chosen = torch.rand(one.value.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    chosen &= one.delta != 0
+    blocks = setup.target.flipped(matrix, drawn[matrix.name], chosen)
+    stored = torch.from_numpy(dequantize(blocks.view(matrix.rows, -1).numpy(), GGMLQuantizationType.Q4_0))
+    assert torch.allclose(stored, torch.where(chosen, one.value + one.delta, one.value), atol=1e-6)
 
 
 def test_the_straight_through_slope_is_the_derivative_of_the_soft_loss(setup: Setup, samples: list[tuple[int, ...]]) -> None:
@@ -119,10 +145,6 @@ def test_gradients_are_handed_over_and_freed(setup: Setup, samples: list[tuple[i
 
 
 def test_lattice_types_are_refused_with_a_way_out(setup: Setup) -> None:
-    from dataclasses import replace
-
-    from gguf import GGMLQuantizationType
-
     tensor = replace(setup.target.tensors[0], ggml_type=GGMLQuantizationType.IQ2_XS)
-    with pytest.raises(UnsupportedError, match="--defense ortho"):
+    with pytest.raises(UnsupportedError, match="--defense feedback"):
         require_scalar([tensor], "quantguard")
