@@ -77,7 +77,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PromptPlan:
     """What a suite can ask.
 
     Attributes:
@@ -116,13 +116,13 @@ def _all_generated(suite: str, seed: int, fixed: tuple[SuitePrompt, ...]) -> tup
 
 
 @cache
-def built_in_plan(suite: str) -> Plan:
+def built_in_plan(suite: str) -> PromptPlan:
     """What a built-in suite can ask beyond its fixed prompts."""
     text = resources.files("qguard_edge").joinpath("data", "suites", f"{suite}.yaml").read_text(encoding="utf-8")
     return read_plan(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
-def read_plan(raw: Mapping[str, Any]) -> Plan:
+def read_plan(raw: Mapping[str, Any]) -> PromptPlan:
     """A plan from the plain values of its file, which is a part of this package and is trusted.
 
     Raises:
@@ -139,7 +139,7 @@ def read_plan(raw: Mapping[str, Any]) -> Plan:
                 if topic is None:
                     raise KeyError(f"{name}: its first wording has no slot")
                 tasks.append(Task(name, tuple(wordings), topic[1], slots, tags, kind == "completions"))
-    return Plan(tuple(tasks), tuple(raw.get("frames", ())))
+    return PromptPlan(tuple(tasks), tuple(raw.get("frames", ())))
 
 
 def _values(raw: Any) -> tuple[Value, ...]:
@@ -149,7 +149,7 @@ def _values(raw: Any) -> tuple[Value, ...]:
     return tuple({"": str(word)} for word in raw)
 
 
-def generate(plan: Plan, seed: int, fixed: Sequence[SuitePrompt] = ()) -> Iterator[SuitePrompt]:
+def generate(plan: PromptPlan, seed: int, fixed: Sequence[SuitePrompt] = ()) -> Iterator[SuitePrompt]:
     """All prompts of a plan in the order of a seed.
 
     Args:
