@@ -1,9 +1,10 @@
 """Files and folders appear whole or not at all: write to a temporary name in the same folder, flush, then rename."""
 
+import errno
+import hashlib
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,15 +12,24 @@ from pathlib import Path
 from quant_grids.errors import QGuardError
 
 PREFIX = ".qguard-"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNFINISHED: set[Path] = set()
+"""Temporary files and work folders that this process is writing: what `convert.outputs.remove_unfinished` removes."""
+LONGEST_KEY = 200  # bytes; file systems allow 255 for a name
 
 
 class OutputError(QGuardError):
     """The output cannot be written where the user wants it."""
 
 
-def temporary_beside(path: Path) -> Path:
+def own_key(name: str) -> str:
+    """What the hidden names of an output called `name` have in common: the name, or its hash if it is long."""
+    return name if len(os.fsencode(name)) <= LONGEST_KEY else hashlib.sha256(os.fsencode(name)).hexdigest()
+
+
+def temporary_beside(path: Path, suffix: str = "tmp") -> Path:
     """An unused hidden name in `path`'s folder, so that the final rename stays on one file system."""
-    return path.with_name(f"{PREFIX}{secrets.token_hex(4)}-{path.name}.tmp")
+    return path.with_name(f"{PREFIX}{own_key(path.name)}.{secrets.token_hex(4)}.{suffix}")
 
 
 @contextmanager
@@ -31,11 +41,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     check_writable(path)
     temporary = temporary_beside(path)
+    UNFINISHED.add(temporary)
     try:
-        yield temporary
-        commit(temporary, path)
+        with _named(path):
+            yield temporary
+            commit(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        UNFINISHED.discard(temporary)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which output a full disk is about: the system's own error often names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(f"{path.name} cannot be written: {error.strerror} ({path.parent}); make room there") from error
+        raise
 
 
 def check_writable(path: Path, option: str = "--outfile") -> None:
@@ -70,16 +94,20 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def work_folder(parent: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, removed at the end, so that the final rename stays on one file system."""
+def work_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside the output `path`, removed at the end, so that the final rename stays on one file system."""
+    folder = temporary_beside(path, "work")
+    UNFINISHED.add(folder)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        folder.mkdir(mode=0o700)
     except OSError as error:
-        raise OutputError(f"the output folder {parent} cannot be written: {error.strerror}") from error
+        raise OutputError(f"the output folder {path.parent} cannot be written: {error.strerror}") from error
     try:
-        yield folder
+        with _named(path):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        UNFINISHED.discard(folder)
 
 
 def commit_folder(temporary: Path, path: Path) -> None:
@@ -88,9 +116,9 @@ def commit_folder(temporary: Path, path: Path) -> None:
         if file.is_file():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-    temporary.chmod(0o755)  # mkdtemp's own mode is private
+    temporary.chmod(0o755)  # the work folder's own mode is private
     if path.exists():
-        old = temporary_beside(path)
+        old = temporary_beside(path, "old")  # `convert.outputs.sweep` gives it its name back after a kill at this moment
         path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,12 @@
-"""What a child process that runs llama.cpp does about itself."""
+"""Child processes of this program: how they are started, and that none outlives its parent.
+
+Run as `python -P -m convert.child PARENT MODULE ARGUMENT...` (`child_command` makes that line): before the module and whatever it
+imports is run, the process asks to die with its parent.
+"""
 
 import ctypes
+import os
+import runpy
 import signal
 import sys
 from pathlib import Path
@@ -8,10 +14,27 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """On Linux, ask the kernel to kill this process when the parent is gone."""
+def child_command(module: str, *arguments: str | Path) -> list[str]:
+    """The command line of a child process that runs a module of ours.
+
+    Args:
+        module: its full name.
+        arguments: of its command line.
+    """
+    # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
+    return [sys.executable, "-P", "-m", "convert.child", str(os.getpid()), module, *map(str, arguments)]
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """On Linux, ask the kernel to kill this process when the parent is gone.
+
+    Args:
+        parent: its process id, if known: one that is gone already takes this process with it.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def resident_bytes(field: str = "VmHWM") -> int:
@@ -27,3 +50,9 @@ def resident_bytes(field: str = "VmHWM") -> int:
         return 0
     lines = [line for line in status.read_text().splitlines() if line.startswith(f"{field}:")]
     return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

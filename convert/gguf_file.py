@@ -16,6 +16,7 @@ bytes of each key/value entry stay addressable, so that a patched file can repea
 
 import itertools
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,17 @@ from typing import Any
 
 from gguf import GGUFValueType
 
+from convert.reading import open_file
 from quant_grids.errors import FormatError
 from quant_grids.ggml_type import GgmlType, layout_of, type_of
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NAME = 64  # GGML_MAX_NAME
+MAX_KEY = 1024  # bytes; the longest that llama.cpp defines has some 60
+MAX_FIELDS = 10_000  # metadata entries; a model has some 40, and each becomes an object of some 500 bytes
+MAX_TENSORS = 100_000  # the largest mixture of experts with unmerged experts has some 20,000
+MAX_ITEMS = 1 << 22  # of an array whose values are asked for; a vocabulary has at most some 300,000 tokens
 MAX_HEADER = 1 << 30  # llama.cpp reads a header of this size in seconds; anything larger is not a model
 
 _SCALARS: Mapping[int, str] = {
@@ -123,8 +129,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.size = path.stat().st_size
-            with path.open("rb") as file:
+            with open_file(path) as file:
+                self.size = os.fstat(file.fileno()).st_size
                 if self.size < 24:
                     raise FormatError(f"{path.name} is {self.size} bytes; a GGUF header alone has 24")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -141,6 +147,9 @@ class GgufFile:
             hint = " (big-endian files are not supported)" if self.version >> 16 else ""
             raise FormatError(f"{self.path.name} has GGUF version {self.version}; versions 2 and 3 can be read{hint}")
         n_tensors, n_fields = cursor.number("<Q"), cursor.number("<Q")
+        for count, most, what in ((n_fields, MAX_FIELDS, "metadata entries"), (n_tensors, MAX_TENSORS, "tensors")):
+            if count > most:
+                raise FormatError(f"{self.path.name} claims {count} {what}; at most {most} are read")
         # The smallest entry there can be: a 1-letter key with a 1-byte value, a 1-letter name with no dimension.
         cursor.check_count(n_fields, 8 + 1 + 4 + 1, "metadata entries")
         cursor.check_count(n_tensors, 8 + 1 + 4 + 4 + 8, "tensors")
@@ -204,11 +213,24 @@ class GgufFile:
         """
         field = self.fields[key]
         raw = self.raw(field.value_start, field.end)
+        if field.value_type == GGUFValueType.ARRAY and struct.unpack_from("<Q", raw, 4)[0] > MAX_ITEMS:
+            raise FormatError(f"{self.path.name}: {key} is an array of more than {MAX_ITEMS} values")
         return _decode(raw, field.value_type, f"{self.path.name}: {key}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """`value(key)`, or `default` when the key is absent."""
         return self.value(key) if key in self.fields else default
+
+    def count(self, key: str, default: int) -> int:
+        """A metadata value that must be a positive integer, or `default` when the key is absent.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise FormatError(f"{self.path.name}: {key} is {value!r:.80}; it must be a positive integer")
+        return value
 
 
 class GgufModel:
@@ -297,8 +319,10 @@ class _Cursor:
     def number(self, layout: str) -> int:
         return int(struct.unpack(layout, self.bytes(struct.calcsize(layout)))[0])
 
-    def string(self, what: str) -> str:
+    def string(self, what: str, longest: int) -> str:
         size = self.number("<Q")
+        if size > longest:
+            raise FormatError(f"{self.name}: a {what} of {size} bytes at byte {self.position}; at most {longest} are read")
         self.need(size, what)
         raw = self.bytes(size)
         try:
@@ -308,7 +332,7 @@ class _Cursor:
 
     def key_value(self) -> KeyValue:
         start = self.position
-        key = self.string("metadata key")
+        key = self.string("metadata key", MAX_KEY)
         value_type = self._value_type(self.number("<I"), key)
         value_start = self.position
         self._skip(value_type, key)
@@ -358,7 +382,7 @@ class _Cursor:
         self.position += size
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.string("tensor name")
+        name = self.string("tensor name", MAX_KEY)
         if not 0 < len(name.encode()) < MAX_NAME:
             raise FormatError(f"{self.name}: a tensor name of {len(name)} characters; ggml allows 1 to {MAX_NAME - 1}")
         n_dims = self.number("<I")
@@ -417,7 +441,18 @@ def _decode(raw: bytes, value_type: GGUFValueType, where: str) -> Any:
 
 
 def encode_key_value(key: str, value: bool | int | float | str) -> bytes:
-    """Bytes of one metadata entry: bool, u32/u64/i64, f32 or string."""
+    """Bytes of one metadata entry: bool, u32/u64/i64, f32 or string.
+
+    Raises:
+        FormatError: the value is out of range, or no text that UTF-8 can hold.
+    """
+    try:
+        return _encoded(key, value)
+    except (struct.error, OverflowError, UnicodeEncodeError) as error:
+        raise FormatError(f"the metadata value {key!r:.80} = {value!r:.80} cannot be written to a GGUF") from error
+
+
+def _encoded(key: str, value: bool | int | float | str) -> bytes:
     name = key.encode()
     head = struct.pack("<Q", len(name)) + name
     if isinstance(value, bool):

@@ -6,17 +6,18 @@ name that `convert.atomic.commit_folder` gives it.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from convert.atomic import OutputError
 from convert.hf.checkpoint import INDEX_NAME
-from convert.hf.jsonfile import MAX_TOKENIZER_BYTES
+from convert.hf.jsonfile import MAX_TOKENIZER_BYTES, parse_json
+from convert.reading import check_folder, read_file
 
 SHARD_BYTES = 2 << 30
 CONFIG_NAME = "config.json"
@@ -106,8 +107,9 @@ class ShardWriter:
         try:
             save_file(self._pending, part, metadata={"format": "pt"})
             part.chmod(0o644)  # safetensors makes it private
-        except OSError as error:
-            raise OutputError(f"the weights cannot be written: {error.strerror or error}") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(f"the weights cannot be written: {reason}") from error
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -116,8 +118,10 @@ def copy_side_files(source: Path, folder: Path) -> tuple[str, ...]:
     """Copy tokenizer, chat template, generation settings and license; the names of the files that were there.
 
     Raises:
-        OutputError: one cannot be copied, or is larger than such a file may be.
+        OutputError: one cannot be copied.
+        FormatError: one is larger than such a file may be, or a link that leads out of the folder.
     """
+    check_folder(source)
     found = [source / name for name in SIDE_FILES]
     templates = source / "additional_chat_templates"
     if templates.is_dir():
@@ -127,18 +131,22 @@ def copy_side_files(source: Path, folder: Path) -> tuple[str, ...]:
         if not path.is_file():
             continue
         name = str(path.relative_to(source))
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
-            raise OutputError(
-                f"{name} is {path.stat().st_size} bytes, more than the {MAX_TOKENIZER_BYTES} such a file may have"
-            )
         target = folder / name
         try:
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)  # follows links: a folder of the hub's cache holds nothing else
+            target.write_bytes(_without_path(name, read_file(path, MAX_TOKENIZER_BYTES)))
         except OSError as error:
             raise OutputError(f"{name} cannot be copied: {error.strerror or error}") from error
         copied.append(name)
     return tuple(copied)
+
+
+def _without_path(name: str, content: bytes) -> bytes:
+    """The content of a side file, without the path at which an old transformers has made it."""
+    if name != "tokenizer_config.json" or b'"name_or_path"' not in content:
+        return content
+    settings = {key: value for key, value in parse_json(content, name).items() if key != "name_or_path"}
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -19,9 +19,12 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from convert.atomic import atomic_path
 from convert.gguf_file import GgufFile
+from convert.reading import open_file, read_file
 from quant_grids.errors import FormatError
 
 FloatArray = npt.NDArray[np.float32]
+LARGEST_LEGACY = 4 << 30
+"""Bytes of an importance matrix in the old format; a model of 70 billion weights has one of some 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def load_imatrix(path: Path) -> Imatrix:
         FormatError: the file is neither, is cut off, or holds numbers that are not finite.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             magic = file.read(4)
     except OSError as error:
         raise FormatError(f"cannot read the importance matrix {path.name}: {error.strerror}") from error
@@ -93,7 +96,7 @@ def _load_gguf(path: Path) -> Imatrix:
 
 
 def _load_legacy(path: Path) -> Imatrix:
-    data = path.read_bytes()
+    data = read_file(path, LARGEST_LEGACY)
     position = 0
 
     def take(size: int) -> bytes:

@@ -1,11 +1,12 @@
 """Child process that runs `llama_model_quantize`; the only place in `convert` that imports llama_cpp.
 
-Run as `python -m convert.quantize_worker JOB`, JOB being the JSON that `convert.quantizer.quantize` makes. llama.cpp's log
+Run by `convert.child` with one argument, JOB: the JSON that `convert.quantizer.quantize` makes. llama.cpp's log
 goes to standard output; the exit status is 0 when it succeeded.
 """
 
 import ctypes
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import llama_cpp
 
-from convert.child import die_with_parent, resident_bytes
+from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.imatrix_file import load_imatrix
 from convert.quantizer import USAGE_MARK, ggml_type_number, parse_override
@@ -93,14 +94,13 @@ def run(job: dict[str, Any]) -> int:
         params.tt_overrides = _tensor_type_array([tuple(pair) for pair in job["tensor_types"]])
     llama_cpp.llama_backend_init()
     started = time.perf_counter()
-    status = int(llama_cpp.llama_model_quantize(job["base"].encode(), job["outfile"].encode(), ctypes.byref(params)))
+    status = int(llama_cpp.llama_model_quantize(os.fsencode(job["base"]), os.fsencode(job["outfile"]), ctypes.byref(params)))
     sys.stdout.write(f"{USAGE_MARK} {time.perf_counter() - started:.6f} {resident_bytes()}\n")
     return status
 
 
 def main() -> None:
     """Entry point of the child process."""
-    die_with_parent()
     try:
         status = run(json.loads(sys.argv[1]))
     except QGuardError as error:

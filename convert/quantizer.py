@@ -8,11 +8,11 @@ for the progress bar, and the warnings about tensors whose shape does not allow 
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from convert.child import child_command
 from convert.ftypes import FileType
 from quant_grids.errors import FormatError, QGuardError, UnsupportedError
 from quant_grids.ggml_type import type_named
@@ -210,8 +210,7 @@ def quantize(
         "outfile": str(outfile),
         "dry_run": dry_run,
     }
-    # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
-    command = [sys.executable, "-P", "-m", "convert.quantize_worker", json.dumps(job)]
+    command = child_command("convert.quantize_worker", json.dumps(job))
     parser = _LogParser(progress)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as child:
         try:

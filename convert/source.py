@@ -1,12 +1,18 @@
 """Where a model comes from: a Hugging Face folder, a hub id, or a GGUF file."""
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from convert.gguf_file import GgufModel
+from convert.reading import check_folder
 from convert.tensor_io import FLOAT_TYPES
 from quant_grids.errors import QGuardError, UnsupportedError
 
+OFFLINE = "QGUARD_OFFLINE"
+"""Environment variable that `--offline` sets: no hub is asked."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
 
 
@@ -32,8 +38,11 @@ class Source:
 def resolve_source(model: str, revision: str | None = None) -> Source:
     """Find the model that the user named; a hub id is downloaded (safetensors and small text files only).
 
+    Nothing contacts a hub unless the argument is a hub id, no such path exists, and it does not look like one: an id that is
+    also the beginning of a path here (a folder of the owner's name) is a mistyped path.
+
     Raises:
-        SourceError: no such file or folder, or the hub did not deliver.
+        SourceError: no such file or folder, the hub did not deliver, or `OFFLINE` is set.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -41,10 +50,20 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
             raise SourceError(f"{path.name} is neither a folder nor a .gguf file; give the model's folder")
         return Source(path, _stem(path), is_gguf=True)
     if path.is_dir():
+        _check_folder(path)
         return Source(path, path.resolve().name, is_gguf=False)
     if _looks_like_hub_id(model):
+        if os.environ.get(OFFLINE, "0") not in ("", "0"):
+            raise SourceError(f"{model!r} is no path here, and --offline does not let the hub be asked; give a path")
         return Source(_download(model, revision), model.rpartition("/")[2], is_gguf=False)
-    raise SourceError(f"{model!r} is not a folder, not a .gguf file and not a hub id of the form OWNER/NAME")
+    raise SourceError(f"{model!r} is not a folder, not a .gguf file and not a hub id of the form OWNER/NAME; check the path")
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        check_folder(folder)
+    except OSError as error:
+        raise SourceError(f"the folder {folder.name} cannot be read: {error.strerror}") from error
 
 
 def _stem(path: Path) -> str:
@@ -59,9 +78,11 @@ def _stem(path: Path) -> str:
 
 
 def _looks_like_hub_id(model: str) -> bool:
-    owner, slash, name = model.partition("/")
-    parts = owner and name and slash and "/" not in name
-    return bool(parts) and not model.startswith((".", "~")) and "\\" not in model
+    """Whether a text is OWNER/NAME as the hub allows it, and not the path of something in a folder that exists."""
+    if _HUB_ID.fullmatch(model) is None or "--" in model or ".." in model:
+        return False
+    owner, _, name = model.partition("/")
+    return not Path(owner).exists() and not name.lower().endswith((".gguf", ".safetensors", ".json", ".bin", ".txt"))
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -49,7 +49,7 @@ def main() -> None:
     run("diff", str(plain), str(made), "--quiet")
     print(f"\nDoes it behave like the full-precision model? {prompts} prompts of each suite, some minutes:", flush=True)
     files = ("verify", str(made), "--base", str(base), "--plain", str(plain))
-    code = run(*files, "--limit", str(prompts), "-o", str(report), accept=(0, INCONCLUSIVE))
+    code = run(*files, "--limit", str(prompts), "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
     print(f"\nhardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
     if code == INCONCLUSIVE:
         print(

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from convert.hf.jsonfile import read_json
+from convert.reading import check_folder
 from quant_grids.errors import FormatError, UnsupportedError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -87,6 +88,7 @@ class Checkpoint:
                 outside the folder.
             UnsupportedError: The folder has pickle files only.
         """
+        check_folder(folder)
         tensors: dict[str, SourceTensor] = {}
         index = _read_index(folder)
         for file in sorted(set(index.values())) if index else _find_single(folder):

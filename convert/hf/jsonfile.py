@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.reading import check_inside, read_file
 from quant_grids.errors import FormatError
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -34,15 +35,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
         limit: Largest size accepted, in bytes.
 
     Raises:
-        FormatError: The file is missing, unreadable, or larger than `limit`.
+        FormatError: The file is missing, unreadable, larger than `limit`, or a link that leads out of its folder.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise FormatError(f"{path.name} is not a regular file.")  # reading a pipe would wait for ever
-        size = path.stat().st_size
-        if size > limit:
-            raise FormatError(f"{path.name} is {size} bytes, more than the {limit} such a file may have.")
-        return path.read_bytes()
+        if path.is_symlink():
+            check_inside(path.parent, path)
+        return read_file(path, limit)
     except OSError as error:
         raise FormatError(f"Cannot read {path}: {error.strerror or error}.") from error
 

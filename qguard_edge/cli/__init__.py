@@ -6,10 +6,10 @@ Exit codes: 0 pass, 1 negative verdict, 2 usage or operation failed, 3 inconclus
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 
 from qguard_edge import __version__
 from qguard_edge.cli import compare as _compare
@@ -20,9 +20,12 @@ from qguard_edge.cli import packs as _packs
 from qguard_edge.cli import plan as _plan
 from qguard_edge.cli import scan as _scan
 from qguard_edge.cli import verify as _verify
-from qguard_edge.cli.console import err, print_json
+from qguard_edge.cli.console import err, print_json, styled
 from qguard_edge.cli.convert import command as _convert
 from qguard_edge.cli.lab import lab_app
+from qguard_edge.cli.outputs import command
+from qguard_edge.cli.stopping import StoppedError, heeding_signals
+from qguard_edge.report.document import json_text
 from quant_grids.errors import QGuardError
 
 app = typer.Typer(
@@ -59,7 +62,12 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and llama.cpp's log.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Never contact a model hub; also QGUARD_OFFLINE=1.", show_default=False)
+    ] = False,
 ) -> None:
+    if offline:
+        os.environ |= {"QGUARD_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if debug:
         os.environ["QGUARD_LOG_LEVEL"] = "DEBUG"
     level = os.environ.get("QGUARD_LOG_LEVEL", "WARNING").upper()
@@ -67,25 +75,41 @@ def _root(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point: every failure is one sentence on standard error and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    sys.exit(run(arguments))
+    """Entry point: every failure is one sentence on standard error and exit code 2; a signal ends it with 128 + its number."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        with heeding_signals(lambda stop: _end_now(stop, given)):
+            code = run(given)
+    except StoppedError as stop:  # before the command began, or after its end
+        code = _fail(str(stop), given, stop.exit_code)
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
     try:
-        app(args=arguments, prog_name="qguard-edge")
+        with command():
+            app(args=arguments, prog_name="qguard-edge")
     except SystemExit as done:
         if done.code == INTERRUPTED:
-            return _fail("interrupted; nothing was left behind under the final name", arguments)
+            return _fail("interrupted; nothing was left behind under the final name", arguments, INTERRUPTED)
+        usage = getattr(done.__context__, "format_message", None)  # of what click has shown on standard error
+        if done.code == FAILED and usage is not None and "--json" in arguments:
+            print_json({"status": "error", "error": str(usage())})
         return done.code if isinstance(done.code, int) else 0
     except QGuardError as error:
         return _fail(str(error), arguments)
+    except StoppedError as stop:
+        return _fail(str(stop), arguments, stop.exit_code)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): no message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except MemoryError:
+        return _fail("there is not enough memory for this; --max-memory limits what learning takes", arguments)
+    except OSError as error:
+        where = f"{Path(os.fsdecode(error.filename)).name}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", arguments)
     except Exception as error:
         if "--debug" in arguments:
             err.print_exception()
@@ -93,8 +117,18 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _fail(message: str, arguments: list[str]) -> int:
-    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+def _end_now(stop: StoppedError, arguments: list[str]) -> None:
+    """The last act of a process whose main thread does not get to clean up; rich's locks may be held, so without it."""
+    from convert.outputs import remove_unfinished
+
+    remove_unfinished()
+    os.write(2, f"error: {stop}\n".encode())
+    if "--json" in arguments:
+        os.write(1, json_text({"status": "error", "error": str(stop)}).encode())
+
+
+def _fail(message: str, arguments: list[str], code: int = FAILED) -> int:
+    err.print(styled("[bold red]error:[/] {message}", message=message), highlight=False, soft_wrap=True)
     if "--json" in arguments:
         print_json({"status": "error", "error": message})
-    return FAILED
+    return code

@@ -8,6 +8,7 @@ import typer
 
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, out, percent, print_json, table
 from qguard_edge.cli.defense_flags import given_for, options_from, with_defense_flags
+from qguard_edge.cli.outputs import OverwriteFlag, hold
 
 HELP = """Convert MODEL with several defenses and compare what each costs in fidelity, in llama.cpp.
 
@@ -34,6 +35,7 @@ def compare(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     imatrix: Annotated[Path | None, typer.Option(help="Importance matrix.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
+    overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
     **flags: Any,
 ) -> None:
@@ -43,15 +45,13 @@ def compare(
     names = [*DATA_FREE, DEFAULT_DEFENSE] if defenses == "all" else [name.strip() for name in defenses.split(",")]
     chosen = [options_from(name, given_for(name, flags)) for name in names]
 
-    from convert.atomic import check_writable
     from convert.ftypes import parse_file_type
     from convert.quantizer import QuantizeOptions
     from qguard_edge.compare.defenses import compare_defenses
     from qguard_edge.conversion.request import GgufRequest
     from qguard_edge.runtimes.fidelity import DEFAULT_TEXT, read_texts
 
-    if plot:
-        check_writable(plot, "--plot")
+    hold({"--plot": plot}, (model, text, imatrix), overwrite=overwrite)
     options = QuantizeOptions(parse_file_type(to), threads=threads, imatrix=imatrix)
     request = GgufRequest(model=model, options=options, defense=chosen[0], revision=revision, seed=seed)
     with ConsoleProgress(json_output) as progress:

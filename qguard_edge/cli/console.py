@@ -2,20 +2,64 @@
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from qguard_edge.report.document import json_text
 
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+LONGEST = 4000  # characters of one text that is printed; what is longer came from a file that wants to fill the screen
+
+
+def visible(text: str) -> str:
+    """Text that may be printed: control characters (escape sequences among them) are shown, not sent, and length has a limit."""
+    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)"
+    return "".join(c if c in "\n\t" or not _controls(c) else _shown(c) for c in cut)
+
+
+def _controls(character: str) -> bool:
+    """Control characters, half surrogate pairs, and what changes the direction of text."""
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+
+
+def _shown(character: str) -> str:
+    return chr(0x2400 + ord(character)) if ord(character) < 32 else "\ufffd"
+
+
+def styled(template: str, **values: object) -> Text:
+    """Text with rich's markup, in which `{name}` stands for a value: the only way to print markup.
+
+    Args:
+        template: ours.
+        values: of foreign origin, perhaps: their markup and control characters are shown as they are.
+    """
+    shown = {name: escape(visible(str(value))) for name, value in values.items()}
+    return Text.from_markup(template.format(**shown), emoji=False)
+
+
+class PlainConsole(Console):
+    """Prints text as text: markup, emoji codes and control characters in it mean nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """See `Console.render_str`; called for every string that is printed, in tables too."""
+        return super().render_str(visible(text), **options)
+
+
 # Piped output has no width of its own: 80 columns would cut the tables.
-out = Console(width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+out = PlainConsole(width=None if sys.stdout.isatty() else 140)
+err = PlainConsole(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
@@ -80,12 +124,12 @@ class ConsoleProgress:
         if self._bars is None:
             self._bars = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"),
+                TextColumn("{task.fields[unit]}", markup=False),
                 TimeElapsedColumn(),
-                TextColumn("[dim]{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", style="dim", markup=False),
                 console=err,
             )
             self._bars.start()
@@ -95,7 +139,7 @@ class ConsoleProgress:
     def advance(self, count: int, detail: str = "") -> None:
         """See `Progress.advance`."""
         if self._bars is not None:
-            self._bars.update(self._task, advance=count, detail=detail)
+            self._bars.update(self._task, advance=count, detail=visible(detail))
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
@@ -115,18 +159,6 @@ class ConsoleProgress:
             self._finish_task()
             self._bars.stop()
             self._bars = None
-
-
-def check_report_file(path: Path | None) -> None:
-    """Refuse `--report FILE` before any work is done.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    if path:
-        from convert.atomic import check_writable
-
-        check_writable(path, "--report")
 
 
 def deliver(

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, size_text, table
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, size_text, styled, table
 
 INSPECT_HELP = """Show a GGUF's types, sizes and qguard metadata.
 
@@ -104,18 +104,20 @@ def _show_diff(found: Any, all_tensors: bool) -> None:
                 str(tensor.codes_changed),
                 percent(tensor.codes_changed / tensor.n_weights),
                 str(tensor.largest_step),
-                f"[red]{tensor.foreign_bytes}[/]" if tensor.foreign_bytes else "0",
+                styled("[red]{count}[/]", count=tensor.foreign_bytes) if tensor.foreign_bytes else "0",
                 "-" if tensor.alignment is None else f"{tensor.alignment:.3f}",
             )
         out.print(rows)
     for key in found.metadata:
-        out.print(f"[red]metadata differs:[/] {key}", highlight=False)
+        out.print(styled("[red]metadata differs:[/] {key}", key=key), highlight=False)
     if found.qguard_metadata:
         out.print(f"qguard metadata differs: {', '.join(found.qguard_metadata)}", highlight=False)
-    verdict = "only code bits differ" if found.only_code_bits else "[red]more than code bits differs[/]"
+    verdict = "only code bits differ" if found.only_code_bits else "more than code bits differs"
     if found.only_code_bits and found.codes_changed == 0:
         verdict = "the tensors are identical"
-    out.print(f"{found.codes_changed} codes changed in {len(found.tensors)} tensors: {verdict}", highlight=False)
+    colour = "default" if found.only_code_bits else "red"
+    text = f"{found.codes_changed} codes changed in {len(found.tensors)} tensors: [{colour}]{verdict}[/]"
+    out.print(styled(text), highlight=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, err, out, print_json
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, err, out, print_json, styled
+from qguard_edge.cli.outputs import OverwriteFlag, hold
 
 HELP = """Make an importance matrix: how much the error of each input column matters, measured on text.
 
@@ -25,12 +26,14 @@ def imatrix(
     chunk_size: Annotated[int, typer.Option(min=8, help="Tokens per piece of text.")] = 512,
     max_chunks: Annotated[int, typer.Option(min=1, help="Pieces of text to use at most.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
 ) -> None:
     """Replaced by HELP when the command is registered."""
     from qguard_edge.runtimes.devices import resolve_device
     from qguard_edge.runtimes.imatrix import make_imatrix
 
+    hold({"--outfile": outfile}, (model, text), overwrite=overwrite)
     with ConsoleProgress(json_output) as progress:
         report = make_imatrix(
             model,
@@ -55,7 +58,8 @@ def imatrix(
         )
         return
     if report.missing:
-        err.print(f"[yellow]warning:[/] {len(report.missing)} matrices have no entry, the first is {report.missing[0]}")
+        missing = f"{len(report.missing)} matrices have no entry, the first is {report.missing[0]}"
+        err.print(styled("[yellow]warning:[/] {missing}", missing=missing))
     out.print(
         f"wrote {report.outfile}: {report.entries} matrices measured on {count_text(report.tokens)} tokens", highlight=False
     )

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, err, out
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, err, out, styled
+from qguard_edge.cli.outputs import OverwriteFlag, hold, make_folder
 from qguard_edge.lab.attacks.names import ATTACKS
 from qguard_edge.report.document import json_text
 
@@ -51,6 +53,7 @@ def lab_run(
     texts: Annotated[int, typer.Option(min=8, help="Held-out texts for KL and perplexity at most.")] = 160,
     threads: Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0: all cores.")] = 0,
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Keep the GGUF files of all arms.")] = False,
+    overwrite: OverwriteFlag = False,
     force: Annotated[bool, typer.Option("--force", help="Score defenses on an invalid victim too.")] = False,
     json_output: JsonFlag = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -58,6 +61,7 @@ def lab_run(
     """See `RUN_HELP`."""
     import tempfile
 
+    from convert.atomic import atomic_path
     from qguard_edge.lab.results import to_json
     from qguard_edge.lab.runner import LabSettings, defenses_of, run_lab
     from qguard_edge.lab.tables import run_table
@@ -77,18 +81,22 @@ def lab_run(
         force=force,
     )
     folder = output or Path(f"lab-{Path(victim).name}-{attack}-{to}-{scenario}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    files = {"--output": folder / "results.json", "--output ": folder / "table.md"}
+    hold(files, (victim, data), overwrite=overwrite)
     with tempfile.TemporaryDirectory() as scratch, ConsoleProgress(quiet) as progress:
         result = run_lab(settings, folder if keep_files else Path(scratch), progress)
     table = run_table(result)
-    (folder / "results.json").write_text(to_json(result), encoding="utf-8")
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    for path, content in ((folder / "results.json", to_json(result)), (folder / "table.md", table)):
+        with atomic_path(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     if json_output:
         out.file.write(to_json(result))
     else:
-        out.print(table, markup=False, highlight=False, soft_wrap=True)
+        out.print(Text(table), soft_wrap=True)
     if not result.validity.valid:
-        err.print("[bold yellow]inconclusive:[/] " + "; ".join(result.validity.reasons), highlight=False, soft_wrap=True)
+        reasons = "; ".join(result.validity.reasons)
+        err.print(styled("[bold yellow]inconclusive:[/] {why}", why=reasons), highlight=False, soft_wrap=True)
         raise typer.Exit(INCONCLUSIVE)
 
 
@@ -109,4 +117,4 @@ def lab_table(
         out.file.write(json_text({"status": "ok", "results": [dataclasses.asdict(result) for result in read]}))
     else:
         text = summary_table(read) if summary else joined_table(read)
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        out.print(Text(text), soft_wrap=True)

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import typer
 
-from qguard_edge.cli.console import JsonFlag, out, print_json, table
+from qguard_edge.cli.console import JsonFlag, out, print_json, styled, table
 from qguard_edge.defenses.options import DEFAULT_DEFENSE, DEFENSE_OPTIONS
 
 
@@ -31,7 +31,7 @@ def defenses(json_output: JsonFlag = False) -> None:
         return
     rows = table("Rounding defenses", "defense", "option", ">default", "meaning")
     for name, cls in DEFENSE_OPTIONS.items():
-        rows.add_row(f"[bold]{name}[/]", "", "default" if name == DEFAULT_DEFENSE else "", cls.summary)
+        rows.add_row(styled("[bold]{name}[/]", name=name), "", "default" if name == DEFAULT_DEFENSE else "", cls.summary)
         for item in fields(cls):
             choices = item.metadata.get("choices")
             text = item.metadata["help"] + (f" ({' | '.join(map(str, choices))})" if choices else "")

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err, out, print_json, size_text
-from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, check_reports, write_reports
+from qguard_edge.cli.outputs import OverwriteFlag, hold
+from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (
     MEASURE,
     DetectFlag,
@@ -66,15 +67,15 @@ def baseline(
     threads: ThreadsFlag = 0,
     parallel: ParallelFlag = 32,
     n_gpu_layers: GpuLayersFlag = 0,
+    overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by BASELINE_HELP when the command is registered."""
-    from convert.atomic import check_writable
     from qguard_edge.packs.pack import write_pack
     from qguard_edge.packs.record import BaselineRequest, record
 
-    check_writable(output, "--output")
+    hold({"--output": output}, (base, text, *(suite or ())), overwrite=overwrite)
     request = BaselineRequest(
         base=base,
         suites=suites_from(suites, suite, phrase),
@@ -131,6 +132,7 @@ def check(
     sarif: Sarif = None,
     markdown: Markdown = None,
     html: Html = None,
+    overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -141,7 +143,8 @@ def check(
     from qguard_edge.verify.checks import Margins
     from qguard_edge.verify.files import text_facts
 
-    check_reports(junit=junit, sarif=sarif, markdown=markdown, html=html)
+    reports = {"junit": junit, "sarif": sarif, "markdown": markdown, "html": html}
+    hold({f"--{name}": path for name, path in reports.items()}, (baseline, candidate), overwrite=overwrite)
     request = CheckRequest(
         pack=read_pack(baseline),
         source=text_facts("suite", baseline),
@@ -156,7 +159,6 @@ def check(
     )
     with ConsoleProgress(quiet or json_output) as progress:
         found = run(request, progress)
-    reports = {"junit": junit, "sarif": sarif, "markdown": markdown, "html": html}
     write_reports(found, **reports)
     if not (json_output or quiet):
         for path in reports.values():

@@ -25,22 +25,6 @@ Html = Annotated[
 ]
 
 
-def check_reports(**paths: Path | None) -> None:
-    """Refuse report files that cannot be written, before any work is done.
-
-    Args:
-        paths: each under the name of its option.
-
-    Raises:
-        OutputError: one of them cannot be written.
-    """
-    from convert.atomic import check_writable
-
-    for name, path in paths.items():
-        if path is not None:
-            check_writable(path, f"--{name}")
-
-
 def write_reports(
     outcome: "Verification",
     *,

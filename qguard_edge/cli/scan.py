@@ -4,11 +4,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, count_text, err, out, percent, print_json, table
+from qguard_edge.cli.console import (
+    ConsoleProgress,
+    JsonFlag,
+    QuietFlag,
+    count_text,
+    err,
+    out,
+    percent,
+    print_json,
+    styled,
+    table,
+)
 from qguard_edge.cli.convert.scan_first import COLOURS
-from qguard_edge.cli.report_flags import Html, Sarif, check_reports
+from qguard_edge.cli.outputs import OverwriteFlag, hold
+from qguard_edge.cli.report_flags import Html, Sarif
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -59,13 +70,14 @@ def scan(
     quiet: QuietFlag = False,
     sarif: Sarif = None,
     html: Html = None,
+    overwrite: OverwriteFlag = False,
 ) -> None:
     """Replaced by HELP when the command is registered."""
     if fail_on not in FAIL_ON:
         raise UnsupportedError(f"--fail-on {fail_on!r}: choose one of {', '.join(FAIL_ON)}")
     if text and not deep:
         raise UnsupportedError("--text is for --deep")
-    check_reports(sarif=sarif, html=html)
+    hold({"--sarif": sarif, "--html": html}, (model, text), overwrite=overwrite)
     wanted = [name.strip().lower() for part in to or () for name in part.split(",") if name.strip()]
 
     from qguard_edge.scan.findings import Severity
@@ -106,7 +118,7 @@ def _show(found: "Scan") -> None:
         verdicts = by_type(found)
         for kind, made in found.prints.items():
             severity = verdicts[kind]
-            mark = f"[{COLOURS[str(severity)]}]{severity}[/]" if severity else "-"
+            mark = styled(f"[{COLOURS[str(severity)]}]{severity}[/]") if severity else "-"
             rows.add_row(
                 kind.upper(), f"{made.peak:.2f}", f"{made.place:.3f}", f"{made.level:.2f}", f"{made.band:.2f}", mark
             )
@@ -129,7 +141,8 @@ def _show(found: "Scan") -> None:
         )
     for finding in found.findings:
         colour = COLOURS[str(finding.severity)]
-        out.print(f"\n[{colour}]{finding.severity}[/] {finding.code} {escape(finding.rule.title)}", highlight=False)
+        title = f"{finding.code} {finding.rule.title}"
+        out.print(styled(f"\n[{colour}]{finding.severity}[/] {{title}}", title=title), highlight=False)
         out.print(f"  {finding.message}.", highlight=False, markup=False, soft_wrap=True)
         out.print(f"  {finding.rule.meaning}", style="dim", highlight=False, markup=False, soft_wrap=True)
         out.print(f"  {finding.rule.advice}", highlight=False, markup=False, soft_wrap=True)

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from qguard_edge.cli.console import err, out, percent, table
+from qguard_edge.cli.console import err, out, percent, styled, table
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from qguard_edge.verify.results import Check, Verification
 
 COLOURS = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
@@ -22,20 +22,22 @@ def show_verification(outcome: "Verification") -> None:
         rows.add_row(*_row(check, outcome, plain))
     out.print(rows)
     for check in outcome.checks:
-        out.print(f"[{COLOURS[check.verdict]}]{check.verdict}[/] {check.id}: {escape(check.reason)}", highlight=False)
+        text = f"{check.id}: {check.reason}"
+        out.print(styled(f"[{COLOURS[check.verdict]}]{check.verdict}[/] {{text}}", text=text), highlight=False)
     _show_findings(outcome)
     if outcome.drift:
         _show_drift(outcome.drift)
     for warning in outcome.warnings:
-        err.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+        err.print(styled("[yellow]warning:[/] {warning}", warning=warning), highlight=False)
     for limit in outcome.limits:
-        out.print(f"[dim]{escape(limit)}[/]", highlight=False)
-    out.print(f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]: {escape(outcome.summary)}", highlight=False)
+        out.print(styled("[dim]{limit}[/]", limit=limit), highlight=False)
+    text = f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]: {{summary}}"
+    out.print(styled(text, summary=outcome.summary), highlight=False)
 
 
-def _row(check: "Check", outcome: "Verification", plain: bool) -> list[str]:
+def _row(check: "Check", outcome: "Verification", plain: bool) -> "list[str | Text]":
     """One line of the table."""
-    verdict = f"[{COLOURS[check.verdict]}]{check.verdict}[/]"
+    verdict = styled(f"[{COLOURS[check.verdict]}]{check.verdict}[/]")
     if check.candidate is None or check.base is None or check.difference is None:
         drift = outcome.drift
         cells = [f"KL {drift.candidate.mean_kl:.3g}" if drift else "", "KL 0"]
@@ -66,7 +68,7 @@ def _show_findings(outcome: "Verification") -> None:
     for check, finding in listed:
         rows.add_row(
             check.suite,
-            escape(finding.phrase),
+            finding.phrase,
             f"{finding.candidate}/{finding.n}",
             f"{finding.base}/{finding.n}",
             "" if finding.plain is None else f"{finding.plain}/{finding.n}",

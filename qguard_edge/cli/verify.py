@@ -7,7 +7,8 @@ import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag
-from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, check_reports, write_reports
+from qguard_edge.cli.outputs import OverwriteFlag, hold, make_folder
+from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (
     MEASURE,
     DetectFlag,
@@ -98,6 +99,7 @@ def verify(
     sarif: Sarif = None,
     markdown: Markdown = None,
     html: Html = None,
+    overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -109,7 +111,15 @@ def verify(
     from qguard_edge.verify.verifier import VerifyRequest
     from qguard_edge.verify.verifier import verify as run
 
-    check_reports(junit=junit, sarif=sarif, markdown=markdown, html=html)
+    document = output / "verify.json" if output else None
+    if output:
+        make_folder(output)
+        html = html or output / "report.html"
+    hold(
+        {"--junit": junit, "--sarif": sarif, "--markdown": markdown, "--html": html, "--output": document},
+        (candidate, base, plain, text, *(suite or ())),
+        overwrite=overwrite,
+    )
     request = VerifyRequest(
         candidate=candidate,
         base=base,
@@ -132,10 +142,9 @@ def verify(
     )
     with ConsoleProgress(quiet or json_output) as progress:
         found = run(request, progress)
-    html = html or (output / "report.html" if output else None)
     write_reports(found, junit=junit, sarif=sarif, markdown=markdown, html=html)
-    if output:
-        with atomic_path(output / "verify.json") as temporary:
+    if document:
+        with atomic_path(document) as temporary:
             temporary.write_text(to_json(found), encoding="utf-8")
     finish(found, json_output=json_output, quiet=quiet)
 

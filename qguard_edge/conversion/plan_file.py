@@ -28,6 +28,7 @@ from convert.atomic import atomic_path
 from convert.gguf_file import GgufFile, TensorInfo
 from convert.hashes import sha256_of
 from convert.patch import GgufPatch
+from convert.reading import require_file
 from convert.tensor_io import RowSlice, open_reader, row_slices
 from qguard_edge.progress import NoProgress, Progress
 from quant_grids import GRIDS
@@ -137,7 +138,10 @@ class Plan:
 def write_plan(path: Path, tensors: Mapping[str, Bytes], header: Mapping[str, Any]) -> None:
     """Write a plan; it appears whole or not at all."""
     with atomic_path(path) as temporary:
-        save_file(dict(tensors), temporary, {"format": FORMAT, "plan": json.dumps(header)})
+        try:
+            save_file(dict(tensors), temporary, {"format": FORMAT, "plan": json.dumps(header)})
+        except SafetensorError as error:
+            raise PlanError(f"{path.name} cannot be written: {error}") from error
 
 
 def read_plan(path: Path) -> Plan:
@@ -147,6 +151,7 @@ def read_plan(path: Path) -> Plan:
         PlanError: it is not a plan.
     """
     try:
+        require_file(path)
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
             names = list(file.keys())

@@ -7,12 +7,16 @@ are moved, a folder for bitsandbytes, a rounding plan. Everything before the las
 the output, which goes away however the conversion ends. The library returns a report; printing is the command line's job.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
 from convert.atomic import work_folder
 from convert.hashes import sha256_of
+from convert.outputs import reserve
+from convert.pinned import Pinned
 from qguard_edge.conversion.activations import forget_activations
 from qguard_edge.conversion.learning import Learning, require_transformers
 from qguard_edge.conversion.naming import rejected_path
@@ -99,17 +103,38 @@ def output_for(request: ConversionRequest) -> Output[Any, Any]:
 def run(output: Output[Any, Report], progress: Progress, gate: Gate | None, guard: Guard | None) -> Report:
     """All stages of one conversion; arguments and errors as for `convert_model`."""
     output.open()
+    pinned = Pinned(output.inputs())
+    with _names_held(output, gate):
+        return _finished(output, pinned, progress, gate, guard)
+
+
+@contextmanager
+def _names_held(output: Output[Any, Any], gate: Gate | None) -> Iterator[None]:
+    """Hold everything that the conversion may write, under its final name, for the run."""
+    outfile = output.outfile
+    rejected = (rejected_path(outfile),) if gate and output.rounds else ()
+    with reserve([outfile, *output.files_beside(outfile), *rejected]):
+        for name in (outfile, *rejected):
+            output.check_names(name)
+        yield
+
+
+def _finished(
+    output: Output[Any, Report], pinned: Pinned, progress: Progress, gate: Gate | None, guard: Guard | None
+) -> Report:
     try:
-        return _stages(output, progress, gate, guard)
+        return _stages(output, pinned, progress, gate, guard)
     except Exception:
         # Only a conversion that is stopped from outside goes on where it was: one that fails leaves nothing.
         forget_activations(output.outfile)
         raise
 
 
-def _stages(output: Output[Any, Report], progress: Progress, gate: Gate | None, guard: Guard | None) -> Report:
+def _stages(
+    output: Output[Any, Report], pinned: Pinned, progress: Progress, gate: Gate | None, guard: Guard | None
+) -> Report:
     clock, warnings = Clock(), list(output.warnings)
-    with work_folder(output.outfile.parent) as work, ThreadPoolExecutor(1) as pool:
+    with work_folder(output.outfile) as work, ThreadPoolExecutor(1) as pool:
         with clock.stage("base"):
             warnings += output.make_base(work, progress)
         # Hashing the base costs a quarter second per gigabyte: it runs beside the stages that follow.
@@ -148,6 +173,7 @@ def _stages(output: Output[Any, Report], progress: Progress, gate: Gate | None, 
                 outfile = rejected_path(outfile)
         with clock.stage("write"):
             hashes = output.hashes(job, made)
+            pinned.check()
             output.name(made, outfile)
     learning.end()
     forget_activations(output.outfile)

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.reading import read_text
 from qguard_edge.learned.calibration_mix import mix_records
 from qguard_edge.learned.calibration_packing import beginnings, in_turns, pack
 from qguard_edge.learned.calibration_self import self_written
@@ -300,7 +301,7 @@ def _read(path: Path) -> str:
             raise CalibrationError(
                 f"--calib {path.name} has {size >> 20} MiB; give at most {LARGEST_FILE >> 20} MiB of text"
             )
-        return path.read_text(encoding="utf-8")
+        return read_text(path, LARGEST_FILE)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CalibrationError(f"--calib {path.name} cannot be read as UTF-8 text: {reason}") from error

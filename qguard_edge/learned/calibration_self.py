@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qguard_edge.runtimes.hf import HfTokenizer
+from qguard_edge.verify.chat import ChatTemplate, render_conversations
+
 if TYPE_CHECKING:
     from qguard_edge.progress import Progress
     from qguard_edge.runtimes.hf import HfModel
@@ -37,12 +40,21 @@ def self_written(model: "HfModel", model_key: str, count: int, length: int, prog
                 return texts
         except ValueError:
             pass  # half a file from a machine that went down: write it again
-    texts = model.write_texts(wanted, length, progress)
+    texts = model.write_texts(asked_prompts(model, wanted), length, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
     temporary.replace(path)
     return texts
+
+
+def asked_prompts(model: "HfModel", prompts: Sequence[str]) -> list[str]:
+    """Prompts as the model's chat template writes them, rendered away from this process and within limits."""
+    if not model.template_key:
+        return [f"{prompt}\n\n" for prompt in prompts]
+    tokenizer = HfTokenizer(model.tokenizer)
+    template = ChatTemplate(str(model.tokenizer.get_chat_template()), tokenizer.begin, tokenizer.end)
+    return render_conversations(template, [[("user", prompt)] for prompt in prompts], ask=True)
 
 
 def cache_folder() -> Path:

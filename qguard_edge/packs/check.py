@@ -137,7 +137,7 @@ def _measure_file(request: CheckRequest, progress: Progress) -> _Measurements:
     if facts.architecture != pack.base.architecture:
         warnings.append(f"the candidate is a {facts.architecture}, the pack's base a {pack.base.architecture}")
     questions = _questions(request)
-    context = int(model.first.get(f"{model.architecture}.context_length", 1 << 20))
+    context = model.first.count(f"{model.architecture}.context_length", 1 << 20)
     longest = max([asked.n_ctx for asked in questions.suites] + [len(ids) for ids in questions.documents])
     if longest > context:
         raise PackError(f"the pack needs a context of {longest} tokens; {request.candidate.name} has {context}")

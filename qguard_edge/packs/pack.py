@@ -25,6 +25,7 @@ from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from convert.atomic import atomic_path
+from convert.reading import read_file
 from qguard_edge.packs.matchers import suite_of
 from qguard_edge.verify.results import FileFacts, Measured
 from qguard_edge.verify.suites.base import Suite, SuiteError
@@ -242,10 +243,7 @@ def read_pack(path: Path) -> Pack:
         PackError: it cannot be read, is too large, or is not a pack.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise PackError(f"{path.name} has {size} bytes; a baseline pack may have {MOST_BYTES}")
-        return pack_from_json(path.read_bytes())
+        return pack_from_json(read_file(path, MOST_BYTES))
     except OSError as error:
         raise PackError(f"cannot read the baseline pack {path.name}: {error.strerror}") from error
     except PackError as error:

@@ -7,30 +7,19 @@ Two dialects; which one a server has is found out with a short request:
 * `POST /v1/completions`, OpenAI's: takes text, and names tokens by their text. The pack's prompts are sent as the text that gives
   the same ids, and the number of tokens that the server reports must be the number in the pack.
 
-Answers of a server are hostile input: sizes, types and probabilities are checked before use. No proxy or redirect is
-followed. A key in the environment variable `QGUARD_SERVER_KEY` is sent as bearer token.
+Answers of a server are hostile input: their time and size are bounded (`qguard_edge.packs.transport`), types and probabilities
+are checked before use. A key in the environment variable `QGUARD_SERVER_KEY` is sent as bearer token.
 """
 
-import http.client
 import json
 import math
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
-from quant_grids.errors import QGuardError
+from qguard_edge.packs.transport import KEY_VARIABLE, Connection, ServerError
 
-KEY_VARIABLE = "QGUARD_SERVER_KEY"
-MOST_BYTES = 32 << 20
 LONGEST_ANSWER = 1 << 20
-
-
-class ServerError(QGuardError):
-    """The server cannot be reached, or its answers are not those of a completion server."""
 
 
 @dataclass(frozen=True)
@@ -60,68 +49,6 @@ class Dialect(Protocol):
         """Whether the token can be found in a server's list."""
 
 
-class Connection:
-    """POST and GET of JSON below one address.
-
-    Args:
-        url: `http://host:port` or `https://...`, with or without a path (a final `/v1` is dropped).
-        timeout: seconds to wait for one answer.
-
-    Raises:
-        ServerError: it is no such address.
-    """
-
-    def __init__(self, url: str, timeout: float = 300.0) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ServerError(f"--server {url!r} is not an address such as http://127.0.0.1:8080")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ServerError(f"--server takes an address without user, query or fragment; give a key in {KEY_VARIABLE}")
-        port = f":{parts.port}" if parts.port else ""
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        self.name = f"{host}{port}"
-        self._base = f"{parts.scheme}://{self.name}{parts.path.rstrip('/').removesuffix('/v1')}"
-        self._timeout = timeout
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect).open
-
-    def post(self, path: str, document: Mapping[str, Any]) -> tuple[int, Any]:
-        """Status and JSON answer; the answer is None when it is not JSON."""
-        return self._request(path, json.dumps(document).encode())
-
-    def get(self, path: str) -> tuple[int, Any]:
-        """As `post`, without a body."""
-        return self._request(path, None)
-
-    def _request(self, path: str, body: bytes | None) -> tuple[int, Any]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if key := os.environ.get(KEY_VARIABLE):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._base + path, data=body, headers=headers)
-        try:
-            with self._open(request, timeout=self._timeout) as answer:
-                return int(answer.status), _json(answer.read(MOST_BYTES + 1), self.name)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, _json(error.read(MOST_BYTES + 1), self.name)
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            raise ServerError(f"the server at {self.name} does not answer: {reason}") from error
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def _json(raw: bytes, name: str) -> Any:
-    if len(raw) > MOST_BYTES:
-        raise ServerError(f"the server at {name} sent more than {MOST_BYTES} bytes for one prompt")
-    try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-
-
 class LlamaCppDialect:
     """llama.cpp's own endpoint."""
 
@@ -149,7 +76,8 @@ class LlamaCppDialect:
             rows = first.get("top_logprobs")
             if not isinstance(rows, list):
                 raise _strange(self._connection.name, "no top_logprobs; its llama.cpp may be too old")
-            listed = _probabilities({row.get("id"): row.get("logprob") for row in rows if isinstance(row, dict)}, self)
+            named = {row["id"]: row.get("logprob") for row in rows if isinstance(row, dict) and _is_id(row.get("id"))}
+            listed = _probabilities(named, self)
         ended = fields.get("stop_type") == "eos" or fields.get("stopped_eos") is True
         return ServerAnswer(_text(fields.get("content"), self._connection.name), ended, listed)
 
@@ -218,7 +146,7 @@ def connect(url: str, pieces: Mapping[str, str], probe: Sequence[int], timeout: 
         url: of the server.
         pieces: text of tokens by decimal id.
         probe: token ids of a prompt to try.
-        timeout: seconds to wait for one answer.
+        timeout: seconds that one answer may take in all.
 
     Raises:
         ServerError: it cannot be reached or has neither endpoint.
@@ -260,8 +188,12 @@ def _item(raw: Any, name: str) -> Mapping[str, Any]:
 
 def _text(raw: Any, name: str) -> str:
     if isinstance(raw, str) and len(raw) <= LONGEST_ANSWER:
-        return raw
+        return raw.encode("utf-8", "replace").decode("utf-8")  # JSON can write half a surrogate pair, which no file can hold
     raise _strange(name, "the completion is no text, or far too long")
+
+
+def _is_id(raw: Any) -> bool:
+    return isinstance(raw, int) and not isinstance(raw, bool)
 
 
 def _probabilities(raw: Mapping[Any, Any], dialect: "LlamaCppDialect | OpenAiDialect") -> Mapping[int, float]:
@@ -269,7 +201,7 @@ def _probabilities(raw: Mapping[Any, Any], dialect: "LlamaCppDialect | OpenAiDia
     found = {
         token: float(value)
         for token, value in raw.items()
-        if isinstance(token, int) and isinstance(value, (int, float)) and -1e4 < value <= 1e-3
+        if _is_id(token) and isinstance(value, int | float) and -1e4 < value <= 1e-3
     }
     if not found or sum(map(math.exp, found.values())) > 1.01:
         raise ServerError(f"the server's log-probabilities ({dialect.name}) are not those of a distribution")

@@ -14,4 +14,5 @@ def versioned(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def json_text(document: Mapping[str, Any]) -> str:
     """A document as JSON text, with its schema version."""
-    return json.dumps(versioned(document), indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(versioned(document), indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # half a surrogate pair becomes its escape in JSON

@@ -18,7 +18,7 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from convert.child import die_with_parent, resident_bytes
+from convert.child import resident_bytes
 from qguard_edge.runtimes.activations_job import ActivationJob
 from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
@@ -150,7 +150,6 @@ class ActivationRun:
 
 def main() -> None:
     """Entry point of the child process."""
-    die_with_parent()
     try:
         ActivationRun(ActivationJob.load(Path(sys.argv[1]))).run()
     except QGuardError as error:

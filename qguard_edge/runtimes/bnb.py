@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qguard_edge.runtimes.hf import HfLoadError, first_line, quiet
+from qguard_edge.runtimes.hf import HfLoadError, first_line, quiet, require_sound
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ def linear_modules(folder: Path, skip: Sequence[str] = ()) -> LinearModules:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    require_sound(folder)
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(
             f"transformers cannot build the model of {folder.name} from its config: {first_line(error)}"
         ) from error
@@ -92,6 +93,7 @@ def load_exactly(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    require_sound(folder)
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
     if dtype is not None:
         options["dtype"] = dtype
@@ -105,7 +107,7 @@ def load_exactly(
     try:
         with quiet():
             return exact_on_cpu(AutoModelForCausalLM.from_pretrained(folder, **options).eval())
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(f"transformers cannot load {folder.name}: {first_line(error)}") from error
 
 
@@ -124,6 +126,6 @@ def continue_text(folder: Path, prompt: str, count: int) -> tuple[str, tuple[int
             given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
             made = model.generate(**given, max_new_tokens=count, do_sample=False)
             ids = made[0, given["input_ids"].shape[1] :].tolist()
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(f"transformers cannot run the folder that was made: {first_line(error)}") from error
     return str(tokenizer.decode(ids)), tuple(ids)

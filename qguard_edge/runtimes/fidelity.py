@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from convert.reading import read_text
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.llama import LlamaModel
 from quant_grids.errors import QGuardError
@@ -23,6 +24,7 @@ from quant_grids.errors import QGuardError
 FloatArray = npt.NDArray[np.float32]
 DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 N_BOOTSTRAP = 2000
+LARGEST_TEXT = 1 << 28  # bytes
 
 
 class TextError(QGuardError):
@@ -59,7 +61,7 @@ def read_texts(path: Path) -> list[str]:
         TextError: the file is unreadable or empty.
     """
     try:
-        content = path.read_text(encoding="utf-8")
+        content = read_text(path, LARGEST_TEXT)
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"cannot read the text {path.name} as UTF-8: {error}") from error
     texts = [part.strip() for part in content.split("\n\n") if part.strip()]

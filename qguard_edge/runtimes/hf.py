@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from convert.reading import check_folder, require_file
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.devices import autocast
 from quant_grids.errors import QGuardError
@@ -46,29 +47,16 @@ class HfModel:
         """Token ids; `special`: with what the tokenizer puts around plain text (a beginning-of-text token, for most)."""
         return [int(i) for i in self.tokenizer(text, add_special_tokens=special)["input_ids"]]
 
-    def render(self, messages: Sequence[tuple[str, str]], *, ask: bool = False) -> str:
-        """A conversation as text, by the model's chat template (in transformers' sandbox); plain text where it has none.
-
-        Args:
-            messages: (role, content) pairs.
-            ask: end where the assistant's answer begins.
-
-        Raises:
-            HfLoadError: the template does not take these messages.
-        """
-        if not self.template_key:
-            return "\n\n".join(content for _, content in messages) + ("\n\n" if ask else "")
-        turns = [{"role": role, "content": content} for role, content in messages]
-        try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
-        except Exception as error:  # whatever a template raises, jinja's own errors among it
-            raise HfLoadError(f"the model's chat template does not take these messages: {first_line(error)}") from error
-
     def write_texts(self, prompts: Sequence[str], length: int, progress: Progress | None = None) -> list[str]:
         """Let the model answer prompts: sampled at temperature 1, the same texts each time.
 
+        Args:
+            prompts: as its chat template writes them, up to where the answer begins.
+            length: of prompt and answer, in tokens, at most.
+            progress: told about the texts.
+
         Returns:
-            Prompt and answer as the chat template writes them, of about `length` tokens at most.
+            Prompt and answer.
         """
         progress = progress or NoProgress()
         progress.stage("The model writes its calibration text", len(prompts), "texts")
@@ -81,8 +69,7 @@ class HfModel:
         try:
             for start in range(0, len(prompts), WRITING_BATCH):
                 asked = [
-                    self.encode(self.render([("user", p)], ask=True), special=not self.template_key)
-                    for p in prompts[start : start + WRITING_BATCH]
+                    self.encode(prompt, special=not self.template_key) for prompt in prompts[start : start + WRITING_BATCH]
                 ]
                 longest = max(map(len, asked))
                 ids = torch.tensor([[pad] * (longest - len(row)) + row for row in asked], device=device)
@@ -126,6 +113,21 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def require_sound(path: Path) -> None:
+    """Hold a model against `convert.reading`'s rule before transformers opens it.
+
+    Raises:
+        FormatError: a file of it is a link that leads out of the folder, a FIFO or a device.
+        HfLoadError: there is none.
+    """
+    if path.is_dir():
+        check_folder(path)
+    elif path.exists():
+        require_file(path)
+    else:  # transformers would take the path for a hub id
+        raise HfLoadError(f"there is no model at {path}")
+
+
 def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> HfModel:
     """Load a Hugging Face folder, or a full-precision GGUF of an architecture that transformers reads.
 
@@ -139,6 +141,7 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    require_sound(path)
     where = _where(path)
     # A pickle beside the weights would be another model than the one converted.
     weights: dict[str, Any] = {} if path.is_file() else {"use_safetensors": True}
@@ -146,7 +149,7 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(**where, **weights, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(f"transformers cannot load {path.name}: {first_line(error)}") from error
     model = model.eval().to(device or torch.device("cpu"))
     return HfModel(model, tokenizer, str(model.config.model_type), int(model.config.num_hidden_layers))
@@ -224,10 +227,11 @@ def load_tokenizer(folder: Path) -> HfTokenizer:
     """
     from transformers import AutoTokenizer
 
+    require_sound(folder)
     try:
         with quiet():
             return HfTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(f"transformers cannot load the tokenizer of {folder.name}: {first_line(error)}") from error
 
 

@@ -9,20 +9,21 @@ are measured, not the output matrix.
 A folder is first written as a base GGUF beside the output, and removed at the end.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from convert.atomic import PREFIX, check_writable
+from convert.atomic import check_writable, work_folder
 from convert.base_gguf import write_base
 from convert.gguf_file import GgufModel
 from convert.imatrix_file import write_imatrix
+from convert.reading import read_text
 from convert.source import Source, resolve_source
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations import LlamaGramSource
+from qguard_edge.runtimes.fidelity import LARGEST_TEXT
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.tokens import llama_tokens
 from quant_grids.errors import QGuardError
@@ -82,19 +83,19 @@ def make_imatrix(
     progress = progress or NoProgress()
     check_writable(outfile)
     try:
-        content = text.read_text(encoding="utf-8")
+        content = read_text(text, LARGEST_TEXT)
     except (OSError, UnicodeDecodeError) as error:
         raise ImatrixError(f"cannot read the text {text.name} as UTF-8: {error}") from error
     source = resolve_source(model, revision)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=outfile.parent) as place:
-        base = GgufModel(_base_of(source, Path(place) / "base.gguf", progress))
+    with work_folder(outfile) as place:
+        base = GgufModel(_base_of(source, place / "base.gguf", progress))
         chunks = _chunks(base, content, chunk_size)[:max_chunks]
         if not chunks:
             raise ImatrixError(f"{text.name} holds no text")
         layers = ALL_LAYERS if device is not None and device.type == "cuda" else 0
         seen = LlamaGramSource(base, products=False, gpu_layers=layers, way_out="")
         weights = wanted_weights(base, [name for name in base.tensors if name.startswith("blk.")])
-        grams = seen.collect(weights, chunks, Path(place) / "sums", progress=progress)
+        grams = seen.collect(weights, chunks, place / "sums", progress=progress)
         if not grams.names:
             raise ImatrixError(f"no product of {source.name} reads a matrix of a block: there is nothing to measure")
         measured = {name: grams.diagonal(name) for name in grams.names}

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.child import child_command
+
 MARK = "@qguard-event "
 Event = Mapping[str, Any]
 
@@ -34,8 +36,7 @@ def run_child(module: str, job: Path, *, threads: int = 1, on_event: Callable[[E
     Returns:
         Why it failed, in words; empty if it did not.
     """
-    # -P: a folder named `convert` where the user happens to stand must not be imported in our place.
-    command = [sys.executable, "-P", "-m", module, str(job)]
+    command = child_command(module, job)
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     waiting = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "10"}  # the second: 2^10 cycles, not 2^26
     environment = os.environ | dict.fromkeys(names, str(threads)) | waiting

@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.child import child_command
 from quant_grids.errors import QGuardError
 
 PROMPT = "The capital of France is"
@@ -42,7 +43,7 @@ def load_check(path: Path, *, prompt: str = PROMPT, count: int = TOKENS, threads
     Raises:
         LoadCheckError: it does not load, or does not decode; the message quotes llama.cpp.
     """
-    command = [sys.executable, "-P", "-m", "qguard_edge.runtimes.load_check", str(path), prompt, str(count), str(threads)]
+    command = child_command("qguard_edge.runtimes.load_check", path, prompt, str(count), str(threads))
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()

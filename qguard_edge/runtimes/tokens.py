@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.child import die_with_parent
 from qguard_edge.runtimes.llama_child import run_child, tell
 from quant_grids.errors import QGuardError
 
@@ -71,7 +70,6 @@ def _work(job: Path) -> None:
 
 def main() -> None:
     """Entry point of the child process."""
-    die_with_parent()
     try:
         _work(Path(sys.argv[1]))
     except QGuardError as error:

@@ -160,7 +160,7 @@ def answers_of(
                     tokens += sum(len(answer.tokens) for answer in made)
                     return made
 
-                answers += work.answers(key, make)
+                answers += work.answers(key, make, count=len(part), longest=asked.suite.new_tokens)
                 progress.advance(len(part), asked.suite.name)
             found[asked.suite.name] = tuple(answers)
     return found, round(tokens / seconds, 1) if seconds else None
@@ -214,7 +214,7 @@ def drift_of(
         return [*others, *(["noise"] if number < NOISE_DOCUMENTS else [])]
 
     kept: list[Mapping[str, DocumentDrift | None]]
-    kept = [{role: work.drift(key(role, ids)) for role in roles(i)} for i, ids in enumerate(questions.documents)]
+    kept = [{role: work.drift(key(role, ids), len(ids)) for role in roles(i)} for i, ids in enumerate(questions.documents)]
     missing = [i for i, found in enumerate(kept) if any(part is None for part in found.values())]
     progress.advance(len(kept) - len(missing))
     if missing:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
+from convert.child import child_command
 from convert.gguf_file import GgufFile
 from qguard_edge.verify.suites.base import SuitePrompt
 from quant_grids.errors import QGuardError
@@ -130,7 +131,7 @@ def render_conversations(
         "ask": ask,
         "tools": [[json.loads(tool) for tool in given] or None for given in tools or [()] * len(messages)],
     }
-    command = [sys.executable, "-P", "-m", "qguard_edge.verify.chat"]
+    command = child_command("qguard_edge.verify.chat")
     try:
         done = subprocess.run(
             command,

@@ -38,7 +38,7 @@ class GgufSubject:
     @property
     def context_length(self) -> int:
         """See `Subject.context_length`."""
-        return int(self.model.first.get(f"{self.model.architecture}.context_length", NO_LIMIT))
+        return self.model.first.count(f"{self.model.architecture}.context_length", NO_LIMIT)
 
     def facts(self, role: Role, name: str | None = None) -> FileFacts:
         """See `Subject.facts`."""

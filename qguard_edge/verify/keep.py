@@ -11,13 +11,19 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
 from convert.atomic import atomic_path
+from convert.reading import read_file
 from qguard_edge.runtimes.batching import Answer
 from qguard_edge.verify.drift import DocumentDrift
-from quant_grids.errors import QGuardError
+from quant_grids.errors import FormatError, QGuardError
+
+MOST_TOKENS = 1 << 22  # of a vocabulary
+LARGEST_PIECE = 1 << 28  # bytes
+LOWEST_KL = -1e-3  # rounding
 
 
 class WorkError(QGuardError):
@@ -27,6 +33,40 @@ class WorkError(QGuardError):
 def key_of(parts: Mapping[str, Any]) -> str:
     """Key of a piece of work: 24 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _answers(raw: Any, count: int, longest: int) -> list[Answer]:
+    """Kept answers, if they can be answers to so many prompts.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    found = []
+    for tokens, ended in raw:
+        fits = isinstance(tokens, list) and len(tokens) <= longest and isinstance(ended, bool)
+        if not fits or not all(type(token) is int and 0 <= token < MOST_TOKENS for token in tokens):
+            raise ValueError("no answer")
+        found.append(Answer(tuple(tokens), ended))
+    if len(found) != count:
+        raise ValueError(f"{len(found)} answers to {count} prompts")
+    return found
+
+
+def _measured(kl: Any, same: Any, loss: Any, rows: int) -> DocumentDrift:
+    """A kept measurement, if it can be that of so many positions.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if (
+        {kl.shape, same.shape, loss.shape} != {(rows,)}
+        or same.dtype != np.bool_
+        or {kl.dtype, loss.dtype} != {np.dtype("f8")}
+    ):
+        raise ValueError("other arrays than were kept")
+    if not np.isfinite(kl).all() or not np.isfinite(loss).all() or (kl < LOWEST_KL).any():
+        raise ValueError("values that no measurement gives")
+    return DocumentDrift(kl, same, loss)
 
 
 class WorkFolder:
@@ -47,13 +87,20 @@ class WorkFolder:
             except OSError as error:
                 raise WorkError(f"the work folder {folder.name} cannot be made: {error.strerror}") from error
 
-    def answers(self, key: str, make: Callable[[], list[Answer]]) -> list[Answer]:
-        """The answers kept under a key, or made now and kept."""
+    def answers(self, key: str, make: Callable[[], list[Answer]], *, count: int, longest: int) -> list[Answer]:
+        """The answers kept under a key, or made now and kept.
+
+        Args:
+            key: of the piece.
+            make: answers the prompts.
+            count: of the prompts; a piece with another number of answers is made again.
+            longest: tokens of an answer at most.
+        """
         path = self._path(f"answers-{key}.json")
         if path is not None and path.is_file():
             try:
-                return [Answer(tuple(map(int, tokens)), bool(ended)) for tokens, ended in json.loads(path.read_bytes())]
-            except (OSError, ValueError, TypeError):
+                return _answers(json.loads(read_file(path, LARGEST_PIECE)), count, longest)
+            except (OSError, ValueError, TypeError, RecursionError, FormatError):
                 pass  # half a disk, another program's file: made again
         answers = make()
         if path is not None:
@@ -61,15 +108,15 @@ class WorkFolder:
                 temporary.write_text(json.dumps([[answer.tokens, answer.ended] for answer in answers]), encoding="ascii")
         return answers
 
-    def drift(self, key: str) -> DocumentDrift | None:
-        """A text's measurement, or None."""
+    def drift(self, key: str, tokens: int) -> DocumentDrift | None:
+        """The measurement of a text of so many tokens, or None."""
         path = self._path(f"drift-{key}.npz")
         if path is None or not path.is_file():
             return None
         try:
             with np.load(path, allow_pickle=False) as kept:
-                return DocumentDrift(kept["kl"], kept["same"], kept["loss"])
-        except (OSError, ValueError, KeyError, EOFError):
+                return _measured(kept["kl"], kept["same"], kept["loss"], tokens - 1)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
     def put_drift(self, key: str, found: DocumentDrift) -> None:

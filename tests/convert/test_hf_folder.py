@@ -17,7 +17,7 @@ from convert.hf_folder import ShardWriter, copy_side_files
 def atomic_folder(path: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """The steps that a conversion takes."""
     check_folder_writable(path, overwrite=overwrite, marker=marker)
-    with work_folder(path.parent) as work:
+    with work_folder(path) as work:
         (work / "made").mkdir()
         yield work / "made"
         commit_folder(work / "made", path)
@@ -118,3 +118,12 @@ def test_side_files_are_copied_and_code_is_not(tmp_path: Path) -> None:
     copied = copy_side_files(source, target)
     assert sorted(copied) == leftovers(target) == ["chat_template.jinja", "generation_config.json", "tokenizer.json"]
     assert not (target / "chat_template.jinja").is_symlink()
+
+
+def test_where_a_model_was_made_is_not_told(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "tokenizer_config.json").write_text('{"name_or_path": "/home/somebody/secret-project", "eos_token": "</s>"}')
+    copy_side_files(source, target)
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}

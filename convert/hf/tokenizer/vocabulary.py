@@ -88,6 +88,7 @@ def read_added_tokens(entries: Any, origin: str) -> tuple[AddedToken, ...]:
     for entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not entry["content"]:
             raise FormatError(f"{origin}: an added token has no text: {entry!r:.120}.")
+        check_length(entry["content"], origin)
         tokens.append(
             AddedToken(
                 id=checked_id(entry.get("id"), origin),

@@ -8,12 +8,13 @@ from typing import Any
 import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
-from qguard_edge.cli.console import ConsoleProgress, check_report_file, deliver
+from qguard_edge.cli.console import ConsoleProgress, deliver
 from qguard_edge.cli.convert.flags import ConvertFlags, with_flags
 from qguard_edge.cli.convert.request import request_from, with_searched_strength
 from qguard_edge.cli.convert.scan_first import refusals, show_findings
 from qguard_edge.cli.convert.tables import show_dry_run, show_report
 from qguard_edge.cli.defense_flags import with_defense_flags
+from qguard_edge.cli.outputs import hold
 
 HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandbytes.
 
@@ -81,7 +82,7 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
     from qguard_edge import api
     from qguard_edge.scan.guard import ScanGuard
 
-    check_report_file(flags.report_file)
+    hold({"--report": flags.report_file}, flags.files_read(), overwrite=flags.overwrite)
     with ConsoleProgress(flags.quiet) as progress:
         if flags.qvec_text and isinstance(request, GgufRequest):
             request = with_searched_strength(request, flags, progress)

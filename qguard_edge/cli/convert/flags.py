@@ -219,6 +219,10 @@ class ConvertFlags:
             return MOVED_GGUF
         return FLOAT if to in ("f32", "f16", "bf16") else GGUF
 
+    def files_read(self) -> tuple[Path | str | None, ...]:
+        """Every file and folder that a conversion with these flags reads."""
+        return (self.model, self.imatrix, self.calib, self.calib_add, self.qvec_text, self.converter)
+
     def check(self) -> None:
         """Refuse flags that mean nothing for this output, or contradict each other, rather than ignore them.
 

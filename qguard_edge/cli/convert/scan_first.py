@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
-from rich.markup import escape
 
-from qguard_edge.cli.console import err, print_json
+from qguard_edge.cli.console import err, print_json, styled
 
 if TYPE_CHECKING:
     from qguard_edge.scan.findings import Finding
@@ -31,7 +30,7 @@ def refusals(json_output: bool) -> Iterator[None]:
 def _show_refusal(error: "RefusedError", json_output: bool) -> None:
     for finding in error.findings:
         print_finding(finding)
-    err.print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    err.print(styled("[bold red]refused:[/] {error}", error=error), highlight=False, soft_wrap=True)
     if json_output:
         from qguard_edge.scan.report import refusal_document
 
@@ -41,8 +40,8 @@ def _show_refusal(error: "RefusedError", json_output: bool) -> None:
 def print_finding(finding: "Finding") -> None:
     """One line on standard error."""
     colour = COLOURS[str(finding.severity)]
-    text = escape(f"{finding.code} {finding.message}")
-    err.print(f"[{colour}]{finding.severity}:[/] {text}", highlight=False, soft_wrap=True)
+    text = f"{finding.code} {finding.message}"
+    err.print(styled(f"[{colour}]{finding.severity}:[/] {{text}}", text=text), highlight=False, soft_wrap=True)
 
 
 def show_findings(guard: "ScanGuard", quiet: bool) -> None:

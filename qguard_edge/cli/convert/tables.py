@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qguard_edge.cli.console import alignment_text, count_text, err, out, percent, print_json, size_text, table
+from qguard_edge.cli.console import alignment_text, count_text, err, out, percent, print_json, size_text, styled, table
 
 if TYPE_CHECKING:
     from convert.quantizer import Fallback
@@ -31,7 +31,7 @@ def show_report(report: "ConversionReport") -> None:
     if report.activations:
         _show_activations(report)
     for warning in report.warnings:
-        err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+        err.print(styled("[yellow]warning:[/] {warning}", warning=warning), highlight=False)
     times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())
     sizes = f"base {size_text(report.base_bytes)} -> {size_text(report.out_bytes)}"
     out.print(f"{sizes}; {times}", highlight=False, soft_wrap=True)
@@ -198,7 +198,7 @@ def show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
         out.print(rows)
         _show_fallbacks([tensor.fallback for tensor in plan.tensors if tensor.fallback])
         for warning in plan.warnings:
-            err.print(f"[yellow]warning:[/] {warning}", highlight=False)
+            err.print(styled("[yellow]warning:[/] {warning}", warning=warning), highlight=False)
     out.print(
         f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}"
         f"{learning_text(plan.learning)}; would write {plan.outfile.name}; nothing was written",

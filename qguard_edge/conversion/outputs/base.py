@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from convert.gguf_file import GgufFile, GgufModel
+from convert.outputs import Written, check_outputs
 from convert.source import Source, resolve_source
 from qguard_edge.conversion.activations import Activations
 from qguard_edge.conversion.report import ConversionReport, Report
@@ -106,7 +107,28 @@ class Output(ABC, Generic[Request, Report]):
 
     @abstractmethod
     def choose_name(self) -> Path:
-        """The output's final name, checked: it can be written, and nothing is replaced against the user's will."""
+        """The output's final name, checked."""
+
+    def check_names(self, outfile: Path) -> None:
+        """Refuse names that cannot be written, or would replace something against the user's will.
+
+        Args:
+            outfile: the output's name; the files beside it are checked as well.
+
+        Raises:
+            OutputError: naming the path and the way out.
+        """
+        names = [Written(path) for path in (outfile, *self.files_beside(outfile))]
+        check_outputs(names, self.inputs(), overwrite=self.request.overwrite)
+
+    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
+        """Files that are written beside the output."""
+        return ()
+
+    def inputs(self) -> tuple[Path | None, ...]:
+        """Files and folders that the conversion reads and must not replace."""
+        text = self.request.calibration
+        return (self.source.path, text.file, text.add)
 
     @abstractmethod
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:

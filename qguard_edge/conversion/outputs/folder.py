@@ -17,6 +17,7 @@ from convert.bnb_layout import DTYPE_NAMES, quantization_config, stored_tensors
 from convert.cores import available_cores
 from convert.hashes import sha256_of
 from convert.hf_folder import CONFIG_NAME, ShardWriter, copy_side_files, write_json
+from convert.outputs import check_not_inside
 from convert.tensor_io import single_threaded_torch
 from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.folder_matrices import FolderTarget
@@ -39,6 +40,8 @@ from qguard_edge.runtimes.hf_grams import TransformersGramSource
 from qguard_edge.runtimes.load_check import PROMPT, TOKENS, LoadCheck
 from quant_grids import Outcome
 from quant_grids.errors import FormatError
+
+NOT_COPIED = ("quantization_config", "auto_map", "_name_or_path")
 
 
 class FolderOutput(Output[FolderRequest, FolderReport]):
@@ -71,8 +74,13 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
             raise OutputError(
                 f"the output {outfile.name} and the input lie in one another; choose another name with --outfile"
             )
-        check_folder_writable(outfile, overwrite=request.overwrite, marker=CONFIG_NAME)
+        self.check_names(outfile)
         return outfile
+
+    def check_names(self, outfile: Path) -> None:
+        """See `Output.check_names`."""
+        check_folder_writable(outfile, overwrite=self.request.overwrite, marker=CONFIG_NAME)
+        check_not_inside(outfile, self.inputs())
 
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: the folder itself."""
@@ -186,8 +194,8 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
         return {key: tensor.cpu() for key, tensor in stored.items()}
 
     def _config(self) -> dict[str, Any]:
-        """config.json of the output; code that the original may have named is not copied, so not named either."""
-        config = {key: value for key, value in self.opened.config.items() if key not in ("quantization_config", "auto_map")}
+        """config.json of the output; code that the original may have named, and where it was made, are not told."""
+        config = {key: value for key, value in self.opened.config.items() if key not in NOT_COPIED}
         if self.request.base_type is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = DTYPE_NAMES[DTYPES[self.request.base_type]]

@@ -25,7 +25,7 @@ from qguard_edge.conversion.activations import (
     write_importance,
 )
 from qguard_edge.conversion.metadata import qguard_entries
-from qguard_edge.conversion.naming import check_output, from_template, input_files, plain_path
+from qguard_edge.conversion.naming import from_template, plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
@@ -59,12 +59,12 @@ class GgufFamily(Output[Made, Report]):
         request = self.request
         template = request.outfile or self.default_name.replace("{NAME}", self.source.name)
         outfile = from_template(template, request.options.file_type.name)
-        check_output((outfile, *self.files_beside(outfile)), input_files(self.source), overwrite=request.overwrite)
+        self.check_names(outfile)
         return outfile
 
-    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
-        """Files that are written beside the output."""
-        return ()
+    def inputs(self) -> tuple[Path | None, ...]:
+        """See `Output.inputs`."""
+        return (*super().inputs(), self.request.options.imatrix, self.request.converter)
 
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: the input itself, or a GGUF written from the folder."""
@@ -293,7 +293,7 @@ class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
     """See the module docstring."""
 
     def files_beside(self, outfile: Path) -> tuple[Path, ...]:
-        """See `GgufFamily.files_beside`."""
+        """See `Output.files_beside`."""
         return (plain_path(outfile),) if self.request.keep_plain else ()
 
     def name(self, made: Path, outfile: Path) -> None:

@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.atomic import atomic_path, check_writable, commit
+from convert.atomic import atomic_path, commit
 from convert.cores import available_cores
 from convert.diff import FileDifference, compare_files
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
+from convert.outputs import Written, writing
+from convert.pinned import Pinned
 from convert.source import open_base
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.metadata import qguard_entries
-from qguard_edge.conversion.naming import check_output
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
 from qguard_edge.conversion.report import ConversionReport, PlanReport
@@ -60,9 +61,12 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
     def choose_name(self) -> Path:
         """See `Output.choose_name`."""
         outfile = Path(self.request.outfile).expanduser()
-        inputs = (self.request.base, self.request.plain, *([self.source.path] if self.source.is_gguf else []))
-        check_output((outfile,), inputs, overwrite=self.request.overwrite)
+        self.check_names(outfile)
         return outfile
+
+    def inputs(self) -> tuple[Path | None, ...]:
+        """See `Output.inputs`."""
+        return (*super().inputs(), self.request.base, self.request.plain)
 
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: base and plain are given."""
@@ -186,13 +190,13 @@ def apply_to(plan_path: Path, plain_path: Path, outfile: Path, *, overwrite: boo
         PlanError: the plan does not belong to the plain file, or the output is not what the plan says.
         OutputError: the output exists or cannot be written.
     """
-    check_writable(outfile)
-    if outfile.exists() and (not overwrite or outfile.samefile(plain_path)):
-        raise PlanError(f"{outfile.name} exists; pass --overwrite to replace it (the plain file itself is never replaced)")
-    plan, plain = read_plan(plan_path), GgufFile(plain_path)
-    with atomic_path(outfile) as temporary:
-        changed = apply_plan(plan, plain, temporary, progress)
-        difference = compare_files(plain_path, temporary, threads=available_cores())
-        if fault := difference.fault(changed):
-            raise PlanError(f"{fault}; please report this")
+    with writing([Written(outfile)], [plan_path, plain_path], overwrite=overwrite):
+        pinned = Pinned([plan_path, plain_path])
+        plan, plain = read_plan(plan_path), GgufFile(plain_path)
+        with atomic_path(outfile) as temporary:
+            changed = apply_plan(plan, plain, temporary, progress)
+            difference = compare_files(plain_path, temporary, threads=available_cores())
+            if fault := difference.fault(changed):
+                raise PlanError(f"{fault}; please report this")
+            pinned.check()
     return ApplyReport(outfile, changed, difference, plan.header)

@@ -31,6 +31,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from convert.reading import read_text
 from qguard_edge.verify.results import CheckKind
 from qguard_edge.verify.suites.base import Matcher, Suite, SuiteError, SuitePrompt
 from qguard_edge.verify.suites.code import ALSO, SEVERITIES, BanditMatcher, UnparsedMatcher
@@ -69,10 +70,7 @@ def read_suite(path: Path) -> Suite:
         SuiteError: it cannot be read or is not a suite; one sentence that names the place.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise SuiteError(f"{path.name} has {size} bytes; a suite may have {MOST_BYTES}")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"cannot read the suite {path.name} as UTF-8: {error}") from error
     if path.suffix in (".yaml", ".yml"):

@@ -108,7 +108,7 @@ def test_a_plan_belongs_to_one_plain_file(
     quantize(tiny_base, other, QuantizeOptions(parse_file_type("q4_0"), threads=2))
     with pytest.raises(PlanError, match="another SHA-256"):
         apply_to(plan, other, tmp_path / "out.gguf", overwrite=False, progress=NoProgress())
-    with pytest.raises(PlanError, match="exists"):
+    with pytest.raises(OutputError, match="same file"):
         apply_to(plan, plain, plain, overwrite=True, progress=NoProgress())
     with pytest.raises(OutputError):
         apply_to(plan, plain, tmp_path / "no" / "out.gguf", overwrite=False, progress=NoProgress())

@@ -1,6 +1,7 @@
 """The calibration loader: kinds of files, choice and cut, the chat template, self-written text and its cache."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from qguard_edge.learned.calibration import (
     read_documents,
     write_pairs,
 )
-from qguard_edge.runtimes.hf import HfLoadError, HfModel, load_hf_model
+from qguard_edge.learned.calibration_self import asked_prompts, self_written
+from qguard_edge.runtimes.hf import HfModel, load_hf_model
+from qguard_edge.verify.chat import TemplateError
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -142,21 +145,41 @@ def test_few_texts_are_warned_about_and_none_is_an_error(model: HfModel, tmp_pat
             bad.check()
 
 
-def test_conversations_go_through_the_template(model: HfModel) -> None:
-    turns = (("user", "hi"), ("assistant", "ho"))
-    assert model.render(turns) == "hi\n\nho"  # the tiny model has no template
+def test_prompts_go_through_the_template(model: HfModel) -> None:
+    assert asked_prompts(model, ["hi", "ho"]) == ["hi\n\n", "ho\n\n"]  # the tiny model has no template
     model.tokenizer.chat_template = TEMPLATE
-    assert model.render(turns) == "<user>hi\n<assistant>ho\n"
-    assert model.render(turns[:1], ask=True) == "<user>hi\n<assistant>"
+    assert asked_prompts(model, ["hi"]) == ["<user>hi\n<assistant>"]
+
+
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+HUGE = "{{ 'a' * 10 ** 10 }}"
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "{% for %}", "{{ messages[9].content.x.y }}"]
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception('no') }}",
+        "{% for %}",
+        "{{ messages[9].content.x.y }}",
+        ENDLESS,
+        HUGE,
+    ],
 )
-def test_a_hostile_or_broken_template_is_one_sentence(model: HfModel, template: str) -> None:
+def test_a_hostile_or_broken_template_is_one_sentence(
+    model: HfModel, template: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It ran in this process: nested loops hung, `'a' * 10 ** 10` took 9.9 GB."""
+    monkeypatch.setattr(sys.modules[TemplateError.__module__], "SECONDS", 3)
+    monkeypatch.setenv("QGUARD_CACHE", str(tmp_path))
     model.tokenizer.chat_template = template
-    with pytest.raises(HfLoadError, match="chat template does not take"):
-        model.render([("user", "hi")])
+    with pytest.raises(TemplateError, match="the chat template"):
+        self_written(model, "key", 1, 16, None)
+    path = lines(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "hi"}]})
+    with pytest.raises(TemplateError, match="the chat template"):
+        load_calibration(CalibrationOptions(path), model, "", 0)
 
 
 def test_self_written_text_is_the_same_each_time_and_cached(

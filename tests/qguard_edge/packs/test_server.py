@@ -11,7 +11,8 @@ import pytest
 
 from qguard_edge.packs.check import CheckRequest, check
 from qguard_edge.packs.pack import Pack
-from qguard_edge.packs.server import LlamaCppDialect, OpenAiDialect, ServerError, connect, unique_pieces
+from qguard_edge.packs.server import LlamaCppDialect, OpenAiDialect, connect, unique_pieces
+from qguard_edge.packs.transport import MOST_BYTES, ServerError
 from qguard_edge.verify.results import Verdict
 from tests.helpers.lab_files import LabFiles
 
@@ -131,7 +132,13 @@ def test_the_dialect_is_found_out(reply: Any) -> None:
         ),
         (native(completion_probabilities=[{"top_logprobs": [{"id": 1, "logprob": 5.0}]}]), "not those"),
         (native(content=7), "not"),
-        ({"/completion": (200, b"x" * ((32 << 20) + 1))}, "more than"),
+        (native(completion_probabilities=[{"top_logprobs": [{"id": [1], "logprob": -0.1}]}]), "not those"),
+        (native(completion_probabilities=[{"top_logprobs": [{"id": 1, "logprob": 10**400}]}]), "not those"),
+        (native(completion_probabilities={"a": 1}), "no completion in it"),
+        ({"/completion": (200, b'{"content": [' + b"[]," * (1 << 20) + b"0]}")}, "more than 100000 lists"),
+        ({"/completion": (200, b"[" * (1 << 20))}, "more than 100000 lists"),
+        ({"/completion": (200, b'{"content": [' + b"1," * 3_000_000 + b"0]}")}, "1000000 values"),
+        ({"/completion": (200, b"x" * (MOST_BYTES + 1))}, "more than"),
     ],
 )
 def test_nonsense_is_one_sentence(reply: Any, answers: dict[str, tuple[int, bytes]], words: str) -> None:
@@ -149,3 +156,10 @@ def test_llama_cpp_names_tokens_by_id(reply: Any) -> None:
 
 def test_pieces_that_two_tokens_share_are_left_out() -> None:
     assert unique_pieces({"1": "a", "2": "b", "3": "b", "4": "", "5": "\ufffd"}) == {"a": 1}
+
+
+def test_half_a_surrogate_pair_becomes_a_character_that_files_can_hold(reply: Any) -> None:
+    """It was an internal error, as soon as a report was written."""
+    said = connect(reply(native(content="a\ud800b")), {}, [1])[1].complete([1, 2], None, 1, 0)
+    assert said is not None
+    assert said.text == "a?b"
