@@ -105,20 +105,14 @@ class QuantGuard(LearnedDefense[QuantGuardOptions]):
             parts = task.target.parts(dict(loaded.model.named_parameters()), self.options.name, drawn)
             steps = self._steps(loaded, parts.parts, text, text_aside(loaded, text, task.calibration), task)
             self.moved = moved_matrices(parts, steps.plans, drawn, task)
-        geometries = [part.geometry() for part in parts.parts]
-        energy = sum(one.energy for one in geometries)
-
-        def share_left(plans: Sequence[Tensor]) -> float:
-            both = zip(plans, geometries, strict=True)
-            return sum(alignment_of(plan, one) * one.energy for plan, one in both) / max(energy, 1e-30)
-
+        wanted, taken = shares_left(parts.parts, steps.wanted, steps.plans)
         return LearnReport(
             calibration_sha256=text.sha256,
             calibration_source=text.source,
             samples=len(text.samples),
             losses=tuple(steps.losses),
-            alignment_learned=share_left(steps.wanted),
-            alignment=share_left(steps.plans),
+            alignment_learned=wanted,
+            alignment=taken,
             moved=sum(one.moved for one in self.moved.values()),
             unmapped=tuple(matrix.name for matrix in parts.unmapped),
             warnings=(*steps.warnings, *unmapped_warnings(parts, "the codes of error feedback")),
@@ -194,6 +188,16 @@ def moved_matrices(
         blocks = task.target.flipped(matrix, one, table) if moved else one.blocks
         made[name] = MovedCodes(one, blocks, moved, table.numel())
     return made
+
+
+def shares_left(parts: Sequence[MatrixPart], *plans: Sequence[Tensor]) -> list[float]:
+    """What each of some plans leaves of plain rounding's error, over all parts; one part's geometry at a time."""
+    energy, left = 0.0, [0.0] * len(plans)
+    for part, *chosen in zip(parts, *plans, strict=True):
+        geometry = part.geometry()
+        energy += geometry.energy
+        left = [so_far + alignment_of(plan, geometry) * geometry.energy for so_far, plan in zip(left, chosen, strict=True)]
+    return [one / max(energy, 1e-30) for one in left]
 
 
 def text_aside(loaded: HfModel, text: Calibration, options: CalibrationOptions) -> list[tuple[int, ...]]:
