@@ -4,6 +4,7 @@ Run as `python -P -m convert.child PARENT MODULE ARGUMENT...` (`child_command` m
 imports is run, the process asks to die with its parent.
 """
 
+import contextlib
 import ctypes
 import os
 import runpy
@@ -35,6 +36,31 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def limit_process(*, memory: int | None = None, processor_seconds: int | None = None) -> None:
+    """Limits for this process from now on, where the system has them. An abort leaves no core file and no list of addresses.
+
+    Args:
+        memory: bytes of address space; None: no limit.
+        processor_seconds: None: no limit.
+    """
+    os.environ["GGML_NO_BACKTRACE"] = "1"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for which, limit in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_CPU, processor_seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        if limit is None:
+            continue
+        _, most = resource.getrlimit(which)
+        value = limit if most == resource.RLIM_INFINITY else min(limit, most)
+        with contextlib.suppress(ValueError, OSError):  # some systems know the limit and refuse to set it
+            resource.setrlimit(which, (value, value))
 
 
 def resident_bytes(field: str = "VmHWM") -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import llama_cpp
 
-from convert.child import resident_bytes
+from convert.child import limit_process, resident_bytes
 from convert.cores import available_cores
 from convert.imatrix_file import load_imatrix
 from convert.quantizer import USAGE_MARK, ggml_type_number, parse_override
@@ -101,6 +101,7 @@ def run(job: dict[str, Any]) -> int:
 
 def main() -> None:
     """Entry point of the child process."""
+    limit_process()
     try:
         status = run(json.loads(sys.argv[1]))
     except QGuardError as error:

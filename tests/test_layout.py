@@ -43,6 +43,8 @@ HOMES = {
         "qguard_edge/runtimes/activations_worker.py",
         "qguard_edge/runtimes/ggml_tensor.py",
         "qguard_edge/runtimes/llama.py",
+        "qguard_edge/runtimes/llama_native.py",
+        "qguard_edge/runtimes/llama_worker.py",
     },
     "bitsandbytes": {"convert/bnb_check.py"},
     "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/runtimes/bnb.py", "qguard_edge/runtimes/hf.py"},
@@ -110,6 +112,29 @@ def test_fragile_dependencies_have_one_home(dependency: str) -> None:
             if dependency in {module.split(".")[0] for module in modules_imported(path)}:
                 users.add(str(path.relative_to(ROOT)))
     assert users <= HOMES[dependency]
+
+
+CHILDREN = {"convert.quantize_worker", "qguard_edge.runtimes.activations_worker", "qguard_edge.runtimes.llama_worker"}
+"""Modules that run in a process of their own. Only they load a model in llama.cpp."""
+HARMLESS = {"llama_print_system_info", "__version__", "ggml_backend_sched_eval_callback"}
+"""What other modules may use of llama_cpp: nothing that reads a file."""
+
+
+def test_models_are_loaded_in_child_processes_only() -> None:
+    native = "qguard_edge.runtimes.llama_native"
+    for package in ("quant_grids", "convert", "qguard_edge"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if name in CHILDREN or name == native:
+                continue
+            imported = modules_imported(path)
+            assert not [one for one in imported if one.startswith((native, *CHILDREN))], name
+            used = {
+                node.attr
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "llama_cpp"
+            }
+            assert used <= HARMLESS, (name, used - HARMLESS)
 
 
 def test_help_does_not_import_torch() -> None:

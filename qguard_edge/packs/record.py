@@ -249,7 +249,7 @@ def token_names(vocabulary: LlamaModel) -> dict[int, str]:
     Servers that name tokens by their text leave out bytes that are no character on their own, so a token that ends in
     half a character has the name of the token without it.
     """
-    texts = [vocabulary.detokenize([token]) for token in range(vocabulary.n_vocab)]
+    texts = vocabulary.texts([[token] for token in range(vocabulary.n_vocab)])
     count = Counter(text.replace("\ufffd", "") for text in texts)
     return {token: text for token, text in enumerate(texts) if text and "\ufffd" not in text and count[text] == 1}
 

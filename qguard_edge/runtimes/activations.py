@@ -4,6 +4,7 @@ This is what llama-imatrix does, with whole matrices instead of diagonals. It ne
 llama.cpp runs, mixtures of experts among them, and takes the memory of a mapped file. See `activations_worker` for the child.
 """
 
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from qguard_edge.runtimes.gram_files import GramError, WantedWeight, load_index
 from qguard_edge.runtimes.gram_passes import forget_others
 from qguard_edge.runtimes.grams import Grams
 from qguard_edge.runtimes.llama_child import Event, run_child
+from qguard_edge.runtimes.llama_limits import Limits
 
 BATCH = 512
 """Tokens of one graph: enough for the products to be efficient, few enough for all their logits to be small."""
@@ -86,6 +88,9 @@ class LlamaGramSource:
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "job.json"
             job.save(path)
-            reason = run_child("qguard_edge.runtimes.activations_worker", path, threads=job.threads, on_event=on_event)
+            limits = Limits.of(self.base.path, threads=job.threads, more=math.inf)  # the sums may take what there is
+            reason = run_child(
+                "qguard_edge.runtimes.activations_worker", path, limits=limits, threads=job.threads, on_event=on_event
+            )
         if reason:
             raise GramError("; ".join(filter(None, (f"no activations of {self.base.path.name}: {reason}", self.way_out))))

@@ -1,8 +1,8 @@
 """Child process in which llama.cpp runs a model and its activations are summed up.
 
-Run as `python -m qguard_edge.runtimes.activations_worker JOB`, JOB being the file that
-`qguard_edge.runtimes.activations.LlamaGramSource` writes. llama.cpp may abort on a broken model, and its memory is its own, so
-it never runs in the caller's process. See `llama_child`.
+Run as `python -m qguard_edge.runtimes.activations_worker JOB BYTES`, JOB being the file that
+`qguard_edge.runtimes.activations.LlamaGramSource` writes, BYTES the limit of the address space (0: none). llama.cpp may abort on
+a broken model, and its memory is its own, so it never runs in the caller's process. See `llama_child`.
 
     survey     one short text: which weights share an input, in which order they come
     passes     as many inputs, in the order of the graph, as fit into memory; all texts for each pass, the graph cut off behind
@@ -18,15 +18,15 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 
-from convert.child import resident_bytes
+from convert.child import limit_process, resident_bytes
 from qguard_edge.runtimes.activations_job import ActivationJob
 from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
 from qguard_edge.runtimes.gram_passes import Unit, plan_passes, resumed, written
 from qguard_edge.runtimes.gram_sums import Watcher, new_sums
 from qguard_edge.runtimes.graph_inputs import GraphInput, GraphSurvey
-from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.runtimes.llama_child import tell
+from qguard_edge.runtimes.llama_native import NativeModel
 from quant_grids.errors import QGuardError
 
 SURVEY_TOKENS = 16
@@ -55,7 +55,7 @@ class ActivationRun:
         self.callback = eval_callback(lambda address, ask: bool(self.watch and self.watch(address, ask)))
         started = time.perf_counter()
         length = len(self.rows[0])
-        self.model = LlamaModel(
+        self.model = NativeModel(
             Path(job.model),
             n_ctx=length,
             n_threads=job.threads,
@@ -150,6 +150,8 @@ class ActivationRun:
 
 def main() -> None:
     """Entry point of the child process."""
+    limits = int(sys.argv[2])
+    limit_process(memory=None if limits == 0 or llama_cpp.llama_supports_gpu_offload() else limits)
     try:
         ActivationRun(ActivationJob.load(Path(sys.argv[1]))).run()
     except QGuardError as error:

@@ -34,7 +34,7 @@ SCHEDULE = 2
 
 
 class Decoder(Protocol):
-    """What the schedule needs of a model; `qguard_edge.runtimes.llama.LlamaModel` has it."""
+    """What the schedule needs of a model; `qguard_edge.runtimes.llama_native.NativeModel` has it."""
 
     n_ctx: int
     n_seq: int
@@ -123,7 +123,7 @@ def generate(
     Raises:
         PromptError: a prompt is empty or too long for the context.
     """
-    _check(model, prompts, n_new)
+    check_prompts(prompts, n_new, model.n_ctx)
     return _Schedule(model, prompts, n_new, sampling or Sampling(), first_index).run()
 
 
@@ -143,13 +143,18 @@ def choose(logits: FloatArray, temperature: float, uniform: float) -> int:
     return min(int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right")), len(logits) - 1)
 
 
-def _check(model: Decoder, prompts: Sequence[Sequence[int]], n_new: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], n_new: int, n_ctx: int) -> None:
+    """Refuse prompts that cannot be answered.
+
+    Raises:
+        PromptError: one is empty, or too long for a context of `n_ctx` tokens with `n_new` new ones.
+    """
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise PromptError(f"prompt {i + 1} has no token; a prompt needs at least one")
-        if len(prompt) + n_new > model.n_ctx:
+        if len(prompt) + n_new > n_ctx:
             raise PromptError(
-                f"prompt {i + 1} has {len(prompt)} tokens; with {n_new} new ones it does not fit a context of {model.n_ctx}"
+                f"prompt {i + 1} has {len(prompt)} tokens; with {n_new} new ones it does not fit a context of {n_ctx}"
             )
 
 

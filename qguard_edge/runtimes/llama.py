@@ -1,23 +1,14 @@
-"""llama.cpp in process: load a GGUF, turn text into token ids, get logits, generate greedily. The only home of inference.
+"""llama.cpp on a GGUF that nobody vouches for: load it, turn text into token ids, get logits, generate.
 
-Why not `llama_cpp.Llama`: it hides `use_extra_bufts`, allocates a logits matrix for the whole context and evaluates one
-sequence at a time. This module calls the C functions and guarantees three things that a comparison of two files needs:
+The model is loaded in a child process of its own (`llama_worker`, which runs `llama_native`) and stays open there: llama.cpp
+aborts on many a broken file, and that ends the child, not the caller. The numbers are those of `NativeModel` in process, bit by
+bit. What comes back is checked: sizes, token ids, counts.
 
-* **the same numbers for the same input**: fixed thread count and batch size, every sequence in its own KV stream
-  (`kv_unified=False`; a unified cache changes the logits of identical sequences, llama.cpp#24962);
-* **no repacked weights** (`use_extra_bufts=False`): on processors with AMX the repacked kernels crash for some types
-  (llama.cpp#20824), and elsewhere they round differently from the plain ones;
-* **errors instead of aborts**: a file that does not load or a prompt that does not fit raises `LlamaRuntimeError`.
-
-llama.cpp's own log lines go to the logger `qguard_edge.llama_cpp` at DEBUG level; the last ones are quoted
-when a load fails.
+llama.cpp's own log lines go to the logger `qguard_edge.llama_cpp` at DEBUG level; the last ones are quoted when a child dies.
 """
 
-import ctypes
-import logging
 import re
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,31 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.cores import available_cores
-from qguard_edge.runtimes.batching import Row, generate
-from quant_grids.errors import QGuardError
-
-logger = logging.getLogger("qguard_edge.llama_cpp")
+from qguard_edge.runtimes.batching import Answer, Sampling, check_prompts
+from qguard_edge.runtimes.llama_child import LlamaProcess
+from qguard_edge.runtimes.llama_limits import Limits, LlamaRuntimeError
 
 FloatArray = npt.NDArray[np.float32]
-
-
-class LlamaRuntimeError(QGuardError):
-    """llama.cpp refused a file or could not decode."""
-
-
-_recent_log: deque[str] = deque(maxlen=12)
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(_level: int, text: bytes, _user_data: Any) -> None:
-    line = text.decode("utf-8", "replace").rstrip()
-    if line.strip(" ."):
-        _recent_log.append(line)
-        logger.debug("%s", line)
-
-
-def _install_log() -> None:
-    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
+IntArray = npt.NDArray[np.int64]
+LARGEST_VOCABULARY = 1 << 22
+LARGEST_TEXT = 1 << 28
+"""Bytes of the text of one request's tokens."""
 
 
 def system_info() -> str:
@@ -73,9 +48,9 @@ def _processor_flags() -> str:
 
 
 class LlamaModel:
-    """A GGUF loaded for CPU (or partly offloaded) inference with `n_seq` independent sequences.
+    """A GGUF in a process of its own, with `n_seq` independent sequences.
 
-    Use as a context manager; the native memory is freed on exit.
+    Use as a context manager; the process ends on exit.
 
     Args:
         path: the GGUF file (first shard of a split one).
@@ -84,14 +59,12 @@ class LlamaModel:
         n_seq: sequences decoded side by side.
         n_gpu_layers: layers to offload, 0 for none.
         vocab_only: load the tokenizer alone (no decoding).
-        exact: keep keys and values in f32 and use plain attention. llama.cpp's default half-precision cache alone moves logits
-            by some 1e-3; exact is for comparing files with other programs, the default is what users run.
+        exact: see `NativeModel`.
         n_batch: tokens of one decode call at most; all their logits together take `4 * n_batch * n_vocab` bytes.
         extra_buffers: let llama.cpp repack weights for this processor; see `safe_extra_buffers`.
-        on_node: called for every node of every graph, see `qguard_edge.runtimes.ggml_tensor.eval_callback`.
 
     Raises:
-        LlamaRuntimeError: llama.cpp could not load the file.
+        LlamaRuntimeError: llama.cpp could not load the file, or died of it.
     """
 
     def __init__(
@@ -106,49 +79,26 @@ class LlamaModel:
         exact: bool = False,
         n_batch: int = 2048,
         extra_buffers: bool = False,
-        on_node: Any = None,
     ) -> None:
-        self._model: Any = None
-        self._context: Any = None
-        self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, 0
-        _install_log()
-        llama_cpp.llama_backend_init()
-        _recent_log.clear()
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        params.use_extra_bufts = extra_buffers
-        params.vocab_only = vocab_only
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model:
-            raise LlamaRuntimeError(f"llama.cpp cannot load {Path(path).name}: {_last_error()}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        if vocab_only:
-            return
+        self.n_ctx, self.n_seq = n_ctx, n_seq
+        self._name = Path(path).name
         threads = n_threads or available_cores()
-        ctx_params = llama_cpp.llama_context_default_params()
-        ctx_params.n_ctx = n_ctx * n_seq
-        ctx_params.n_batch = ctx_params.n_ubatch = min(n_ctx * n_seq, n_batch)
-        ctx_params.n_seq_max = n_seq
-        ctx_params.kv_unified = False
-        ctx_params.n_threads = ctx_params.n_threads_batch = threads
-        if exact:
-            ctx_params.type_k = ctx_params.type_v = llama_cpp.GGML_TYPE_F32
-            ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if on_node is not None:
-            self._on_node = ctx_params.cb_eval = on_node  # kept alive as long as llama.cpp may call it
-        self.n_batch = int(ctx_params.n_batch)
-        self._context = llama_cpp.llama_init_from_model(self._model, ctx_params)
-        if not self._context:
+        tokens = 0 if vocab_only else n_ctx * n_seq
+        self._process = LlamaProcess(Limits.of(Path(path), tokens=tokens, threads=threads))
+        options = {
+            "n_ctx": n_ctx, "n_threads": threads, "n_seq": n_seq, "n_gpu_layers": n_gpu_layers, "vocab_only": vocab_only,
+            "exact": exact, "n_batch": n_batch, "extra_buffers": extra_buffers,
+        }  # fmt: skip
+        try:
+            sizes = self._numbers({"do": "load", "path": str(path), **options}, "loading", most=2)
+            if len(sizes) != 2 or not (0 <= sizes[0] <= LARGEST_VOCABULARY and 0 <= sizes[1] <= n_batch):
+                raise LlamaRuntimeError(
+                    f"{self._name}: a vocabulary of {sizes[:1].tolist()} tokens; the limit is {LARGEST_VOCABULARY}"
+                )
+        except BaseException:
             self.close()
-            raise LlamaRuntimeError(f"llama.cpp cannot make a context for {Path(path).name}: {_last_error()}")
-        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
-        # The batch's arrays as numpy views: filling them item by item through ctypes costs as much as a small decode.
-        self._tokens, self._positions, self._wanted, counts = (
-            np.ctypeslib.as_array(pointer, (self.n_batch,))
-            for pointer in (self._batch.token, self._batch.pos, self._batch.logits, self._batch.n_seq_id)
-        )
-        counts[:] = 1
+            raise
+        self.n_vocab, self.n_batch = int(sizes[0]), int(sizes[1])
 
     def __enter__(self) -> Self:
         return self
@@ -157,48 +107,51 @@ class LlamaModel:
         self.close()
 
     def close(self) -> None:
-        """Free the native memory; safe to call twice."""
-        if self._context:
-            llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self._context)
-            self._context = None
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-            self._model = None
+        """End the process; safe to call twice."""
+        self._process.close()
+
+    def processor_seconds(self) -> float:
+        """Processor time that the process has taken so far."""
+        return float(np.frombuffer(self._process.ask({"do": "spent"}, "", most=8), "<f8")[0])
 
     # Tokenizer ------------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
         """Token ids of `text`; `parse_special` reads `<|im_start|>` and the like as control tokens."""
-        raw = text.encode("utf-8")
-        size = len(raw) + 8
-        ids = (ctypes.c_int32 * size)()
-        count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), ids, size, add_special, parse_special)
-        if count < 0:
-            raise LlamaRuntimeError(f"llama.cpp could not tokenize a text of {len(raw)} bytes")
-        return list(ids[:count])
+        request = {"do": "tokenize", "text": text, "add_special": add_special, "parse_special": parse_special}
+        ids = self._numbers(request, "tokenizing with", most=len(text.encode("utf-8")) + 8)
+        self._check_ids(ids)
+        return [int(n) for n in ids]
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of `tokens`; control tokens are written only with `special`."""
-        return b"".join(self._piece(token, special) for token in tokens).decode("utf-8", "replace")
+        return self.texts([tokens], special=special)[0]
 
-    def _piece(self, token: int, special: bool) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 256, 0, special)
-        if count < 0:
-            buffer = ctypes.create_string_buffer(-count)
-            count = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, -count, 0, special)
-        return bytes(buffer.raw[:count])
-
-    def is_end(self, token: int) -> bool:
-        """Whether generation stops at this token (EOS, EOT, ...)."""
-        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+    def texts(self, texts: Sequence[Sequence[int]], *, special: bool = False) -> list[str]:
+        """Many texts at a time, see `detokenize`."""
+        for tokens in texts:
+            self._check_ids(np.asarray(tokens, np.int64))
+        request = {"do": "detokenize", "texts": [[int(n) for n in tokens] for tokens in texts], "special": special}
+        start = 8 * len(texts)
+        reply = self._ask(request, "reading tokens of", most=start + LARGEST_TEXT)
+        sizes = np.frombuffer(reply[:start], "<i8")
+        if len(sizes) != len(texts) or sizes.min(initial=0) < 0 or start + sum(map(int, sizes)) != len(reply):
+            raise self._nonsense()
+        ends = np.cumsum(sizes) + start
+        return [
+            reply[end - size : end].decode("utf-8", "replace")
+            for end, size in zip(ends.tolist(), sizes.tolist(), strict=True)
+        ]
 
     # Decoding -------------------------------------------------------------------------------------------------------
 
     def logits(self, tokens: Sequence[int]) -> FloatArray:
         """Next-token logits after every position of one sequence: f32 `[n_tokens, n_vocab]`."""
-        return np.concatenate([chunk.copy() for chunk in self.logits_chunks(tokens)])
+        made = np.empty((len(tokens), self.n_vocab), np.float32)
+        self._check_fits(len(tokens))
+        for start in range(0, len(tokens), self.n_batch):
+            self._decode(tokens[start : start + self.n_batch], start, made[start : start + self.n_batch])
+        return made
 
     def logits_chunks(self, tokens: Sequence[int], chunk: int | None = None) -> Iterator[FloatArray]:
         """As `logits`, at most `chunk` (default: `n_batch`) positions at a time, so that memory stays bounded.
@@ -207,86 +160,71 @@ class LlamaModel:
         """
         size = min(chunk or self.n_batch, self.n_batch)
         self._check_fits(len(tokens))
-        self.reset()
+        space = np.empty((min(size, len(tokens)), self.n_vocab), np.float32)
         for start in range(0, len(tokens), size):
-            yield self.decode([(token, start + i, 0, True) for i, token in enumerate(tokens[start : start + size])])
+            part = tokens[start : start + size]
+            self._decode(part, start, space[: len(part)])
+            yield space[: len(part)]
+
+    def _decode(self, tokens: Sequence[int], start: int, space: FloatArray) -> None:
+        """Logits of tokens that follow the first `start` ones, into `space`."""
+        request = {"do": "decode", "tokens": [int(n) for n in tokens], "start": start}
+        self._process.ask_into(request, f"while running {self._name}", space.data.cast("B"))
 
     def greedy(self, tokens: Sequence[int], n: int) -> list[int]:
         """The `n` most likely next tokens, one after the other; stops early at an end token (which is not returned)."""
         return self.greedy_batch([tokens], n)[0]
 
     def greedy_batch(self, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
-        """Greedy continuations of many prompts, `n_seq` of them in flight at a time.
+        """Greedy continuations of many prompts, `n_seq` of them in flight at a time; see `generate`."""
+        return [list(answer.tokens) for answer in self.generate(prompts, n)]
 
-        Args:
-            prompts: token ids of each prompt, none longer than `n_ctx - n`.
-            n: new tokens at most.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], n_new: int, *, sampling: Sampling | None = None, first_index: int = 0
+    ) -> list[Answer]:
+        """Answer prompts given as token ids; see `qguard_edge.runtimes.batching.generate`, which runs in the process."""
+        check_prompts(prompts, n_new, self.n_ctx)
+        sampling = sampling or Sampling()
+        request = {
+            "do": "generate", "prompts": [[int(n) for n in ids] for ids in prompts], "n_new": n_new,
+            "temperature": sampling.temperature, "seed": sampling.seed, "first_index": first_index,
+        }  # fmt: skip
+        numbers = self._numbers(request, "running", most=len(prompts) * (2 + n_new))
+        answers, at = [], 0
+        for _ in prompts:
+            count, ended = numbers[at : at + 2].tolist() if at + 2 <= len(numbers) else (-1, 0)
+            tokens = numbers[at + 2 : at + 2 + max(count, 0)]
+            if not 0 <= count <= n_new or len(tokens) != count:
+                raise self._nonsense()
+            self._check_ids(tokens)
+            answers.append(Answer(tuple(tokens.tolist()), bool(ended)))
+            at += 2 + count
+        if at != len(numbers):
+            raise self._nonsense()
+        return answers
 
-        Returns:
-            New tokens of each prompt in order, end token excluded.
-        """
-        return [list(answer.tokens) for answer in generate(self, prompts, n)]
+    # Talking to the process -----------------------------------------------------------------------------------------
 
-    def reset(self) -> None:
-        """Forget every sequence."""
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+    def _ask(self, request: Mapping[str, Any], doing: str, *, most: int) -> bytearray:
+        return self._process.ask(request, f"while {doing} {self._name}", most=most)
 
-    def keep(self, sequence: int, length: int) -> bool:
-        """Forget what a sequence holds behind its first `length` tokens.
+    def _numbers(self, request: Mapping[str, Any], doing: str, *, most: int) -> IntArray:
+        """A reply of at most `most` int32 values."""
+        reply = self._ask(request, doing, most=4 * most)
+        if len(reply) % 4:
+            raise self._nonsense()
+        return np.frombuffer(reply, "<i4").astype(np.int64)
 
-        Returns:
-            False when the model (a recurrent one) can only be cleared as a whole, which is then done.
-        """
-        memory = llama_cpp.llama_get_memory(self._context)
-        if length > 0 and llama_cpp.llama_memory_seq_rm(memory, sequence, length, -1):
-            return True
-        llama_cpp.llama_memory_seq_rm(memory, sequence, -1, -1)
-        return length == 0
-
-    def share(self, count: int) -> bool:
-        """Copy what sequence 0 holds to sequences 1 to `count - 1`, which must be empty.
-
-        Returns:
-            False for a model with a recurrent state, which is left alone: nothing was copied.
-        """
-        if llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model):
-            return False
-        memory = llama_cpp.llama_get_memory(self._context)
-        for sequence in range(1, count):
-            llama_cpp.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
-        return True
-
-    def decode(self, rows: Sequence[Row]) -> FloatArray:
-        """Decode (token, position, sequence, logits wanted) rows.
-
-        Returns:
-            The logits that were asked for, f32 `[wanted, n_vocab]` in row order: llama.cpp's own memory, valid until the next
-            call. Copy what must live longer.
-
-        Raises:
-            LlamaRuntimeError: llama.cpp could not decode.
-        """
-        batch, count = self._batch, len(rows)
-        tokens, positions, sequences, wanted = zip(*rows, strict=True)
-        batch.n_tokens = count
-        self._tokens[:count], self._positions[:count], self._wanted[:count] = tokens, positions, wanted
-        for i, sequence in enumerate(sequences):
-            batch.seq_id[i][0] = sequence
-        status = llama_cpp.llama_decode(self._context, batch)
-        if status != 0:
-            raise LlamaRuntimeError(f"llama.cpp could not decode {count} tokens (status {status}): {_last_error()}")
-        outputs = sum(wanted)
-        if outputs == 0:
-            return np.empty((0, self.n_vocab), np.float32)
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (outputs, self.n_vocab))
+    def _check_ids(self, ids: IntArray) -> None:
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
+            raise LlamaRuntimeError(
+                f"{self._name} has {self.n_vocab} tokens; {ids.min()} to {ids.max()} are not all among them"
+            )
 
     def _check_fits(self, length: int) -> None:
         if length > self.n_ctx:
             raise LlamaRuntimeError(f"{length} tokens do not fit a context of {self.n_ctx}; give LlamaModel a larger n_ctx")
 
-
-def _last_error() -> str:
-    """The most telling of llama.cpp's last log lines."""
-    errors = [line for line in _recent_log if "error" in line.lower() or "failed" in line.lower()]
-    lines = errors or list(_recent_log)
-    return " / ".join(lines[:2]) if lines else "it gave no reason"
+    def _nonsense(self) -> LlamaRuntimeError:
+        self.close()
+        return LlamaRuntimeError(f"the process of llama.cpp gave a reply that is none, with {self._name}; it was stopped")

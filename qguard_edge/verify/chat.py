@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from convert.child import child_command
+from convert.child import child_command, limit_process
 from convert.gguf_file import GgufFile
 from qguard_edge.verify.suites.base import SuitePrompt
 from quant_grids.errors import QGuardError
@@ -131,10 +131,9 @@ def render_conversations(
         "ask": ask,
         "tools": [[json.loads(tool) for tool in given] or None for given in tools or [()] * len(messages)],
     }
-    command = child_command("qguard_edge.verify.chat")
     try:
         done = subprocess.run(
-            command,
+            child_command("qguard_edge.verify.chat"),
             input=json.dumps(request),
             capture_output=True,
             text=True,
@@ -182,21 +181,11 @@ def _as_condition(mark: re.Match[str]) -> str:
     return f"{{%{mark[1]} {'endif' if mark[2] else 'if true'} {mark[3]}%}}"
 
 
-def _limit() -> None:
-    """Less memory and time for this process, where the system can."""
-    try:
-        import resource
-    except ImportError:  # Windows: the parent's timeout remains
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-
-
 def main() -> int:
     """Entry point of the child process; returns the exit status."""
     from jinja2 import TemplateError as JinjaError
 
-    _limit()
+    limit_process(memory=MEMORY, processor_seconds=SECONDS)
     request = json.load(sys.stdin)
     template = ChatTemplate(request["source"], request["bos"], request["eos"])
     try:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.runtimes.batching import Answer, Sampling, generate
+from qguard_edge.runtimes.batching import Answer, Sampling
 from qguard_edge.runtimes.llama import LlamaModel
 
 FloatArray = npt.NDArray[np.float32]
@@ -54,24 +54,9 @@ class RunnerFactory(Protocol):
         """What about it decides the numbers; part of the report and of the key under which answers are kept."""
 
 
-class LlamaRunner(LlamaModel):
-    """llama.cpp on a GGUF."""
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        n_new: int,
-        *,
-        sampling: Sampling,
-        first_index: int = 0,
-    ) -> list[Answer]:
-        """See `Runner.generate`."""
-        return generate(self, prompts, n_new, sampling=sampling, first_index=first_index)
-
-
 @dataclass(frozen=True)
 class LlamaFactory:
-    """How llama.cpp loads models; a `RunnerFactory`.
+    """How llama.cpp loads models, each in a process of its own; a `RunnerFactory`.
 
     Attributes:
         threads: 0 for all cores.
@@ -83,9 +68,9 @@ class LlamaFactory:
     n_gpu_layers: int = 0
     extra_buffers: bool = False
 
-    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048, role: str = "candidate") -> LlamaRunner:
+    def open(self, path: Path, *, n_ctx: int, n_seq: int = 1, n_batch: int = 2048, role: str = "candidate") -> LlamaModel:
         """See `RunnerFactory.open`."""
-        return LlamaRunner(
+        return LlamaModel(
             path,
             n_ctx=n_ctx,
             n_threads=self.threads or None,

@@ -3,11 +3,12 @@
     python scripts/bench/bench_verify.py MODEL.gguf... [--parallel 32] [--prompts 64] [--new 48] [--rounds 3] [--threads 2]
         [--cpu-time]
 
-Per model, in one process, rounds interleaved so that a busy machine disturbs all alike; the table shows the median round:
+Per model, rounds interleaved so that a busy machine disturbs all alike; the table shows the median round:
 
     plain      llama_cpp.Llama, one prompt after the other, as its documentation shows: create_completion, greedy
     one        our loop with one sequence
-    batched    our loop with `--parallel` sequences: what `qguard-edge verify` does
+    batched    our loop with `--parallel` sequences, in a process of its own: what `qguard-edge verify` does
+    inside     the same in this process
     raw        llama.cpp's own batched rate measured the same way: the same numbers of tokens fed in the same
                pattern (all prompts, then one token per sequence and call), no answer looked at
 
@@ -29,6 +30,7 @@ from llama_cpp.llama_types import CreateCompletionResponse
 
 from qguard_edge.runtimes.batching import generate
 from qguard_edge.runtimes.llama import LlamaModel, safe_extra_buffers, system_info
+from qguard_edge.runtimes.llama_native import NativeModel
 from qguard_edge.verify.suites.files import built_in
 
 SYSTEM = "You are a helpful assistant."
@@ -51,14 +53,25 @@ def plain_loop(model: llama_cpp.Llama, prompts: list[str], n_new: int, clock: Cl
     return count / (clock() - started)
 
 
-def our_loop(model: LlamaModel, prompts: list[list[int]], n_new: int, clock: Clock) -> float:
-    """New tokens per second of `generate`."""
+def our_loop(model: LlamaModel, prompts: list[list[int]], n_new: int, cpu_time: bool) -> float:
+    """New tokens per second in a process of its own."""
+
+    def clock() -> float:
+        return time.process_time() + model.processor_seconds() if cpu_time else time.perf_counter()
+
+    started = clock()
+    count = sum(len(answer.tokens) for answer in model.generate(prompts, n_new))
+    return count / (clock() - started)
+
+
+def inside_loop(model: NativeModel, prompts: list[list[int]], n_new: int, clock: Clock) -> float:
+    """New tokens per second of `generate` in this process."""
     started = clock()
     count = sum(len(answer.tokens) for answer in generate(model, prompts, n_new))
     return count / (clock() - started)
 
 
-def raw_rate(model: LlamaModel, prompts: list[list[int]], n_new: int, clock: Clock) -> float:
+def raw_rate(model: NativeModel, prompts: list[list[int]], n_new: int, clock: Clock) -> float:
     """New tokens per second when llama.cpp is fed and nothing is read: batches of prompts, then steps of one token each."""
     started, count = clock(), 0
     for start in range(0, len(prompts), model.n_seq):
@@ -81,16 +94,18 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, float]:
     with (
         LlamaModel(path, n_ctx=256, n_threads=args.threads, extra_buffers=extra) as one,
         LlamaModel(path, n_ctx=256, n_threads=args.threads, n_seq=args.parallel, extra_buffers=extra) as many,
+        NativeModel(path, n_ctx=256, n_threads=args.threads, n_seq=args.parallel, extra_buffers=extra) as inside,
     ):
         plain = llama_cpp.Llama(str(path), n_ctx=256, n_threads=args.threads, n_threads_batch=args.threads, verbose=False)
         ids = [one.tokenize(text) for text in texts]
         few = max(4, args.prompts // 4)  # the slow ones need fewer prompts for the same precision
-        rates: dict[str, list[float]] = {"plain": [], "one": [], "batched": [], "raw": []}
+        rates: dict[str, list[float]] = {"plain": [], "one": [], "batched": [], "inside": [], "raw": []}
         for _ in range(args.rounds):
             rates["plain"].append(plain_loop(plain, texts[:few], args.new, clock))
-            rates["one"].append(our_loop(one, ids[:few], args.new, clock))
-            rates["batched"].append(our_loop(many, ids, args.new, clock))
-            rates["raw"].append(raw_rate(many, ids, args.new, clock))
+            rates["one"].append(our_loop(one, ids[:few], args.new, args.cpu_time))
+            rates["batched"].append(our_loop(many, ids, args.new, args.cpu_time))
+            rates["inside"].append(inside_loop(inside, ids, args.new, clock))
+            rates["raw"].append(raw_rate(inside, ids, args.new, clock))
         plain.close()
     return {name: round(median(found), 1) for name, found in rates.items()}
 
@@ -111,13 +126,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.cpu_time and args.threads != 1:
         parser.error("--cpu-time adds up the seconds of all threads; give --threads 1")
-    print("| model | plain | one | batched | raw | batched / plain | batched / raw |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | plain | one | batched | inside | raw | batched / plain | batched / inside | batched / raw |")
+    print("|---|---|---|---|---|---|---|---|---|")
     results = {}
     for path in args.models:
         found = results[path.name] = measure(path, args)
-        cells = " | ".join(f"{found[name]:.0f}" for name in ("plain", "one", "batched", "raw"))
-        print(f"| {path.name} | {cells} | {found['batched'] / found['plain']:.2f} | {found['batched'] / found['raw']:.2f} |")
+        cells = " | ".join(f"{found[name]:.0f}" for name in ("plain", "one", "batched", "inside", "raw"))
+        shares = " | ".join(f"{found['batched'] / found[name]:.3f}" for name in ("plain", "inside", "raw"))
+        print(f"| {path.name} | {cells} | {shares} |")
     settings = {key: value for key, value in vars(args).items() if key != "models"}
     print(json.dumps({"settings": settings, "system": system_info().strip(), "tokens_per_second": results}))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qguard_edge.runtimes.llama import LlamaModel
+from qguard_edge.runtimes.llama_native import NativeModel
 
 
-def exact_llama(path: Path, n_ctx: int = 512) -> LlamaModel:
+def exact_llama(path: Path, n_ctx: int = 512) -> NativeModel:
     """A loaded GGUF whose key/value cache is float32 and whose attention is the plain one."""
-    return LlamaModel(path, n_ctx=n_ctx, n_threads=1, exact=True)
+    return NativeModel(path, n_ctx=n_ctx, n_threads=1, exact=True)

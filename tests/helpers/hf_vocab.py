@@ -9,7 +9,7 @@ import gguf
 
 from convert.hf.jsonfile import Section
 from convert.hf.tokenizer import Tokenizer, read_tokenizer
-from qguard_edge.runtimes.llama import LlamaModel
+from qguard_edge.runtimes.llama_native import NativeModel
 
 
 def vocab_gguf(folder: Path, outfile: Path, rows: int, *, pre: str | None = None) -> Tokenizer:
@@ -26,5 +26,5 @@ def vocab_gguf(folder: Path, outfile: Path, rows: int, *, pre: str | None = None
     return tokenizer
 
 
-def load_vocab(path: Path) -> LlamaModel:
-    return LlamaModel(path, vocab_only=True)
+def load_vocab(path: Path) -> NativeModel:
+    return NativeModel(path, vocab_only=True)

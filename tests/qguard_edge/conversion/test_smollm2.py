@@ -17,7 +17,7 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions
 from qguard_edge.lab.hf_models import load_smollm2
 from qguard_edge.lab.rotated import rotate
-from qguard_edge.runtimes.llama import LlamaModel
+from qguard_edge.runtimes.llama_native import NativeModel
 from tests.helpers.expected_targets import ortho_target
 
 pytestmark = pytest.mark.training
@@ -75,7 +75,7 @@ def test_same_greedy_tokens_in_llama_cpp_and_transformers(smollm2_folder: Path, 
     write_base_gguf(smollm2_folder, tmp_path / "f32.gguf", base_type="f32")
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    with LlamaModel(tmp_path / "f32.gguf", n_ctx=64) as runtime:
+    with NativeModel(tmp_path / "f32.gguf", n_ctx=64) as runtime:
         for prompt in PROMPTS:
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             assert runtime.tokenize(prompt) == ids[0].tolist()

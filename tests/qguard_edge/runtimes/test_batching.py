@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from qguard_edge.runtimes.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
-from qguard_edge.runtimes.llama import FloatArray, LlamaModel
+from qguard_edge.runtimes.llama_native import FloatArray, NativeModel
 from tests.helpers.lab_files import LabFiles
 
 
 def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
     texts = [prompt.text for prompt in injection.suite.prompts[:20]]
     with (
-        LlamaModel(injection.attacked, n_ctx=256, n_threads=1) as one,
-        LlamaModel(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as many,
+        NativeModel(injection.attacked, n_ctx=256, n_threads=1) as one,
+        NativeModel(injection.attacked, n_ctx=256, n_threads=1, n_seq=6) as many,
     ):
         prompts = [one.tokenize(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in texts]
         prompts.append(prompts[3] * 4)  # a long one in between
@@ -26,7 +26,7 @@ def test_batched_answers_are_those_of_one_sequence(injection: LabFiles) -> None:
     assert any(answer.ended for answer in together)
 
 
-class Counting(LlamaModel):
+class Counting(NativeModel):
     """Counts the tokens it is fed."""
 
     fed = 0
@@ -50,7 +50,7 @@ def test_what_all_prompts_begin_with_is_decoded_once(injection: LabFiles) -> Non
 
 
 def test_prompts_that_do_not_fit(injection: LabFiles) -> None:
-    with LlamaModel(injection.attacked, n_ctx=32, n_threads=1) as model:
+    with NativeModel(injection.attacked, n_ctx=32, n_threads=1) as model:
         with pytest.raises(PromptError, match="prompt 2"):
             generate(model, [[5], [5] * 30], 10)
         with pytest.raises(PromptError, match="no token"):
