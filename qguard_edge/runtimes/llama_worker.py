@@ -1,9 +1,8 @@
 """Child process that holds one model in llama.cpp and answers requests about it.
 
-Run with the argument BYTES, BYTES being the limit of its address space (0: none). Requests come
-on standard input, replies go to what was standard output, framed as in `llama_wire`; the log goes to standard error. A request
-is a JSON object whose `do` names one of the functions below. Whole loops run here, so that a generated token does not cross
-the pipe:
+Its one argument is the limit of its address space in bytes (0: none). Requests come on standard input, replies go to what was
+standard output, framed as in `llama_wire`; the log goes to standard error. A request is a JSON object whose `do` names one of
+the functions below. Whole loops run here, so that a generated token does not cross the pipe:
 
     load         the arguments of `NativeModel`         int32: size of the vocabulary, of a batch
     tokenize     text, add_special, parse_special       int32: token ids
