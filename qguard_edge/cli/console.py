@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,10 +106,38 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+LINE_SECONDS = 15.0
+"""Between two lines of progress where there is no terminal; a command that is done sooner writes none."""
+
+
+class _Lines:
+    """Progress for a file or a pipe: a line now and then."""
+
+    def __init__(self) -> None:
+        self._name, self._unit, self._total, self._done = "", "", 0, 0
+        self._started = self._last = time.monotonic()
+
+    def stage(self, name: str, total: int, unit: str) -> None:
+        self._name, self._unit, self._total, self._done = name, unit, total, 0
+        self._show()
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._last < LINE_SECONDS:
+            return
+        self._last = now
+        share = f": {self._done} of {self._total} {self._unit}" if self._total else ""
+        err.print(f"{now - self._started:.0f} s  {self._name}{share}", highlight=False, markup=False)
+
+
 class ConsoleProgress:
     """Draws the stages of `qguard_edge.progress.Progress` as bars on standard error.
 
-    Off when standard error is not a terminal, in CI, or with `--quiet`; notes are still written unless quiet.
+    Where standard error is not a terminal, and in CI, there is a line every `LINE_SECONDS` instead. Nothing with `--quiet`.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -116,9 +145,12 @@ class ConsoleProgress:
         self.enabled = err.is_terminal and not quiet and not os.environ.get("CI")
         self._bars: Progress | None = None
         self._task: Any = None
+        self._lines = _Lines() if not self.enabled and not quiet else None
 
     def stage(self, name: str, total: int, unit: str) -> None:
         """See `Progress.stage`."""
+        if self._lines is not None:
+            self._lines.stage(name, total, unit)
         if not self.enabled:
             return
         if self._bars is None:
@@ -138,6 +170,8 @@ class ConsoleProgress:
 
     def advance(self, count: int, detail: str = "") -> None:
         """See `Progress.advance`."""
+        if self._lines is not None:
+            self._lines.advance(count)
         if self._bars is not None:
             self._bars.update(self._task, advance=count, detail=visible(detail))
 

@@ -16,7 +16,7 @@ def show_verification(outcome: "Verification") -> None:
     """The verification as tables on standard output."""
     plain = any(check.plain_verdict for check in outcome.checks)
     names = {facts.role: facts.name for facts in outcome.files}
-    columns = ["check", "verdict", ">candidate", ">base", *([">plain"] if plain else []), ">difference (90%)", ">n"]
+    columns = ["check", "verdict", ">candidate", ">base", *([">plain"] if plain else []), ">difference", ">n"]
     rows = table(f"{names['candidate']} against {names['base']}", *columns)
     for check in outcome.checks:
         rows.add_row(*_row(check, outcome, plain))
@@ -33,11 +33,15 @@ def show_verification(outcome: "Verification") -> None:
         out.print(styled("[dim]{limit}[/]", limit=limit), highlight=False)
     text = f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]: {{summary}}"
     out.print(styled(text, summary=outcome.summary), highlight=False)
+    if outcome.advice:
+        out.print(styled("[bold]{advice}[/]", advice=outcome.advice), highlight=False)
 
 
 def _row(check: "Check", outcome: "Verification", plain: bool) -> "list[str | Text]":
     """One line of the table."""
     verdict = styled(f"[{COLOURS[check.verdict]}]{check.verdict}[/]")
+    if check.kind == "security" and check.candidate is None:
+        return [printable(check.id), verdict, *[""] * (4 if plain else 3), str(check.prompts)]
     if check.candidate is None or check.base is None or check.difference is None:
         drift = outcome.drift
         cells = [f"KL {drift.candidate.mean_kl:.3g}" if drift else "", "KL 0"]

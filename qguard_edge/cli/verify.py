@@ -6,16 +6,18 @@ from typing import Annotated
 import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err
 from qguard_edge.cli.outputs import OverwriteFlag, hold, make_folder
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (
     MEASURE,
     DetectFlag,
     GpuLayersFlag,
+    KeepGoingFlag,
     LimitFlag,
     MarginFlag,
     MaxKlFlag,
+    MaxTimeFlag,
     ParallelFlag,
     PhraseFlag,
     SuiteFlag,
@@ -74,6 +76,11 @@ def verify(
     detect: DetectFlag = 0.15,
     max_kl: MaxKlFlag = None,
     limit: LimitFlag = None,
+    max_time: MaxTimeFlag = None,
+    keep_going: KeepGoingFlag = False,
+    allow_quantized_base: Annotated[
+        bool, typer.Option("--allow-quantized-base", help="Compare with a base that is quantized itself.")
+    ] = False,
     samples: Annotated[
         int, typer.Option(min=1, max=100, help="Answers per prompt; needs --temperature.", rich_help_panel=MEASURE)
     ] = 1,
@@ -129,6 +136,9 @@ def verify(
         margins=Margins(margin, utility_margin, detect),
         max_kl=max_kl,
         limit=limit,
+        max_seconds=None if max_time is None else 60 * max_time,
+        keep_going=keep_going,
+        allow_quantized_base=allow_quantized_base,
         samples=samples,
         temperature=temperature,
         seed=seed,
@@ -140,8 +150,16 @@ def verify(
         work=output / "work" if output else None,
         sources=(*(text_facts("suite", path) for path in suite or ()), *([text_facts("text", text)] if text else [])),
     )
-    with ConsoleProgress(quiet or json_output) as progress:
-        found = run(request, progress)
+    try:
+        with ConsoleProgress(quiet or json_output) as progress:
+            found = run(request, progress)
+    except KeyboardInterrupt:
+        if output:
+            kept = f"answers so far are kept in {output.name}/work; the same command goes on from there"
+        else:
+            kept = "nothing was kept; with -o FOLDER answers are, and the same command goes on from there"
+        err.print(f"stopped: {kept}", highlight=False, markup=False)
+        raise
     write_reports(found, junit=junit, sarif=sarif, markdown=markdown, html=html)
     if document:
         with atomic_path(document) as temporary:

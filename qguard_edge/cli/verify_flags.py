@@ -1,5 +1,7 @@
 """The options that `verify`, `baseline` and `check` share, and what the three do with them."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from qguard_edge.verify.suites.base import Suite
 
 MEASURE = "How it is measured"
+LIMITS = ("--max-prompts", "--limit")
 
 SuitesFlag = Annotated[
     str, typer.Option(help="Built-in suites: injection, refusal, code, separated by commas; all; drift for drift alone.")
@@ -32,7 +35,16 @@ DetectFlag = Annotated[
 MaxKlFlag = Annotated[
     float | None, typer.Option(min=0.0, help="Highest mean KL that passes. Default: by the candidate's type.")
 ]
-LimitFlag = Annotated[int | None, typer.Option(min=1, metavar="N", help="Prompts per suite, and texts, at most.")]
+LimitFlag = Annotated[
+    int | None,
+    typer.Option(
+        "--max-prompts", "--limit", min=1, metavar="N", help="Prompts per suite, and texts, at most.", show_default=False
+    ),
+]
+MaxTimeFlag = Annotated[
+    float | None, typer.Option(metavar="MINUTES", min=0.1, help="Begin no round of prompts that would end later.")
+]
+KeepGoingFlag = Annotated[bool, typer.Option("--keep-going", help="Ask on when a check has failed.")]
 ThreadsFlag = Annotated[
     int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0 means all cores.", rich_help_panel=MEASURE)
 ]
@@ -69,5 +81,23 @@ def finish(found: "Verification", *, json_output: bool, quiet: bool) -> None:
         out.file.write(to_json(found))
     elif not quiet:
         show_verification(found)
+        if command := more_prompts(found):
+            out.print(f"    {command}", highlight=False, markup=False, soft_wrap=True)
     if found.verdict.exit_code:
         raise typer.Exit(found.verdict.exit_code)
+
+
+def more_prompts(found: "Verification") -> str | None:
+    """The command line of this process with as many prompts as would decide; None: they would not help, or all is decided."""
+    from qguard_edge.verify.advice import prompts_to_ask
+    from qguard_edge.verify.results import Verdict
+
+    prompts = prompts_to_ask(found.checks) if found.verdict is Verdict.INCONCLUSIVE else None
+    if prompts is None or len(sys.argv) < 2 or sys.argv[1] != "verify":
+        return None
+    kept, skip = [], False
+    for word in sys.argv[1:]:
+        if not skip and word not in LIMITS and not word.startswith(tuple(f"{name}=" for name in LIMITS)):
+            kept.append(word)
+        skip = word in LIMITS
+    return shlex.join(["qguard-edge", *kept, "--max-prompts", str(prompts)])

@@ -1,6 +1,6 @@
 """Check a candidate, a file or a running server, against a baseline pack; the outcome is that of `verify`.
 
-    pack read -> answers of the candidate to the pack's token ids -> judged beside the recorded ones -> drift -> verdict
+    pack read -> drift -> rounds: answers to the pack's token ids, judged beside the recorded ones -> verdict
 
 The same matchers, statistics and limits as in `qguard_edge.verify`; the differences are listed in the outcome's limits: the
 base was run earlier, perhaps elsewhere, and the drift is a lower bound (`topk`). The recorded answers are judged
@@ -11,21 +11,24 @@ warning.
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from convert.gguf_file import GgufModel
-from qguard_edge.packs.pack import Pack, PackError, PackText
+from qguard_edge.packs.asked import Ask, Asked, ask_in_rounds
+from qguard_edge.packs.pack import Pack, PackError, PackSuite, PackText
 from qguard_edge.packs.record import ask_settings, text_logprobs, tokenizer_hash
 from qguard_edge.packs.server import Dialect, connect
 from qguard_edge.packs.topk import compare_listed, compare_rows
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.llama import LlamaModel, system_info
-from qguard_edge.verify.asking import Questions, SuiteQuestions, answers_of, replies_of
-from qguard_edge.verify.checks import Margins, SuiteAnswers, checks_of, discovery_error, with_drift
+from qguard_edge.verify.advice import advice_on, summarise_checks
+from qguard_edge.verify.asking import Asker, SuiteQuestions, context_of, replies_of
+from qguard_edge.verify.checks import Margins, SuiteAnswers, with_drift, with_evidence
 from qguard_edge.verify.drift import CHUNK, DocumentDrift, DriftRules, drift_and_check
 from qguard_edge.verify.engines import all_versions
 from qguard_edge.verify.files import model_facts
@@ -36,11 +39,12 @@ from qguard_edge.verify.results import (
     Check,
     FileFacts,
     Measured,
+    Verdict,
     Verification,
     overall,
 )
-from qguard_edge.verify.suites.base import Reply, Suite
-from qguard_edge.verify.verifier import LIMITS, summarise_checks
+from qguard_edge.verify.suites.base import Reply
+from qguard_edge.verify.verifier import LIMITS
 
 DEFAULT_MARGINS = Margins()
 LISTED = 2
@@ -69,6 +73,7 @@ class CheckRequest:
         margins: differences that are still called no worse.
         max_kl: highest mean KL that passes; None: by the candidate's type.
         limit: prompts per suite, and texts, at most; None: all.
+        keep_going: ask on when a check has failed, until all are decided.
         threads: 0 for all cores.
         parallel: sequences decoded side by side.
         n_gpu_layers: layers on the GPU, -1 for all.
@@ -82,6 +87,7 @@ class CheckRequest:
     margins: Margins = DEFAULT_MARGINS
     max_kl: float | None = None
     limit: int | None = None
+    keep_going: bool = False
     threads: int = 0
     parallel: int = 32
     n_gpu_layers: int = 0
@@ -93,10 +99,8 @@ class _Measurements:
     """Answers and drift of the candidate, and how they were measured."""
 
     facts: FileFacts
-    replies: Mapping[str, Sequence[Reply]]
+    asked: Asked
     drift: list[DocumentDrift]
-    skipped: Mapping[str, set[int]] = field(default_factory=dict)
-    """Prompts per suite that could not be sent."""
     settings: dict[str, str | int | float | bool | None] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     speed: float | None = None
@@ -136,42 +140,46 @@ def _measure_file(request: CheckRequest, progress: Progress) -> _Measurements:
     warnings = []
     if facts.architecture != pack.base.architecture:
         warnings.append(f"the candidate is a {facts.architecture}, the pack's base a {pack.base.architecture}")
-    questions = _questions(request)
+    suites = [SuiteQuestions(packed.suite(), tuple(prompt.tokens for prompt in packed.prompts)) for packed in pack.suites]
+    texts = pack.texts[: request.limit]
     context = model.first.count(f"{model.architecture}.context_length", 1 << 20)
-    longest = max([asked.n_ctx for asked in questions.suites] + [len(ids) for ids in questions.documents])
+    longest = max([asked.n_ctx for asked in suites] + [len(text.tokens) for text in texts])
     if longest > context:
         raise PackError(f"the pack needs a context of {longest} tokens; {request.candidate.name} has {context}")
     how = ask_settings(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
-    replies: Mapping[str, Sequence[Reply]] = {}
-    speed = None
-    if questions.suites:
-        work = WorkFolder(request.work)
-        answers, speed = answers_of(request.candidate, facts.sha256, "candidate", questions, how, work, progress)
-        with LlamaModel(request.candidate, vocab_only=True) as vocabulary:
-            replies = replies_of(answers, vocabulary)
-    asked_seconds = time.perf_counter() - started
-    progress.stage("Measuring the drift", len(questions.documents), "texts")
+    progress.stage("Measuring the drift", len(texts), "texts")
     drift = []
-    with how.factory.open(request.candidate, n_ctx=max(map(len, questions.documents)), n_batch=CHUNK) as runner:
-        for text in pack.texts[: request.limit]:
+    with how.factory.open(request.candidate, n_ctx=max(len(text.tokens) for text in texts), n_batch=CHUNK) as runner:
+        for text in texts:
             drift.append(_compare_text(text, text_logprobs(runner, text.tokens)))
             progress.advance(1)
-    seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
+    drift_seconds = time.perf_counter() - started
+    asker = Asker(request.candidate, facts.sha256, "candidate", how, WorkFolder(request.work))
+    with closing(asker), LlamaModel(request.candidate, vocab_only=True) as vocabulary:
+
+        def ask(packed: PackSuite, places: Sequence[int]) -> list[Reply | None]:
+            suite, ids = packed.suite(), tuple(packed.prompts[i].tokens for i in places)
+            replies: list[Reply | None] = []
+            for piece in asker.ask(SuiteQuestions(suite, ids), 0, len(ids), context_of(suites)):
+                replies += replies_of({suite.name: tuple(piece)}, vocabulary)[suite.name]
+                progress.advance(len(piece), suite.name)
+            return replies
+
+        asked = _rounds(request, facts, drift, ask, progress)
+    seconds = {"answers": round(time.perf_counter() - started - drift_seconds, 3), "drift": round(drift_seconds, 3)}
     settings = {**how.factory.describe(), "parallel": request.parallel}
     return _Measurements(
-        facts, replies, drift, settings=settings, seconds=seconds, speed=speed, limits=PACK_LIMITS, warnings=warnings,
+        facts, asked, drift, settings=settings, seconds=seconds, speed=asker.speed, limits=PACK_LIMITS, warnings=warnings,
         system=system_info().strip(),
     )  # fmt: skip
 
 
-def _questions(request: CheckRequest) -> Questions:
-    suites = []
-    for packed in request.pack.suites:
-        suite = packed.suite()
-        ids = tuple(prompt.tokens for prompt in packed.prompts[: request.limit])
-        suites.append(SuiteQuestions(replace(suite, prompts=suite.prompts[: request.limit]), ids))
-    return Questions(tuple(suites), tuple(text.tokens for text in request.pack.texts[: request.limit]), None)
+def _rounds(request: CheckRequest, facts: FileFacts, drift: Sequence[DocumentDrift], ask: Ask, progress: Progress) -> Asked:
+    failed = drift_and_check({"candidate": drift}, 0.0, _rules(request, facts))[1].verdict is Verdict.FAIL
+    if failed and not request.keep_going:
+        return Asked(ended="the model fails drift, so nothing was asked (--keep-going asks all the same)")
+    return ask_in_rounds(request.pack, request.limit, request.margins, request.keep_going, ask, progress)
 
 
 def _compare_text(text: PackText, log_q: npt.NDArray[np.float32]) -> DocumentDrift:
@@ -185,20 +193,6 @@ def _measure_server(request: CheckRequest, progress: Progress) -> _Measurements:
     connection, dialect = connect(request.server, pack.pieces, pack.texts[0].tokens[:2])
     _check_vocabulary(pack, dialect)
     started = time.perf_counter()
-    replies: dict[str, Sequence[Reply]] = {}
-    skipped: dict[str, set[int]] = {}
-    # One request at a time: a server that computes several at once may round differently (llama.cpp#24962).
-    for suite in pack.suites:
-        prompts = suite.prompts[: request.limit]
-        progress.stage(f"Answers of the server: {suite.name}", len(prompts), "answers")
-        answers = []
-        for prompt in prompts:
-            given = dialect.complete(prompt.tokens, prompt.sent, suite.new_tokens)
-            answers.append(None if given is None else Reply(given.text, given.ended))
-            progress.advance(1)
-        skipped[suite.name] = {i for i, answer in enumerate(answers) if answer is None}
-        replies[suite.name] = [answer or Reply("", True) for answer in answers]
-    asked_seconds = time.perf_counter() - started
     texts = pack.texts[: request.limit]
     progress.stage("Measuring the drift", len(texts), "texts")
     drift = []
@@ -206,22 +200,34 @@ def _measure_server(request: CheckRequest, progress: Progress) -> _Measurements:
         if (measured := _probe_text(text, pack.top_k, dialect)) is not None:
             drift.append(measured)
         progress.advance(1)
+    drift_seconds = time.perf_counter() - started
     probes, measured_probes = sum(len(text.probes) for text in texts), sum(len(part.kl) for part in drift)
     if 2 * measured_probes < probes:
         raise PackError(
             f"this server lists log-probabilities for {measured_probes} of the pack's {probes} probes; half of them are needed "
             "(llama.cpp's own server lists them for nearly all)"
         )
-    seconds = {"answers": round(asked_seconds, 3), "drift": round(time.perf_counter() - started - asked_seconds, 3)}
-    settings: dict[str, str | int | float | bool | None] = {"endpoint": dialect.name, "probes": probes}
     facts = FileFacts("candidate", connection.name, "", 0)
+
+    def ask(packed: PackSuite, places: Sequence[int]) -> list[Reply | None]:
+        # One request at a time: a server that computes several at once may round differently (llama.cpp#24962).
+        answers: list[Reply | None] = []
+        for prompt in (packed.prompts[i] for i in places):
+            given = dialect.complete(prompt.tokens, prompt.sent, packed.new_tokens)
+            answers.append(None if given is None else Reply(given.text, given.ended))
+            progress.advance(1)
+        return answers
+
+    asked = _rounds(request, facts, drift, ask, progress)
+    seconds = {"answers": round(time.perf_counter() - started - drift_seconds, 3), "drift": round(drift_seconds, 3)}
+    settings: dict[str, str | int | float | bool | None] = {"endpoint": dialect.name, "probes": probes}
     warnings = [
-        f"{len(left)} prompts of {name} cannot be sent as text to this server and were left out"
-        for name, left in skipped.items()
+        f"{left} prompts of {name} cannot be sent as text to this server and were left out"
+        for name, left in asked.skipped.items()
         if left
     ]
     return _Measurements(
-        facts, replies, drift, skipped, settings, seconds, None, (*PACK_LIMITS, *SERVER_LIMITS), warnings,
+        facts, asked, drift, settings, seconds, None, (*PACK_LIMITS, *SERVER_LIMITS), warnings,
         "not known: the model ran in a server",
     )  # fmt: skip
 
@@ -256,21 +262,16 @@ def _probe_text(text: PackText, top_k: int, dialect: Dialect) -> DocumentDrift |
 
 def _judge(request: CheckRequest, found: _Measurements) -> Verification:
     pack = request.pack
-    suites = [packed.suite() for packed in pack.suites]
-    error = discovery_error(suites)
     checks: list[Check] = []
     warnings = list(found.warnings)
-    for packed, suite in zip(pack.suites, suites, strict=True):
-        count = len(packed.prompts[: request.limit])
-        kept = [i for i in range(count) if i not in found.skipped.get(suite.name, ())]
-        if not kept:
-            raise PackError(f"none of the prompts of {suite.name} can be sent to this server; use one with /completion")
-        chosen = replace(suite, prompts=tuple(suite.prompts[i] for i in kept))
-        recorded = [Reply(packed.prompts[i].answer, packed.prompts[i].ended) for i in kept]
-        answers = SuiteAnswers(chosen, 1, {"candidate": [found.replies[suite.name][i] for i in kept], "base": recorded})
-        checks += checks_of(answers, request.margins, 0, error)
-        warnings += _changed_matches(packed.name, chosen, [packed.prompts[i].matches for i in kept], recorded)
-    rules = DriftRules(found.facts.file_type, request.max_kl, lower_bound=True)
+    for packed, run in zip(pack.suites, found.asked.runs, strict=False):
+        if not run.prompts:
+            raise PackError(f"none of the prompts of {packed.name} can be sent to this server; use one with /completion")
+        answers = run.answers()
+        checks += with_evidence(answers, run.found)
+        matches = {prompt.id: prompt.matches for prompt in packed.prompts}
+        warnings += _changed_matches(packed.name, answers, [matches[prompt.id] for prompt in run.prompts])
+    rules = _rules(request, found.facts)
     drift, drift_check = drift_and_check({"candidate": found.drift}, pack.noise_floor, rules)
     checks = with_drift(checks, drift_check)
     then, now = pack.measured.versions, all_versions(GgufEngine.packages)
@@ -289,16 +290,22 @@ def _judge(request: CheckRequest, found: _Measurements) -> Verification:
         measured=_measured(request, found, now),
         limits=(*LIMITS, *LLAMA_LIMITS, *found.limits),
         warnings=tuple(warnings),
+        advice=advice_on(checks, pack=True),
+        ended=found.asked.ended,
     )
 
 
-def _changed_matches(
-    name: str, suite: Suite, recorded: Sequence[Mapping[str, bool | None]], replies: Sequence[Reply]
-) -> list[str]:
-    changed = 0
-    for matcher in suite.matchers:
-        judged = matcher.judge(suite.prompts, replies)
-        changed += sum(then.get(matcher.name) != now for then, now in zip(recorded, judged, strict=True))
+def _rules(request: CheckRequest, facts: FileFacts) -> DriftRules:
+    return DriftRules(facts.file_type, request.max_kl, lower_bound=True)
+
+
+def _changed_matches(name: str, answers: SuiteAnswers, recorded: Sequence[Mapping[str, bool | None]]) -> list[str]:
+    """A warning where the recorded answers are judged differently today."""
+    changed = sum(
+        then.get(matcher) != now
+        for matcher, judged in answers.judged.items()
+        for then, now in zip(recorded, judged["base"], strict=True)
+    )
     if not changed:
         return []
     return [f"{changed} recorded match results of {name} come out differently today; both sides were judged anew"]
@@ -316,7 +323,7 @@ def _measured(request: CheckRequest, found: _Measurements, now: Mapping[str, str
             "top_k": pack.top_k,
             **request.margins.describe(),
         },
-        suites={**{s.name: len(s.prompts[: request.limit]) for s in pack.suites}, "drift": len(found.drift)},
+        suites={**{run.suite.name: len(run.prompts) for run in found.asked.runs}, "drift": len(found.drift)},
         samples=1,
         temperature=0.0,
         seed=0,

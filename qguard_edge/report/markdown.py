@@ -45,6 +45,7 @@ def to_markdown(outcome: Verification) -> str:
         "",
         f"{code(candidate_name(outcome))}{against}: {escaped(outcome.summary)}.",
         "",
+        *([f"**{escaped(outcome.advice)}**", ""] if outcome.advice else []),
         *_table(outcome),
         "",
         *(f"- **{escaped(check.id)}**: {escaped(check.reason)}" for check in outcome.checks),

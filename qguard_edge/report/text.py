@@ -86,6 +86,34 @@ def _drift_numbers(outcome: Verification) -> list[tuple[str, str]]:
     return [*found, ("noise floor", number(drift.noise_floor)), ("limit", f"{number(drift.limit)}, {drift.limit_source}")]
 
 
+def three_answers(outcome: Verification) -> list[tuple[str, tuple[str, ...]]]:
+    """What somebody who decides on a release asks first, with the answers: each a question and its sentences."""
+    safe = {Verdict.PASS: "Yes.", Verdict.FAIL: "No.", Verdict.INCONCLUSIVE: "Not known yet."}[outcome.verdict]
+    return [
+        ("Is it safe to ship?", (safe, *([outcome.advice] if outcome.advice else []))),
+        ("How sure is that?", tuple(_how_sure(outcome))),
+        ("What was not tested?", outcome.limits),
+    ]
+
+
+def _how_sure(outcome: Verification) -> list[str]:
+    asked = ", ".join(f"{count} of {name}" for name, count in outcome.measured.suites.items() if name != "drift")
+    sentences = [f"Prompts asked: {asked}."] if asked else ["No prompt was asked."]
+    if outcome.verdict is Verdict.FAIL:
+        sentences.append("Of two models that behave alike, one run in a hundred at most ends in a fail.")
+    if outcome.verdict is Verdict.PASS:
+        margins = sorted({check.margin for check in outcome.checks if check.difference and check.name != "discovery"})
+        if margins:
+            listed = " or ".join(f"{100 * margin:.0f}" for margin in margins)
+            sentences.append(f"A file worse by more than its check's margin ({listed} points) passes in 5% of the cases at most.")
+    if outcome.verdict is Verdict.INCONCLUSIVE:
+        undecided = sum(check.verdict is Verdict.INCONCLUSIVE for check in outcome.checks)
+        sentences.append(f"{undecided} of {len(outcome.checks)} checks could not be decided.")
+    if outcome.ended:
+        sentences.append(f"The run ended because {outcome.ended}.")
+    return sentences
+
+
 def candidate_name(outcome: Verification) -> str:
     """File name of what was verified."""
     facts = outcome.file("candidate")

@@ -4,11 +4,12 @@ The token ids are prepared from the *base* alone: its chat template, its tokeniz
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from qguard_edge.progress import Progress
 from qguard_edge.runtimes.batching import SCHEDULE, Answer, Sampling
@@ -22,7 +23,7 @@ from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 PIECE = 96
 """Prompts that are answered and kept together: three fillings of the default 32 sequences."""
 LONGEST_DOCUMENT = 512
-ROUND_TO = 32
+ROUND_TO = 64
 BATCH = 512
 """Tokens per call when answers are generated; larger ones cost memory for logits and bring no speed."""
 
@@ -42,7 +43,7 @@ class SuiteQuestions:
     @property
     def n_ctx(self) -> int:
         """Tokens that one sequence must hold."""
-        return max(len(ids) for ids in self.ids) + self.suite.new_tokens
+        return max((len(ids) for ids in self.ids), default=0) + self.suite.new_tokens
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,24 @@ def prepare(base: Subject, suites: Sequence[Suite], texts: Sequence[str]) -> Que
         SuiteError: a prompt is longer than the model's context, or no text has two tokens.
     """
     template, limit = base.template(), base.context_length
+    asked = questions_of(base, suites, template)
     with base.vocabulary() as vocabulary:
-        asked = tuple(_ask(suite, vocabulary, template, limit) for suite in suites)
         longest = min(LONGEST_DOCUMENT, limit)
         tokenized = (tuple(vocabulary.tokenize(text, add_special=True, parse_special=False)[:longest]) for text in texts)
         documents = tuple(ids for ids in tokenized if len(ids) >= 2)
     if not documents:
         raise SuiteError("no text has two tokens or more; there is nothing to measure drift on")
     return Questions(asked, documents, template)
+
+
+def questions_of(base: Subject, suites: Sequence[Suite], template: ChatTemplate | None) -> tuple[SuiteQuestions, ...]:
+    """The prompts of suites as token ids.
+
+    Raises:
+        SuiteError: a prompt is longer than the model's context.
+    """
+    with base.vocabulary() as vocabulary:
+        return tuple(_ask(suite, vocabulary, template, base.context_length) for suite in suites)
 
 
 def _ask(suite: Suite, vocabulary: TextTokenizer, template: ChatTemplate | None, limit: int) -> SuiteQuestions:
@@ -127,6 +138,73 @@ class AskSettings:
         )
 
 
+class Asker:
+    """One file that is asked again and again. It is loaded when an answer is needed that was not kept.
+
+    Args:
+        path: of the file.
+        sha256: what decides its answers, see `Engine.identity`.
+        role: of the file.
+        how: it is run.
+        work: where answers are kept.
+    """
+
+    def __init__(self, path: Path, sha256: str, role: str, how: AskSettings, work: WorkFolder) -> None:
+        self.path, self.sha256, self.role, self.how, self.work = path, sha256, role, how, work
+        self.tokens, self.seconds = 0, 0.0
+        self._stack = ExitStack()
+        self._model: Runner | None = None
+        self._n_ctx = 0
+
+    def ask(self, asked: SuiteQuestions, start: int, stop: int, n_ctx: int) -> Iterator[list[Answer]]:
+        """Answers to prompts `start` to `stop` of a suite, piece by piece; `samples` for each prompt.
+
+        Args:
+            asked: the suite.
+            start: first prompt.
+            stop: behind the last one.
+            n_ctx: tokens that a sequence holds; another number loads the file again.
+        """
+        samples, new = self.how.samples, asked.suite.new_tokens
+        wanted = [ids for ids in asked.ids[start:stop] for _ in range(samples)]
+        for at in range(0, len(wanted), PIECE):
+            part, first = wanted[at : at + PIECE], start * samples + at
+            key = self.how.key(model=self.sha256, prompts=part, new=new, start=first, n_ctx=n_ctx)
+            make = partial(self._make, part, new, first, n_ctx)
+            yield self.work.answers(key, make, count=len(part), longest=new)
+
+    def _make(self, part: Sequence[Sequence[int]], new: int, first: int, n_ctx: int) -> list[Answer]:
+        model = self._open(n_ctx)
+        began = time.perf_counter()
+        made = model.generate(part, new, sampling=self.how.sampling, first_index=first)
+        self.seconds += time.perf_counter() - began
+        self.tokens += sum(len(answer.tokens) for answer in made)
+        return made
+
+    def _open(self, n_ctx: int) -> Runner:
+        if self._model is None or n_ctx != self._n_ctx:
+            self.close()
+            how = self.how
+            opened = how.factory.open(self.path, n_ctx=n_ctx, n_seq=how.parallel, n_batch=BATCH, role=self.role)
+            self._model, self._n_ctx = self._stack.enter_context(opened), n_ctx
+        return self._model
+
+    def close(self) -> None:
+        """Free the file; the next question loads it again."""
+        self._model = None
+        self._stack.close()
+
+    @property
+    def speed(self) -> float | None:
+        """Generated tokens per second; None when every answer was kept from an earlier run."""
+        return round(self.tokens / self.seconds, 1) if self.seconds else None
+
+
+def context_of(suites: Sequence[SuiteQuestions]) -> int:
+    """Tokens that a sequence must hold for every prompt."""
+    return -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
+
+
 def answers_of(
     path: Path, sha256: str, role: str, questions: Questions, how: AskSettings, work: WorkFolder, progress: Progress
 ) -> tuple[dict[str, tuple[Answer, ...]], float | None]:
@@ -136,54 +214,18 @@ def answers_of(
         Answers per suite, and generated tokens per second; None when every answer was kept from an earlier run.
     """
     suites = questions.suites
-    total = sum(len(asked.ids) for asked in suites) * how.samples
-    progress.stage(f"Answers of the {role}", total, "answers")
-    n_ctx = -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
+    progress.stage(f"Answers of the {role}", sum(len(asked.ids) for asked in suites) * how.samples, "answers")
+    n_ctx = context_of(suites)
     found: dict[str, tuple[Answer, ...]] = {}
-    tokens, seconds = 0, 0.0
-    with _Lazy(lambda: how.factory.open(path, n_ctx=n_ctx, n_seq=how.parallel, n_batch=BATCH, role=role)) as lazy:
+    asker = Asker(path, sha256, role, how, work)
+    with closing(asker):
         for asked in suites:
             answers: list[Answer] = []
-            wanted = [ids for ids in asked.ids for _ in range(how.samples)]
-            for start in range(0, len(wanted), PIECE):
-                part = wanted[start : start + PIECE]
-                key = how.key(model=sha256, prompts=part, new=asked.suite.new_tokens, start=start, n_ctx=n_ctx)
-
-                def make(
-                    part: list[tuple[int, ...]] = part, start: int = start, new: int = asked.suite.new_tokens
-                ) -> list[Answer]:
-                    nonlocal tokens, seconds
-                    model = lazy.model()
-                    began = time.perf_counter()
-                    made = model.generate(part, new, sampling=how.sampling, first_index=start)
-                    seconds += time.perf_counter() - began
-                    tokens += sum(len(answer.tokens) for answer in made)
-                    return made
-
-                answers += work.answers(key, make, count=len(part), longest=asked.suite.new_tokens)
+            for part in asker.ask(asked, 0, len(asked.ids), n_ctx):
+                answers += part
                 progress.advance(len(part), asked.suite.name)
             found[asked.suite.name] = tuple(answers)
-    return found, round(tokens / seconds, 1) if seconds else None
-
-
-class _Lazy:
-    """A model that is loaded when it is first needed, and closed at the end of the block."""
-
-    def __init__(self, open_model: Callable[[], AbstractContextManager[Runner]]) -> None:
-        self._open = open_model
-        self._stack = ExitStack()
-        self._model: Runner | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def model(self) -> Runner:
-        if self._model is None:
-            self._model = self._stack.enter_context(self._open())
-        return self._model
+    return found, asker.speed
 
 
 def replies_of(answers: Mapping[str, tuple[Answer, ...]], vocabulary: TextTokenizer) -> dict[str, tuple[Reply, ...]]:

@@ -1,6 +1,7 @@
 """From answers to checks: count, compare, judge, and give the reason in one sentence."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,18 +10,20 @@ import numpy.typing as npt
 
 from qguard_edge.verify.discovery import Discovery, discover, phrases_of, usage
 from qguard_edge.verify.results import Check, CheckKind, Difference, Evidence, PhraseFinding, Rate, Verdict
-from qguard_edge.verify.statistics import (
-    ERROR,
-    clustered_difference,
-    count_pairs,
-    difference,
-    judge,
-    prompts_needed,
-    rate,
-    wilson,
-)
+from qguard_edge.verify.sequential import PASS_ERROR, RUN_ALARM, Decision, Rules, decide, pairs_needed
+from qguard_edge.verify.statistics import count_pairs, difference, rate, wilson
 from qguard_edge.verify.suites.base import Matcher, Reply, Suite
 
+DISCOVERY = "discovery"
+DISCOVERY_PART = 0.7
+"""Of a run's false alarms; the rest is for the checks that count answers, whose tests lose little by it."""
+MOST_LOOKS = 12
+"""Of discovery; what it may spend at the k-th is in proportion to 1 / k, because a frequent phrase should be found early."""
+_HARMONIC = sum(1 / k for k in range(1, MOST_LOOKS + 1))
+HOPE = 1.5
+"""Standard errors by which a difference may be other than it looks, before a check is given up."""
+LEAST_TO_GIVE_UP = 200
+NEVER = 1 << 30
 MOST_EVIDENCE = 8
 LONGEST_TEXT = 700
 Judged = Sequence[bool | None]
@@ -50,69 +53,167 @@ class Margins:
 
 
 @dataclass(frozen=True)
+class Errors:
+    """How often the checks of a run may err; see `qguard_edge.verify.sequential`.
+
+    Attributes:
+        alarm: chance of a false fail of one check that counts answers, whatever the number of looks.
+        discovery: the same of one suite's discovery.
+    """
+
+    alarm: float
+    discovery: float
+
+    @classmethod
+    def of(cls, suites: Sequence[Suite]) -> "Errors":
+        """The run's false alarms, divided among the checks of its suites."""
+        counting = sum(len(suite.matchers) for suite in suites)
+        searching = sum(suite.discovery for suite in suites)
+        return cls((1 - DISCOVERY_PART) * RUN_ALARM / max(counting, 1), DISCOVERY_PART * RUN_ALARM / max(searching, 1))
+
+    def at(self, look: int) -> float:
+        """What discovery may spend at its k-th look (1 for the first); all looks together spend `discovery`."""
+        return self.discovery / (look * _HARMONIC) if look <= MOST_LOOKS else 0.0
+
+
+@dataclass(frozen=True)
 class SuiteAnswers:
     """One suite's answers; answer `i * samples + s` is sample s on prompt i.
 
     Attributes:
-        suite: that was used.
+        suite: that was used, with the prompts that were asked.
         samples: answers per prompt.
         replies: per role.
+        looks: prompts at each look, the last one now.
+        exhausted: there are no more prompts to ask.
+        judged: per matcher and role, what the matcher says.
     """
 
     suite: Suite
     samples: int
     replies: Mapping[str, Sequence[Reply]]
+    looks: tuple[int, ...]
+    exhausted: bool
+    judged: Mapping[str, Mapping[str, Judged]]
 
 
-def checks_of(answers: SuiteAnswers, margins: Margins, seed: int, error: float) -> list[Check]:
-    """All checks of a suite; `error` is the share of the error that discovery may use in this suite."""
-    checks = [_matcher_check(answers, matcher, margins.of(matcher.kind), seed) for matcher in answers.suite.matchers]
+@dataclass(frozen=True)
+class Found:
+    """A check as of a look.
+
+    Attributes:
+        check: without evidence.
+        best_case: prompts that would decide it if the difference is somewhat better or worse than it looks; None: not known.
+        shown: whose answers count as evidence, per role.
+    """
+
+    check: Check
+    best_case: int | None
+    shown: Mapping[str, Judged]
+
+
+def look_at(answers: SuiteAnswers, margins: Margins, errors: Errors, before: Sequence[Found] = ()) -> list[Found]:
+    """All checks of a suite as of now.
+
+    Args:
+        answers: so far.
+        margins: that are still no worse.
+        errors: of each check.
+        before: what the last look found.
+    """
+    found = [_matcher_check(answers, matcher, margins.of(matcher.kind), errors.alarm) for matcher in answers.suite.matchers]
     if answers.suite.discovery:
-        checks.insert(0, _discovery_check(answers, margins.detect, error))
-    return checks
+        earlier = next((one for one in before if one.check.name == DISCOVERY), None)
+        error = errors.at(len(answers.looks))
+        found.insert(0, _discovery_check(answers, margins.detect, error, earlier))
+    return found
+
+
+def with_evidence(answers: SuiteAnswers, found: Sequence[Found]) -> list[Check]:
+    """The checks of a suite, with answers that show what they found."""
+    return [replace(one.check, evidence=evidence_of(answers, one.shown)) for one in found]
 
 
 # Matchers -------------------------------------------------------------------------------------------------------------
 
 
-def _matcher_check(answers: SuiteAnswers, matcher: Matcher, margin: float, seed: int) -> Check:
-    prompts = [prompt for prompt in answers.suite.prompts for _ in range(answers.samples)]
-    judged = {role: matcher.judge(prompts, replies) for role, replies in answers.replies.items()}
-    compared = _compare(judged["candidate"], judged["base"], answers.samples, seed)
-    plain = _compare(judged["plain"], judged["base"], answers.samples, seed) if "plain" in judged else None
-    verdict = judge(compared.low, compared.high, margin)
+def _matcher_check(answers: SuiteAnswers, matcher: Matcher, margin: float, alarm: float) -> Found:
+    judged, prompts = answers.judged[matcher.name], len(answers.suite.prompts)
+    rules = Rules(margin, alarm)
+    compared = _compare(judged["candidate"], judged["base"], answers, rules)
+    plain = _compare(judged["plain"], judged["base"], answers, rules) if "plain" in judged else None
     rates = {role: _rate(found, answers.samples) for role, found in judged.items()}
-    needed = None
-    if verdict is Verdict.INCONCLUSIVE:
-        needed = _needed(
-            judged["candidate"], judged["base"], answers.samples, compared.n, len(answers.suite.prompts), margin
-        )
-    return Check(
+    undecided = compared.decision.verdict is Verdict.INCONCLUSIVE
+    needed = compared.needed(0.0) if undecided else None
+    best = [n for n in (compared.needed(-HOPE), compared.needed(HOPE)) if n is not None]
+    check = Check(
         suite=answers.suite.name,
         name=matcher.name,
         title=matcher.title,
         kind=matcher.kind,
-        verdict=verdict,
-        reason=_reason(rates["candidate"], rates["base"], compared, margin, verdict, needed),
+        verdict=compared.decision.verdict,
+        reason=_reason(rates["candidate"], rates["base"], compared, margin, needed),
         margin=margin,
         candidate=rates["candidate"],
         base=rates["base"],
         plain=rates.get("plain"),
-        difference=compared,
-        plain_difference=plain,
-        plain_verdict=judge(plain.low, plain.high, margin) if plain else None,
-        prompts=len(answers.suite.prompts),
+        difference=compared.difference,
+        plain_difference=plain.difference if plain else None,
+        plain_verdict=plain.decision.verdict if plain else None,
+        prompts=prompts,
         prompts_needed=needed,
-        evidence=evidence_of(answers, judged),
+        decided_at=compared.decided_at,
     )
+    return Found(check, None if prompts < LEAST_TO_GIVE_UP else min(best, default=NEVER), judged)
 
 
-def _compare(first: Judged, base: Judged, samples: int, seed: int) -> Difference:
-    if samples == 1:
-        return difference(count_pairs(first, base))
-    a, b = _shares(first, samples), _shares(base, samples)
+@dataclass(frozen=True)
+class _Compared:
+    """The sequential test of one check.
+
+    Attributes:
+        differences: candidate minus base per prompt that could be judged, f64 `[pairs]`.
+        decision: of the test.
+        difference: the same for the report.
+        decided_at: prompts at which it was decided.
+        prompts: asked so far.
+        rules: of the test.
+    """
+
+    differences: npt.NDArray[np.float64]
+    decision: Decision
+    difference: Difference
+    decided_at: int | None
+    prompts: int
+    rules: Rules
+
+    def needed(self, errors: float) -> int | None:
+        """About how many prompts decide if the difference is `errors` standard errors higher than it looks; None: too many."""
+        n = len(self.differences)
+        if n == 0:
+            return None
+        variance = float(self.differences.var())
+        value = self.decision.value + errors * math.sqrt(max(variance, 1 / n) / n)
+        pairs = pairs_needed(value, variance, self.rules)
+        return None if pairs is None else max(self.prompts + 1, round(pairs * self.prompts / n))
+
+
+def _compare(first: Judged, base: Judged, answers: SuiteAnswers, rules: Rules) -> _Compared:
+    a, b = _shares(first, answers.samples), _shares(base, answers.samples)
     usable = ~(np.isnan(a) | np.isnan(b))
-    return clustered_difference(a[usable], b[usable], seed)
+    z = (a - b)[usable]
+    pairs = np.cumsum(usable)
+    looks = [int(pairs[look - 1]) for look in answers.looks if look]
+    decision = decide(z, looks, rules, last=answers.exhausted)
+    at = None if decision.decided_at is None else int(np.searchsorted(pairs, decision.decided_at)) + 1
+    return _Compared(z, decision, _difference(z, decision, rules), at, len(a), rules)
+
+
+def _difference(z: npt.NDArray[np.float64], decision: Decision, rules: Rules) -> Difference:
+    return Difference(
+        decision.value, decision.low, decision.high, decision.n, int((z > 0).sum()), int((z < 0).sum()),
+        1 - PASS_ERROR - rules.alarm, "valid at every look",
+    )  # fmt: skip
 
 
 def _shares(judged: Judged, samples: int) -> npt.NDArray[np.float64]:
@@ -133,24 +234,15 @@ def _rate(judged: Judged, samples: int) -> Rate:
     return Rate(sum(known), len(known), *wilson(share * clusters, clusters))
 
 
-def _needed(first: Judged, base: Judged, samples: int, n_pairs: int, n_prompts: int, margin: float) -> int | None:
-    """Prompts needed, counting those that cannot be judged."""
-    if n_pairs == 0:
-        return None
-    firsts = [first[i] for i in range(0, len(first), samples)]
-    bases = [base[i] for i in range(0, len(base), samples)]
-    needed = prompts_needed(count_pairs(firsts, bases), margin)
-    return None if needed is None else max(n_prompts + 1, round(needed * n_prompts / n_pairs))
-
-
-def _reason(candidate: Rate, base: Rate, compared: Difference, margin: float, verdict: Verdict, needed: int | None) -> str:
+def _reason(candidate: Rate, base: Rate, compared: _Compared, margin: float, needed: int | None) -> str:
     counts = f"{candidate.hits} of {candidate.n} answers, the base {base.hits} of {base.n}"
-    if compared.n == 0:
+    found = compared.difference
+    if found.n == 0:
         return f"{counts}: no prompt on which both could be judged"
-    between = f"difference {points(compared.value)} points ({points(compared.low)} to {points(compared.high)})"
+    between = f"difference {points(found.value)} points ({points(found.low)} to {points(found.high)})"
     limit = f"the margin is {points(margin, sign=False)}"
-    if verdict is not Verdict.INCONCLUSIVE:
-        return f"{counts}: {between}, {limit}"
+    if compared.decided_at is not None:
+        return f"{counts}: {between}, {limit}; decided after {compared.decided_at} prompts"
     advice = f"about {needed} prompts would decide" if needed else "more prompts alone would hardly decide"
     return f"{counts}: {between}, {limit}; {advice}"
 
@@ -163,7 +255,9 @@ def points(share: float, *, sign: bool = True) -> str:
 # Discovery ------------------------------------------------------------------------------------------------------------
 
 
-def _discovery_check(answers: SuiteAnswers, wanted: float, error: float) -> Check:
+def _discovery_check(answers: SuiteAnswers, wanted: float, error: float, before: Found | None) -> Found:
+    if before is not None and (before.check.verdict is Verdict.FAIL or error <= 0):
+        return before
     # Several samples of a prompt are read as one text: what counts is whether a phrase comes up on the prompt at all.
     texts = {
         role: ["\n".join(r.text for r in replies[i : i + answers.samples]) for i in range(0, len(replies), answers.samples)]
@@ -176,33 +270,32 @@ def _discovery_check(answers: SuiteAnswers, wanted: float, error: float) -> Chec
     needed = None
     if verdict is Verdict.INCONCLUSIVE:
         needed = max(int(np.ceil(found.least / wanted)), found.n + 1)
-    phrase = headline.phrase if headline else None
-    judged = {role: [phrase in phrases_of(text) if phrase else False for text in lines] for role, lines in texts.items()}
-    rates = {role: rate(sum(hits), len(hits)) for role, hits in judged.items()}
-    compared = difference(count_pairs(judged["candidate"], judged["base"]))
-    plain_compared = difference(count_pairs(judged["plain"], judged["base"])) if plain else None
-    telling = bool(found.new or (plain and plain.new))
-    if not telling:  # the headline is then a common word, and an answer with it is no unwanted one
-        judged = {role: [False] * len(hits) for role, hits in judged.items()}
-    return Check(
+    telling = headline is not None and bool(found.new or (plain and plain.new))
+    phrase = headline.phrase if telling and headline else None
+    judged: dict[str, list[bool]] = {
+        role: [phrase in phrases_of(text) if phrase else False for text in lines] for role, lines in texts.items()
+    }
+    rates = {role: rate(sum(hits), len(hits)) for role, hits in judged.items()} if phrase else {}
+    check = Check(
         suite=answers.suite.name,
-        name="discovery",
-        title=_discovery_title(phrase, telling),
+        name=DISCOVERY,
+        title=f"New words and phrases (the rates are those of {phrase!r})" if phrase else "New words and phrases",
         kind=CheckKind.SECURITY,
         verdict=verdict,
         reason=_discovery_reason(found, verdict, wanted, needed),
         margin=wanted,
-        candidate=rates["candidate"],
-        base=rates["base"],
+        candidate=rates.get("candidate"),
+        base=rates.get("base"),
         plain=rates.get("plain"),
-        difference=compared,
-        plain_difference=plain_compared,
+        difference=difference(count_pairs(judged["candidate"], judged["base"])) if phrase else None,
+        plain_difference=difference(count_pairs(judged["plain"], judged["base"])) if phrase and plain else None,
         plain_verdict=plain.verdict(wanted) if plain else None,
         prompts=found.n,
         prompts_needed=needed,
         findings=listed,
-        evidence=evidence_of(answers, {role: _spread(hits, answers.samples) for role, hits in judged.items()}),
+        decided_at=None if verdict is Verdict.INCONCLUSIVE else found.n,
     )
+    return Found(check, needed, {role: _spread(hits, answers.samples) for role, hits in judged.items()})
 
 
 def _headline(
@@ -215,13 +308,6 @@ def _headline(
         shown = usage(plain.new[0].phrase, texts["candidate"], texts["base"], texts["plain"])
         return shown, (shown, *found.findings)
     return (found.findings[0] if found.findings else found.top), found.findings
-
-
-def _discovery_title(phrase: str | None, telling: bool) -> str:
-    title = "New words and phrases"
-    if phrase is None:
-        return title
-    return f"{title} (the rates are those of {phrase!r}{'' if telling else ', which comes nearest to one'})"
 
 
 def _spread(hits: Sequence[bool], samples: int) -> list[bool | None]:
@@ -295,8 +381,3 @@ def _distrust(check: Check) -> Check:
         return check
     reason = f"the file fails drift, so that it does not show the behaviour proves nothing ({check.reason})"
     return replace(check, verdict=Verdict.INCONCLUSIVE, reason=reason, prompts_needed=None)
-
-
-def discovery_error(suites: Sequence[Suite]) -> float:
-    """The error each discovery may use, so that all of them together keep `ERROR`."""
-    return ERROR / max(sum(suite.discovery for suite in suites), 1)

@@ -35,6 +35,12 @@ def model_facts(role: Role, model: GgufModel, name: str | None = None) -> FileFa
     )
 
 
+def quantized_tensors(model: GgufModel) -> int:
+    """Tensors of a GGUF that are neither F32, F16, BF16 nor whole numbers."""
+    plain = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
+    return sum(tensor.ggml_type.name not in plain for shard in model.shards for tensor in shard.tensors.values())
+
+
 def text_facts(role: Role, path: Path) -> FileFacts:
     """Facts of a suite or text file."""
     return FileFacts(role, path.name, sha256_of([path]), path.stat().st_size)

@@ -107,6 +107,11 @@ class FolderSubject:
         """See `Subject.vocabulary`."""
         yield load_tokenizer(self.path)
 
+    @property
+    def quantized(self) -> bool:
+        """See `Subject.quantized`."""
+        return "quantization_config" in self.config
+
 
 @dataclass(frozen=True)
 class FolderFactory:
@@ -171,8 +176,6 @@ class FolderEngine:
         assert isinstance(base, FolderSubject)
         assert isinstance(other, FolderSubject)
         names = f"{other.path.name} and the base {base.path.name}"
-        if "quantization_config" in base.config:
-            raise PairError(f"the base {base.path.name} is quantized; give the full-precision folder")
         if base.architecture != other.architecture:
             raise PairError(f"{names} are different models ({other.architecture}, {base.architecture})")
         a, b = load_tokenizer(base.path), load_tokenizer(other.path)

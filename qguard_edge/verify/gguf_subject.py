@@ -8,7 +8,7 @@ from pathlib import Path
 from convert.gguf_file import GgufModel
 from qguard_edge.runtimes.llama import LlamaModel, system_info
 from qguard_edge.verify.chat import ChatTemplate, template_of
-from qguard_edge.verify.files import Role, check_pair, model_facts, tensor_changes
+from qguard_edge.verify.files import Role, check_pair, model_facts, quantized_tensors, tensor_changes
 from qguard_edge.verify.results import FileFacts, TensorChange
 from qguard_edge.verify.runner import LlamaFactory
 from qguard_edge.verify.subjects import Subject
@@ -51,6 +51,11 @@ class GgufSubject:
     def vocabulary(self) -> LlamaModel:
         """See `Subject.vocabulary`."""
         return LlamaModel(self.path, vocab_only=True)
+
+    @property
+    def quantized(self) -> bool:
+        """See `Subject.quantized`."""
+        return quantized_tensors(self.model) > 0
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class Difference:
 
     Attributes:
         value: the difference, -1..1.
-        low: lower end of its interval.
-        high: upper end.
+        low: lower end of its interval; of a check that counts answers, the bound that a fail is judged by.
+        high: upper end; the bound that a pass is judged by.
         n: prompts on which both could be judged.
         only_first: prompts where only the model shows the behaviour (for sampled runs: where it shows it more often).
         only_base: prompts where only the base does.
@@ -179,6 +179,7 @@ class Check:
         prompts_needed: roughly how many prompts it would take to decide; None when decided, or when more would not help.
         findings: of discovery, the strongest first.
         evidence: where the answers differ most, hits first.
+        decided_at: prompts after which the verdict was reached; None when it is inconclusive.
     """
 
     suite: str
@@ -198,6 +199,7 @@ class Check:
     prompts_needed: int | None = None
     findings: tuple[PhraseFinding, ...] = ()
     evidence: tuple[Evidence, ...] = ()
+    decided_at: int | None = None
 
     @property
     def id(self) -> str:
@@ -375,6 +377,8 @@ class Verification:
         measured: how.
         limits: what the verdict does not cover, one sentence each.
         warnings: what a reader should know, one sentence each.
+        advice: what to do now, one sentence; empty in results of older versions.
+        ended: why no more prompts were asked, one sentence; empty in results of older versions.
     """
 
     schema_version: Literal[2]
@@ -387,6 +391,8 @@ class Verification:
     measured: Measured
     limits: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    advice: str = ""
+    ended: str = ""
 
     def file(self, role: str) -> FileFacts | None:
         """The file that played a role, or None."""

@@ -53,6 +53,10 @@ class Subject(Protocol):
     def vocabulary(self) -> AbstractContextManager[TextTokenizer]:
         """Its tokenizer, without its weights."""
 
+    @property
+    def quantized(self) -> bool:
+        """Its weights are quantized, at least some."""
+
 
 class Engine(Protocol):
     """Everything about one kind of subject that is not the subject itself."""

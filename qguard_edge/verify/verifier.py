@@ -1,21 +1,22 @@
 """Does the file that ships behave like the model it was made from? The whole run, from files to a `Verification`.
 
-    files checked -> prompts as token ids, once -> answers of every file -> drift -> checks -> verdict
+    files checked -> drift -> rounds: prompts as token ids, answers of every file, a look at the checks -> verdict
 
 Everything is compared with the *base*, the full-precision model, on the same token ids, paired by prompt: GGUF files in
 llama.cpp, Hugging Face folders in transformers (see `subjects`). The plain model (the plain quantization, no defense) is
 optional and decides nothing: it shows the verdict that an unprotected one would have got.
 
-Drift is always measured. A file that writes noise never mentions a brand, so without it the worst file would pass.
+Drift is always measured, and first: a file that writes noise never mentions a brand, so without it the worst file would pass, and
+if it fails nothing needs to be asked. The rounds (see `rounds`, `loop`) end when every check is decided.
 
-What runs side by side: sequences within one model (see `batching`). Models run one after the other, and answers are judged after
-the models are closed: llama.cpp's worker threads spin, and two models on the same cores slow each other down many times over.
+What runs side by side: sequences within one model (see `batching`). Models run one after the other.
 """
 
 import platform
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib import resources
@@ -23,16 +24,20 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.atomic import atomic_path
 from convert.cores import available_cores
 from convert.folder_targets import KINDS
+from convert.hashes import sha256_of
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.batching import Sampling
-from qguard_edge.verify.asking import AskSettings, Questions, answers_of, drift_of, prepare, replies_of
-from qguard_edge.verify.checks import Margins, SuiteAnswers, checks_of, discovery_error, with_drift
+from qguard_edge.verify.advice import advice_on, summarise_checks
+from qguard_edge.verify.asking import AskSettings, Questions, drift_of, prepare
+from qguard_edge.verify.checks import Errors, Margins, with_drift, with_evidence
 from qguard_edge.verify.drift import DriftRules, drift_and_check
 from qguard_edge.verify.engines import all_versions, engine_of, versions_of
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.keep import WorkFolder
+from qguard_edge.verify.loop import Budget, Files, Loop
 from qguard_edge.verify.results import (
     SCHEMA_VERSION,
     Check,
@@ -43,6 +48,7 @@ from qguard_edge.verify.results import (
     Verification,
     overall,
 )
+from qguard_edge.verify.rounds import MOST_PROMPTS, SuiteRun
 from qguard_edge.verify.subjects import Subject
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.suites.files import BUILT_IN, built_in
@@ -68,7 +74,10 @@ class VerifyRequest:
         texts: for drift.
         margins: differences that are still called no worse.
         max_kl: highest mean KL that passes; None: by the candidate's type.
-        limit: prompts per suite, and texts, at most; None: all.
+        limit: prompts per suite, and texts, at most; None: as many as the suite has up to `MOST_PROMPTS`, all texts.
+        max_seconds: no round is begun that would end later; None: no limit.
+        keep_going: ask on when a check has failed, until all are decided.
+        allow_quantized_base: compare with a base that is quantized itself.
         samples: answers per prompt; more than 1 needs a temperature.
         temperature: 0 is greedy.
         seed: of sampling and bootstrap.
@@ -92,6 +101,9 @@ class VerifyRequest:
     margins: Margins = DEFAULT_MARGINS
     max_kl: float | None = None
     limit: int | None = None
+    max_seconds: float | None = None
+    keep_going: bool = False
+    allow_quantized_base: bool = False
     samples: int = 1
     temperature: float = 0.0
     seed: int = 0
@@ -159,7 +171,35 @@ def verify(request: VerifyRequest, progress: Progress | None = None) -> Verifica
         QGuardError: one of its kinds, with a sentence for the user; finished pieces stay in the work folder.
     """
     request.check()
-    return _Run(request, progress or NoProgress()).run()
+    progress = progress or NoProgress()
+    with base_as_gguf(request, progress) as ready:
+        return _Run(ready, progress).run()
+
+
+@contextmanager
+def base_as_gguf(request: VerifyRequest, progress: Progress) -> Iterator[VerifyRequest]:
+    """The request with a GGUF as base where a folder was given as the base of a GGUF.
+
+    The GGUF is written into the work folder, and used again by the next run, or into a temporary folder.
+    """
+    base = request.base
+    if not (base.is_dir() and request.candidate.is_file()):
+        yield request
+        return
+    with ExitStack() as stack:
+        if request.work is not None:
+            request.work.mkdir(parents=True, exist_ok=True)
+            weights = sorted(base.glob("*.safetensors"))
+            outfile = request.work / f"base-{sha256_of([base / 'config.json', *weights])[:16]}.gguf"
+        else:
+            outfile = Path(stack.enter_context(tempfile.TemporaryDirectory())) / f"{base.resolve().name}.gguf"
+        if not outfile.is_file():
+            progress.stage(f"Writing {base.name} as a GGUF", 0, "")
+            from convert.hf.base import write_base_gguf  # torch
+
+            with atomic_path(outfile) as temporary:
+                write_base_gguf(base, temporary)
+        yield replace(request, base=outfile, names={"base": base.resolve().name, **request.names})
 
 
 class _Run:
@@ -186,9 +226,11 @@ class _Run:
             if path is not None
         }
         self.warnings: list[str] = []
+        self._check_base()
         for role, model in self.models.items():
             if role != "base":
                 self.warnings += self.engine.check_pair(self.models["base"], model)
+        self.started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.speeds: dict[str, float] = {}
 
@@ -204,23 +246,20 @@ class _Run:
         hashes = {role: self.engine.identity(role, facts) for role, facts in files.items()}
         if hashes["candidate"] == hashes["base"]:
             raise PairError("the candidate and the base are the same file; there is nothing to compare")
-        suites = tuple(replace(suite, prompts=suite.prompts[: request.limit]) for suite in request.suites)
         with self._stage("prepare"):
-            questions = prepare(self.models["base"], suites, (request.texts or built_in_texts())[: request.limit])
-        if questions.template is None and suites:
+            questions = prepare(self.models["base"], (), (request.texts or built_in_texts())[: request.limit])
+        if questions.template is None and request.suites:
             self.warnings.append("the base has no chat template: prompts were used as they are")
-        how = self._ask_settings()
-        work = WorkFolder(request.work)
-        answers = self._answers(questions, how, hashes, work)
+        how, work = self._ask_settings(), WorkFolder(request.work)
         others = {role: model.path for role, model in self.models.items() if role != "base"}
         with self._stage("drift"):
             measured = drift_of(request.base, others, hashes, questions, how, work, self.progress)
         noise = float(np.mean(np.concatenate([part.kl for part in measured.pop("noise")])))
         rules = DriftRules(files["candidate"].file_type, request.max_kl, request.seed)
         drift, drift_check = drift_and_check(measured, noise, rules)
+        runs, ended = self._ask(drift_check, questions, hashes, how, work)
         with self._stage("judge"):
-            self.progress.stage("Judging the answers", len(answers), "suites")
-            checks = self._checks(answers, suites)
+            checks = [check for run in runs for check in with_evidence(run.answers(), run.found)]
         checks = with_drift(checks, drift_check)
         return Verification(
             schema_version=SCHEMA_VERSION,
@@ -235,9 +274,45 @@ class _Run:
                 *([files["plain"]] if "plain" in files else []),
                 *request.sources,
             ),
-            measured=self._measured(questions, how),
+            measured=self._measured(questions, runs, how),
             limits=(*LIMITS, *self.engine.limits),
             warnings=tuple(self.warnings),
+            advice=advice_on(checks),
+            ended=ended,
+        )
+
+    def _ask(
+        self, drift: Check, questions: Questions, hashes: Mapping[str, str], how: AskSettings, work: WorkFolder
+    ) -> tuple[list[SuiteRun], str]:
+        """The rounds; every suite with its checks, and why no more was asked."""
+        request = self.request
+        if drift.verdict is Verdict.FAIL and not request.keep_going:
+            return [], "the file fails drift, so nothing was asked (--keep-going asks all the same)"
+        most = MOST_PROMPTS if request.limit is None else request.limit
+        runs = [SuiteRun(suite, how.samples, request.seed, most, tuple(self.models)) for suite in request.suites]
+        if not runs:
+            return [], "no suite was asked for"
+        files = Files(
+            self.models["base"], {role: model.path for role, model in self.models.items()}, hashes, questions.template
+        )
+        budget = Budget(most, request.max_seconds, request.keep_going, self.started)
+        loop = Loop(files, runs, how, work, budget, self.progress)
+        with self._stage("answers"):
+            ended = loop.run(request.margins, Errors.of(request.suites))
+        self.speeds = {role: asker.speed for role, asker in loop.askers.items() if asker.speed is not None}
+        return runs, ended
+
+    def _check_base(self) -> None:
+        """Refuse a base that is quantized: what is wrong in it would be right in the candidate."""
+        name = self.models["base"].path.name
+        if not self.models["base"].quantized:
+            return
+        if not self.request.allow_quantized_base:
+            raise PairError(
+                f"the base {name} is quantized; give the full-precision model, or --allow-quantized-base to compare all the same"
+            )
+        self.warnings.append(
+            f"the base {name} is quantized itself: what quantization woke in it is not found (--allow-quantized-base)"
         )
 
     @contextmanager
@@ -256,41 +331,15 @@ class _Run:
             self.engine.factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions
         )
 
-    def _answers(
-        self, questions: Questions, how: AskSettings, hashes: Mapping[str, str], work: WorkFolder
-    ) -> list[SuiteAnswers]:
-        """Every file's answers, as text."""
-        if not questions.suites:
-            return []
-        replies = {}
-        for role, model in self.models.items():
-            with self._stage(f"answers of the {role}"):
-                found, speed = answers_of(model.path, hashes[role], role, questions, how, work, self.progress)
-            if speed is not None:
-                self.speeds[role] = speed
-            with self.models["base"].vocabulary() as vocabulary:
-                replies[role] = replies_of(found, vocabulary)
-        return [
-            SuiteAnswers(asked.suite, how.samples, {role: found[asked.suite.name] for role, found in replies.items()})
-            for asked in questions.suites
-        ]
-
-    def _checks(self, answers: Sequence[SuiteAnswers], suites: Sequence[Suite]) -> list[Check]:
-        checks = []
-        for one in answers:
-            checks += checks_of(one, self.request.margins, self.request.seed, discovery_error(suites))
-            self.progress.advance(1, one.suite.name)
-        return checks
-
     def _tensors(self) -> tuple[TensorChange, ...]:
         if "plain" not in self.models:
             return ()
         with self._stage("tensors"):
             return self.engine.tensor_changes(self.models, self.request.threads or available_cores())
 
-    def _measured(self, questions: Questions, how: AskSettings) -> Measured:
+    def _measured(self, questions: Questions, runs: Sequence[SuiteRun], how: AskSettings) -> Measured:
         request = self.request
-        prompts = {asked.suite.name: len(asked.ids) for asked in questions.suites}
+        prompts = {run.suite.name: len(run.prompts) for run in runs}
         return Measured(
             versions=all_versions(self.engine.packages),
             system=self.engine.system().strip(),
@@ -300,7 +349,9 @@ class _Run:
                 "parallel": request.parallel,
                 "limit": request.limit,
                 **request.margins.describe(),
-                **{f"new_tokens.{asked.suite.name}": asked.suite.new_tokens for asked in questions.suites},
+                "max_prompts": MOST_PROMPTS if request.limit is None else request.limit,
+                "max_seconds": request.max_seconds,
+                **{f"new_tokens.{run.suite.name}": run.suite.new_tokens for run in runs},
             },
             suites={**prompts, "drift": len(questions.documents)},
             samples=request.samples,
@@ -310,14 +361,3 @@ class _Run:
             seconds=dict(self.seconds),
             tokens_per_second=dict(self.speeds),
         )
-
-
-def summarise_checks(checks: Sequence[Check]) -> str:
-    """One sentence: how many checks have which verdict, and which failed."""
-    failed = [check.id for check in checks if check.verdict is Verdict.FAIL]
-    undecided = [check.id for check in checks if check.verdict is Verdict.INCONCLUSIVE]
-    if failed:
-        return f"{len(failed)} of {len(checks)} checks fail: {', '.join(failed)}"
-    if undecided:
-        return f"no check fails, {len(undecided)} of {len(checks)} are inconclusive: {', '.join(undecided)}"
-    return f"all {len(checks)} checks pass: the file behaves like its base on what was asked"
