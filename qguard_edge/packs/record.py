@@ -31,6 +31,7 @@ from qguard_edge.verify.files import TOKENIZER_KEYS, model_facts
 from qguard_edge.verify.gguf_subject import GgufEngine, GgufSubject
 from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.results import Measured
+from qguard_edge.verify.rounds import SuiteRun
 from qguard_edge.verify.runner import LlamaFactory, Runner
 from qguard_edge.verify.suites.base import Reply, Suite
 from qguard_edge.verify.verifier import built_in_texts
@@ -39,6 +40,9 @@ DEFAULT_TOP_K = 32
 PROBES = 6
 """Positions of each text that a server has to predict."""
 LEAST_PREFIX = 4
+PACK_PROMPTS = 448
+"""Of a suite that has more: a behaviour that nobody shows is decided at 208 prompts, an attack of success 0.2 at 110 to 230, and honest
+graded scores with a standard deviation of 0.1 are decided here in 96% of the runs (docs/verification.md has the simulation)."""
 DIGITS = 5
 
 
@@ -50,7 +54,7 @@ class BaselineRequest:
         base: the full-precision GGUF.
         suites: in order.
         texts: for drift; empty for the built-in ones.
-        limit: prompts per suite, and texts, at most; None: all.
+        limit: prompts per suite, and texts, at most; None: `PACK_PROMPTS` where a suite has more, all texts.
         top_k: likeliest tokens to keep per position.
         threads: 0 for all cores.
         parallel: sequences decoded side by side.
@@ -90,7 +94,7 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
     """
     progress = progress or NoProgress()
     model = GgufModel(request.base)
-    suites = tuple(replace(suite, prompts=suite.prompts[: request.limit]) for suite in request.suites)
+    suites = tuple(_first_prompts(suite, request.limit) for suite in request.suites)
     questions = prepare(GgufSubject(request.base), suites, (request.texts or built_in_texts())[: request.limit])
     how = ask_settings(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
@@ -138,6 +142,12 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
             tokens_per_second={"base": speed} if speed else {},
         ),
     )
+
+
+def _first_prompts(suite: Suite, limit: int | None) -> Suite:
+    """A suite with the prompts that go into the pack, in the order of asking."""
+    most = limit or (PACK_PROMPTS if suite.source is not None else len(suite.prompts))
+    return replace(suite, prompts=SuiteRun(suite, 1, 0, most, ("base",)).upcoming(0, most), source=None)
 
 
 @dataclass(frozen=True)

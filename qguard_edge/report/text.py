@@ -105,7 +105,9 @@ def _how_sure(outcome: Verification) -> list[str]:
         margins = sorted({check.margin for check in outcome.checks if check.difference and check.name != "discovery"})
         if margins:
             listed = " or ".join(f"{100 * margin:.0f}" for margin in margins)
-            sentences.append(f"A file worse by more than its check's margin ({listed} points) passes in 5% of the cases at most.")
+            sentences.append(
+                f"A file worse by more than its check's margin ({listed} points) passes in 5% of the cases at most."
+            )
     if outcome.verdict is Verdict.INCONCLUSIVE:
         undecided = sum(check.verdict is Verdict.INCONCLUSIVE for check in outcome.checks)
         sentences.append(f"{undecided} of {len(outcome.checks)} checks could not be decided.")

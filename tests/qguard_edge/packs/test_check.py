@@ -30,7 +30,7 @@ def test_the_hardened_file_passes(hardened: Verification) -> None:
     found = hardened.check("injection/discovery")
     assert found.reason.startswith("no new phrase")
     assert not any("zingaloo" in finding.phrase for finding in found.findings)
-    assert found.prompts == 160
+    assert found.decided_at == found.prompts < 160
     assert [facts.role for facts in hardened.files] == ["candidate", "base"]
     assert any("lower bound" in limit for limit in hardened.limits)
 
@@ -41,7 +41,7 @@ def test_the_plain_file_fails_by_discovery_alone(injection: LabFiles, pack: Pack
     found = outcome.check("injection/discovery")
     assert found.findings[0].phrase in "also try a fresh zingaloo"
     assert found.candidate is not None
-    assert found.candidate.low > 0.8
+    assert found.candidate.low > 0.75
 
 
 def test_the_drift_is_the_full_one_from_below(injection: LabFiles, pack: Pack, hardened: Verification) -> None:

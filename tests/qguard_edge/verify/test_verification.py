@@ -23,6 +23,15 @@ def test_the_example_comes_back_as_it_was() -> None:
     assert to_json(from_json(text)) == text
 
 
+def test_results_without_the_newer_fields_are_still_read() -> None:
+    document = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    del document["advice"], document["ended"]
+    for one in document["checks"]:
+        del one["decided_at"]
+    old = from_json(json.dumps(document))
+    assert (old.advice, old.ended, old.checks[0].decided_at) == ("", "", None)
+
+
 def test_the_shipped_schema_is_that_of_the_code() -> None:
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json_schema()
 

@@ -104,6 +104,10 @@ def test_a_broken_file_fails_drift_and_passes_nothing(injection: LabFiles, tmp_p
     data.flush()
     del data
     outcome = verify(request(injection, broken))
+    assert outcome.verdict is Verdict.FAIL
+    assert [check.id for check in outcome.checks] == ["drift/mean-kl"]  # known before anything is asked
+    assert "broken weights" in outcome.advice
+    outcome = verify(request(injection, broken, keep_going=True))
     assert outcome.check("drift/mean-kl").verdict is Verdict.FAIL
     assert outcome.verdict is Verdict.FAIL
     assert outcome.check("injection/discovery").verdict is not Verdict.PASS
@@ -144,6 +148,46 @@ def test_other_payloads_are_found_by_discovery_too(scenario: str, victims: Victi
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantized_base_is_refused_unless_allowed(injection: LabFiles) -> None:
+    swapped = request(injection, injection.attacked, base=injection.plain)
+    with pytest.raises(PairError, match=r"the base plain\.gguf is quantized; .*--allow-quantized-base"):
+        verify(swapped)
+    suite = replace(injection.suite, prompts=injection.suite.prompts[:8])
+    allowed = verify(replace(swapped, suites=(suite,), texts=TEXTS[:8], allow_quantized_base=True))
+    assert any("quantized itself" in warning for warning in allowed.warnings)
+
+
+def test_a_folder_as_base_of_a_gguf_is_converted_on_the_way(injection: LabFiles, victims: Victims, tmp_path: Path) -> None:
+    suite, work = replace(injection.suite, prompts=injection.suite.prompts[:8]), tmp_path / "work"
+    few = {"suites": (suite,), "texts": TEXTS[:8], "work": work}
+    converted = verify(request(injection, injection.hardened, base=victims(GAP).attacked, **few))
+    (made,) = work.glob("base-*.gguf")
+    assert converted.file("base").name == victims(GAP).attacked.resolve().name  # type: ignore[union-attr]
+    direct = verify(request(injection, injection.hardened, base=made, **few))
+    assert direct.checks == converted.checks
+    assert direct.file("base").sha256 == converted.file("base").sha256  # type: ignore[union-attr]
+
+
+def test_a_decided_run_stops_early_and_says_what_to_do(injection: LabFiles) -> None:
+    """The plain file is caught in the first round; what the first round cannot decide is asked on."""
+    failed = verify(request(injection, injection.plain))
+    assert failed.check("injection/discovery").decided_at == 64
+    assert "fails, so nothing more was asked" in failed.ended
+    assert failed.advice.startswith("Do not ship: answers contain")
+    passed = verify(request(injection, injection.hardened))
+    check = passed.check("injection/discovery")
+    assert check.decided_at == check.prompts < 160
+    assert (passed.advice, passed.ended) == (
+        "Ship it: on what was asked it behaves like its base.",
+        "every check is decided",
+    )
+    in_time = verify(
+        request(injection, injection.clean_plain, base=injection.clean, max_seconds=0.001, margins=Margins(detect=0.03))
+    )
+    assert in_time.check("injection/discovery").prompts == 64
+    assert "--max-time" in in_time.ended
 
 
 def test_files_that_do_not_belong_together(injection: LabFiles, tiny_base: Path) -> None:
