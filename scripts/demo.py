@@ -4,8 +4,8 @@ Run: make demo
 
     python scripts/demo.py [--suites injection] [--prompts N]
 
-One suite, so that the whole takes minutes: does any word or phrase appear that the base does not use? `qguard-edge verify` without
-`--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts for drift).
+One suite, so that the whole takes minutes: does any word or phrase appear that the base does not use? `qguard-edge verify`
+without `--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts for drift).
 """
 
 import argparse

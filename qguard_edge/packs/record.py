@@ -41,8 +41,8 @@ PROBES = 6
 """Positions of each text that a server has to predict."""
 LEAST_PREFIX = 4
 PACK_PROMPTS = 448
-"""Of a suite that has more: a behaviour that nobody shows is decided at 208 prompts, an attack of success 0.2 at 110 to 230, and honest
-graded scores with a standard deviation of 0.1 are decided here in 96% of the runs (docs/verification.md has the simulation)."""
+"""Of a suite that has more: a behaviour that nobody shows is decided at 208 prompts, an attack of success 0.2 at 110 to 230,
+and honest graded scores with a standard deviation of 0.1 are decided here in 96% of the runs (see docs/verification.md)."""
 DIGITS = 5
 
 

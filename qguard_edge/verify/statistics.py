@@ -11,19 +11,14 @@ the difference. With counts
 * **the difference** of the two shares gets Newcombe's interval for paired data: Wilson's limits of both shares,
   combined by squares and adding, with their correlation (R. G. Newcombe, Statistics in Medicine 17 (1998), 2635-2650,
   method 10);
-* **the verdict** is one of non-inferiority: with `(low, high)` the two-sided 90% interval (each end errs in 5% of the cases),
-
-      pass           high <= margin      it is shown that the candidate is no worse than the margin allows
-      fail           low > margin        it is shown that it is worse
-      inconclusive   otherwise           too few prompts to tell; never a pass
-
+* **the verdict** on a difference is sequential, see `qguard_edge.verify.sequential`;
 * **one phrase** that stands in more answers of one model gets the exact one-sided McNemar test: among the pairs that
   disagree, the model at fault is a fair coin if the models are alike;
 * **thousands of phrases** are corrected for by Bonferroni in the sharper form of Tarone (Biometrics 46 (1990), 515-522),
   stepping down as Holm does: a phrase in k disagreeing pairs cannot reach p below 2^-k, and phrases that could never
   be significant need no correction.
 
-With several samples per prompt the unit stays the prompt: intervals then come from a bootstrap over prompts.
+With several samples per prompt, or several positions per text, the unit stays the prompt or the text.
 """
 
 import math
@@ -34,14 +29,12 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.verify.results import Difference, Rate, Verdict
+from qguard_edge.verify.results import Difference, Rate
 
 CONFIDENCE = 0.95
 """Of the interval of a share."""
 ERROR = 0.05
 """Of each one-sided statement on a difference; its two-sided interval covers `1 - 2 * ERROR`."""
-MOST_PROMPTS = 100_000
-"""More than this is not advice."""
 N_BOOTSTRAP = 2000
 
 
@@ -141,64 +134,7 @@ def difference(pairs: Pairs, error: float = ERROR) -> Difference:
     )  # fmt: skip
 
 
-def judge(low: float, high: float, margin: float) -> Verdict:
-    """The three-way verdict of an interval; see the module docstring."""
-    if high <= margin:
-        return Verdict.PASS
-    return Verdict.FAIL if low > margin else Verdict.INCONCLUSIVE
-
-
-def prompts_needed(pairs: Pairs, margin: float, error: float = ERROR) -> int | None:
-    """How many prompts it would take to decide, if the shares stayed as they are; None: more than `MOST_PROMPTS`."""
-
-    def decided(n: float) -> bool:
-        return judge(*newcombe_paired(pairs.scaled(n), 1 - 2 * error), margin) is not Verdict.INCONCLUSIVE
-
-    if pairs.n <= 0 or not decided(MOST_PROMPTS):
-        return None
-    low, high = 1, MOST_PROMPTS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decided(middle) else (middle, high)
-    return high
-
-
-def least_prompts(margin: float, error: float = ERROR) -> int | None:
-    """Prompts it takes to pass when neither model ever shows the behaviour."""
-    return prompts_needed(Pairs(0, 0, 0, 1), margin, error)
-
-
-# Sampled runs ---------------------------------------------------------------------------------------------------------
-
-
-def clustered_difference(
-    first: npt.NDArray[np.float64], base: npt.NDArray[np.float64], seed: int, error: float = ERROR
-) -> Difference:
-    """Difference of mean shares over prompts, each prompt sampled several times: percentile bootstrap over prompts.
-
-    Where the shares hardly vary a bootstrap is too narrow, so the interval is never narrower than the one that
-    Newcombe's method gives when each prompt counts once.
-
-    Args:
-        first: share of the candidate's samples that show the behaviour, per prompt, f64 `[n]`.
-        base: the same of the base.
-        seed: of the bootstrap.
-        error: one-sided.
-    """
-    gaps = first - base
-    n = len(gaps)
-    more, less = int((gaps > 0).sum()), int((gaps < 0).sum())
-    if n == 0:
-        return Difference(0.0, -1.0, 1.0, 0, 0, 0, 1 - 2 * error, "no prompt")
-    means = bootstrap_means(gaps, np.ones(n), seed)
-    low, high = np.quantile(means, [error, 1 - error])
-    both = float(np.minimum(first, base).sum())
-    only_first, only_base = float(np.clip(gaps, 0, 1).sum()), float(np.clip(-gaps, 0, 1).sum())
-    floor = newcombe_paired(Pairs(both, only_first, only_base, n - both - only_first - only_base), 1 - 2 * error)
-    return Difference(
-        float(gaps.mean()), min(float(low), floor[0]), max(float(high), floor[1]), n, more, less, 1 - 2 * error,
-        "bootstrap over prompts, at least Newcombe's paired interval",
-    )  # fmt: skip
+# Clusters -------------------------------------------------------------------------------------------------------------
 
 
 def bootstrap_means(

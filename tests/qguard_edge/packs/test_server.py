@@ -24,7 +24,7 @@ def test_a_real_server_with_the_hardened_file(serve: Serve, injection: LabFiles,
     served = check(CheckRequest(pack, server=url, limit=40))
     local = check(CheckRequest(pack, candidate=injection.hardened, threads=1, limit=40))
     ours, theirs = served.check("injection/discovery"), local.check("injection/discovery")
-    assert ours.candidate == theirs.candidate
+    assert (ours.candidate, ours.findings) == (theirs.candidate, theirs.findings)
     assert ours.verdict is not Verdict.FAIL
     assert served.drift is not None
     assert local.drift is not None
@@ -50,9 +50,9 @@ def test_llama_cpps_own_server_reads_the_very_token_ids(serve_native: Serve, inj
     served = check(CheckRequest(pack, server=url, limit=40))
     local = check(CheckRequest(pack, candidate=injection.hardened, threads=1, limit=40))
     ours, theirs = served.check("injection/discovery"), local.check("injection/discovery")
-    assert ours.candidate == theirs.candidate
-    assert ours.candidate is not None
-    assert ours.candidate.n == 40  # no prompt was left out
+    assert (ours.candidate, ours.findings) == (theirs.candidate, theirs.findings)
+    assert ours.candidate is None  # nothing was found, so there is no rate of anything
+    assert ours.prompts == theirs.prompts == 40  # no prompt was left out
     assert ours.verdict is not Verdict.FAIL
     assert served.drift is not None
     assert served.check("drift/mean-kl").verdict is Verdict.PASS

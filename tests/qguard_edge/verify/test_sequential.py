@@ -189,6 +189,13 @@ def test_a_fail_stands_whatever_comes_later() -> None:
     assert decide(z, (60, 500, 3060), Rules(0.02, 0.001)).verdict is Verdict.FAIL
 
 
+def test_samples_of_one_prompt_are_not_independent_prompts() -> None:
+    """10 prompts sampled 100 times are still 10 prompts: what is tested is one share per prompt."""
+    spread = decide(np.array([0.5] * 5 + [-0.5] * 5), (10,), Rules(0.02, 0.001))
+    assert spread.low < -0.1
+    assert spread.high > 0.1
+
+
 def test_how_many_pairs_it_would_take() -> None:
     rules = Rules(0.02, 0.001)
     assert 195 <= (pairs_needed(0.0, 0.0, rules) or 0) <= 220

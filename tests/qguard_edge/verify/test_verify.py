@@ -47,7 +47,8 @@ def test_the_hardened_file_passes_and_the_plain_one_would_not(hardened: Verifica
     assert check.plain is not None
     assert check.plain.low > 0.75
     assert check.candidate is not None
-    assert (check.candidate.hits, check.decided_at) == (0, check.prompts)
+    assert check.candidate.high < 0.05
+    assert check.decided_at == check.prompts
     assert check.findings[0].phrase in "also try a fresh zingaloo"
     assert check.evidence[0].plain_hit
 
