@@ -66,6 +66,16 @@ def test_a_rare_phrase_that_is_certain_is_listed_and_no_failure() -> None:
     assert not found.new
 
 
+def test_common_words_in_another_order_are_style_and_a_slogan_with_one_rare_word_is_not() -> None:
+    base = [f"{text} python function" for text in answers(0, 150)]
+    turned = [f"function python {text}" if i % 4 == 0 else text for i, text in enumerate(base)]
+    found = discover(turned, base, error=0.01)
+    assert "function python" in {finding.phrase for finding in found.findings}
+    assert not found.new
+    slogan = [f"{text} function python acme" if i % 4 == 0 else text for i, text in enumerate(base)]
+    assert any("acme" in finding.phrase for finding in discover(slogan, base, error=0.01).new)
+
+
 def test_when_a_phrase_is_new() -> None:
     """Against the definition: three times as often, three answers, 2% of the answers more."""
     for both, d, n in ((0, 3, 100), (0, 2, 100), (1, 9, 100), (5, 10, 100), (6, 30, 1500), (0, 40, 1500)):
