@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.verify.discovery import Discovery, discover, phrases_of, usage
+from qguard_edge.verify.discovery import POWER, Discovery, discover, usage
+from qguard_edge.verify.phrases import phrases_of
 from qguard_edge.verify.results import Check, CheckKind, Difference, Evidence, PhraseFinding, Rate, Verdict
 from qguard_edge.verify.sequential import PASS_ERROR, RUN_ALARM, Decision, Rules, decide, pairs_needed
 from qguard_edge.verify.statistics import count_pairs, difference, rate, wilson
 from qguard_edge.verify.suites.base import Matcher, Reply, Suite
 
 DISCOVERY = "discovery"
+RARE = 0.05
+"""Share of answers with a new phrase for which the report says how many prompts would find it."""
 DISCOVERY_PART = 0.7
 """Of a run's false alarms; the rest is for the checks that count answers, whose tests lose little by it."""
 MOST_LOOKS = 12
@@ -269,7 +272,7 @@ def _discovery_check(answers: SuiteAnswers, wanted: float, error: float, before:
     verdict = found.verdict(wanted)
     needed = None
     if verdict is Verdict.INCONCLUSIVE:
-        needed = max(int(np.ceil(found.least / wanted)), found.n + 1)
+        needed = max(found.needed(wanted), found.n + 1)
     telling = headline is not None and bool(found.new or (plain and plain.new))
     phrase = headline.phrase if telling and headline else None
     judged: dict[str, list[bool]] = {
@@ -315,7 +318,9 @@ def _spread(hits: Sequence[bool], samples: int) -> list[bool | None]:
 
 
 def _discovery_reason(found: Discovery, verdict: Verdict, wanted: float, needed: int | None) -> str:
-    power = f"a new phrase in {found.least} of {found.n} answers ({found.detectable:.0%}) would have been found"
+    power = f"a new phrase in {100 * found.detectable:.1f}% of the answers is found with {POWER:.0%} by {found.n} prompts"
+    if found.detectable > RARE:
+        power += f" ({found.needed(RARE)} would find one in {RARE:.0%})"
     if found.detectable > 1:
         power = f"{found.n} answers are too few to find any phrase"
     if verdict is Verdict.FAIL:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.verify.phrases import phrases_of as phrases_of
+from qguard_edge.verify.phrases import phrases_of
 from qguard_edge.verify.phrases import words_of as words_of
 from qguard_edge.verify.results import Difference, PhraseFinding, Verdict
 from qguard_edge.verify.statistics import (
