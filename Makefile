@@ -1,5 +1,5 @@
 # Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler, cmake and a package registry.
-.PHONY: help demo test test-quick test-slow lint bench clean
+.PHONY: help demo test test-quick test-slow lint fuzz bench clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,6 +12,7 @@ help:
 	@echo "make test       lint, type-check and run the whole test suite"
 	@echo "make test-quick the tests that neither train nor build anything, without lint"
 	@echo "make test-slow  the longer studies"
+	@echo "make fuzz       hostile files, servers and moments against the commands, an hour; MINUTES=N, SEED=N"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      benchmarks (tables on standard output)"
 
@@ -35,6 +36,11 @@ test-quick: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+MINUTES ?= 60
+SEED ?= 1
+fuzz: $(READY)
+	$(BIN)/python -m tests.hostile.campaign --minutes $(MINUTES) --seed $(SEED) --state build/fuzz-$(SEED).json
 
 bench: $(READY)
 	$(BIN)/python scripts/bench/bench_grids.py

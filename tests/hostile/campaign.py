@@ -1,0 +1,222 @@
+"""Run hostile cases against the commands and count what held: `python -m tests.hostile.campaign --minutes 60 --seed 1`.
+
+A case is decided by the seed, the campaign's name and its number, so `--only NAME:NUMBER` repeats one. Each command runs in a
+forked process with a limit on time. It holds if it ends by itself with an exit code of 0 to 3 and a JSON document, says neither
+"internal error" nor a traceback, and leaves every file that was there as it was, and nothing half-finished beside them. `kill`
+stops a command at a random moment and lets the next one clean up. With `--state FILE` an interrupted campaign goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+from qguard_edge.cli import run
+from qguard_edge.packs import transport
+from qguard_edge.verify.suites.base import SuitePrompt
+from quant_grids.errors import QGuardError
+from tests.conftest import make_tiny_folder
+from tests.hostile.cases import CAMPAIGNS
+from tests.hostile.material import Material
+
+SECONDS = 60
+KILL = "kill"
+PRELOADED = (
+    "conversion.run",
+    "scan.run",
+    "verify.verifier",
+    "packs.check",
+    "compare.defenses",
+    "report.html",
+    "report.sarif",
+)
+"""Modules of the program that commands import when they run: loaded once here, and not in every forked process."""
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What regular files hold, links not followed, by path."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def in_process(command: list[str], out: Path, err: Path) -> int:
+    """In the forked process: the command, with its streams in files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    transport.Connection.__init__.__defaults__ = (1.0,)
+    if command[0] == "template":
+        chat = import_module("qguard_edge.verify.chat")
+        try:
+            chat.render(chat.ChatTemplate(command[1], "<s>", "</s>"), [SuitePrompt("a", "hi")])
+        except QGuardError as error:
+            sys.stdout.write(json.dumps({"error": str(error)}))
+            return 2
+        sys.stdout.write("{}")
+        return 0
+    return run([*command, "--json"])
+
+
+def forked(command: list[str], here: Path) -> tuple[int, str, str]:
+    """Exit code (-1: it had to be stopped), standard output and error of a command."""
+    out, err = here.parent / "stdout", here.parent / "stderr"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            os.setsid()
+            code = in_process(command, out, err)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), out.read_text(errors="replace"), err.read_text(errors="replace")
+        time.sleep(0.005)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1, "", f"stopped after {SECONDS} s"
+
+
+def fault_of(command: list[str], here: Path) -> str:
+    """What is wrong with how a command ended; empty if nothing is."""
+    before = digests(here)
+    code, out, err = forked(command, here)
+    after = digests(here)
+    if code not in (0, 1, 2, 3):
+        return f"exit code {code}: {err[-300:]}"
+    for words in ("internal error", "Traceback"):
+        if words in err or words in out:
+            return err[-500:]
+    try:
+        json.loads(out)
+    except ValueError:
+        return f"no JSON document: {out[:200]!r}"
+    lost = [path for path, digest in before.items() if after.get(path) != digest]
+    if lost and not ("--overwrite" in command and code == 0):
+        return f"changed: {lost}"
+    left = [path for path in after if "/.qguard-" in path]
+    return f"left behind: {left}" if left else ""
+
+
+def killed(rng: random.Random, sound: Material, here: Path) -> str:
+    """Stop a command at a random moment: nothing partial has the final name, and the next run cleans up and succeeds."""
+    out = here / "o"
+    text = ["--calib", str(sound.text)]
+    command = rng.choice((
+        ["convert", str(sound.base), "--to", "q4_k", "--no-scan", *text],
+        ["convert", str(sound.base), "--to", "q4_k", "--no-scan", "--defense", "ortho"],
+        ["convert", str(sound.model), "--to", "nf4", "--no-scan", "--defense", "ortho", "--no-load-check"],
+        ["plan", str(sound.base), "--base", str(sound.base), "--plain", str(sound.plain), "--no-scan", "--defense", "ortho"],
+        ["apply", str(sound.plan), "--plain", str(sound.plain)],
+    ))  # fmt: skip
+    line = [sys.executable, "-m", "qguard_edge", *command, "-o", str(out), "--json"]
+    line += [] if command[0] == "apply" else ["--threads", "1"]
+    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    number = rng.choice(SIGNALS)
+    try:
+        child.communicate(timeout=rng.uniform(0.3, 8))
+    except subprocess.TimeoutExpired:
+        child.send_signal(number)
+    _, err = child.communicate(timeout=SECONDS)
+    # Before the command begins, the system's own answer to a signal stands: it ends the process.
+    if child.returncode not in (0, 128 + number, -number):
+        return f"{number.name}: exit code {child.returncode}: {err[-300:]}"
+    again = subprocess.run([*line, "--overwrite"], capture_output=True, text=True, check=False, timeout=2 * SECONDS)
+    if again.returncode != 0:
+        return f"{number.name}: the next run ended with {again.returncode}: {again.stderr[-300:]}"
+    left = sorted(path.name for path in here.iterdir() if path.name != "o")
+    return f"{number.name}: left behind: {left}" if left else ""
+
+
+def made_apart(place: Path) -> Material:
+    """The material, made in a forked process: threads that torch starts here would be missing in the forked commands."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            Material.make(make_tiny_folder(place / "tiny"), place)
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError("the sound files could not be made")
+    return Material.at(place / "tiny", place)
+
+
+def case(name: str, seed: int, number: int, sound: Material) -> str:
+    """One case: its first fault, or nothing."""
+    rng = random.Random(f"{seed}/{name}/{number}")
+    with tempfile.TemporaryDirectory() as place:
+        here = Path(place) / "case"
+        here.mkdir()
+        if name == KILL:
+            return killed(rng, sound, here)
+        for command in CAMPAIGNS[name](rng, sound, here):
+            if fault := fault_of(command, here):
+                return f"{' '.join(command)[:300]}: {fault}"
+    return ""
+
+
+def table(cases: Counter[str], failed: Counter[str]) -> str:
+    """Markdown."""
+    rows = [f"| {name} | {cases[name]} | {cases[name] - failed[name]} | {failed[name]} |" for name in sorted(cases)]
+    total, lost = sum(cases.values()), sum(failed.values())
+    head = ["| campaign | cases | held | failed |", "|---|---:|---:|---:|"]
+    return "\n".join([*head, *rows, f"| all | {total} | {total - lost} | {lost} |"])
+
+
+def main() -> int:
+    """Entry point; 1 if anything failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--state", type=Path, help="go on from here, and keep it")
+    parser.add_argument("--rounds", type=int, default=0, help="stop after so many rounds of all campaigns")
+    parser.add_argument("--each", type=int, default=9, help="cases of a campaign at a time; of kill always one")
+    parser.add_argument("--only", help="one campaign (NAME), or one case (NAME:NUMBER)")
+    options = parser.parse_args()
+    name, _, number = (options.only or "").partition(":")
+    names = [name] if name else [*CAMPAIGNS, KILL]
+    cases, failed = Counter[str](), Counter[str]()
+    if options.state and options.state.is_file():
+        kept = json.loads(options.state.read_text())
+        cases, failed = Counter(kept["cases"]), Counter(kept["failed"])
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # no threads to lose
+    with tempfile.TemporaryDirectory() as place:
+        sound = made_apart(Path(place))
+        for module in PRELOADED:
+            import_module(f"qguard_edge.{module}")
+        ends = time.monotonic() + 60 * options.minutes
+        turn = 0
+        while time.monotonic() < ends and turn < (1 if number else len(names) * options.rounds or turn + 1):
+            campaign = names[turn % len(names)]
+            for _ in range(1 if campaign == KILL or number else options.each):
+                index = int(number) if number else cases[campaign]
+                fault = case(campaign, options.seed, index, sound)
+                cases[campaign] += 1
+                if fault:
+                    failed[campaign] += 1
+                    sys.stdout.write(f"{campaign}:{index}: {fault}\n")
+                    sys.stdout.flush()
+            turn += 1
+            if options.state:
+                options.state.parent.mkdir(parents=True, exist_ok=True)
+                options.state.write_text(json.dumps({"cases": cases, "failed": failed}))
+    sys.stdout.write(table(cases, failed) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
