@@ -24,7 +24,7 @@ from qguard_edge.cli import run
 from qguard_edge.packs import transport
 from qguard_edge.verify.suites.base import SuitePrompt
 from quant_grids.errors import QGuardError
-from tests.conftest import make_tiny_folder
+from tests.helpers.tiny_llama import make_tiny_folder
 from tests.hostile.cases import CAMPAIGNS
 from tests.hostile.material import Material
 
