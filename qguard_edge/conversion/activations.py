@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from convert.imatrix_file import write_imatrix
+from qguard_edge.defenses.feedback_pass import DAMPING
 from qguard_edge.learned.calibration import Calibration
 from qguard_edge.progress import Progress
 from qguard_edge.runtimes.gram_files import WantedWeight
@@ -100,29 +103,31 @@ def see_activations(
     )
 
 
-def write_importance(grams: Grams, path: Path, dataset: str, tokens: int) -> Path:
+def write_importance(grams: Grams, path: Path, dataset: str, tokens: int, damping: float = DAMPING) -> Path:
     """The Gram matrices' diagonals as an importance matrix that llama.cpp's quantizers read.
 
-    As llama-imatrix does, the matrices of blocks alone: not the output matrix.
+    As llama-imatrix does, the matrices of blocks alone: not the output matrix. Two things differ. An expert that saw few rows
+    leans on all experts of its layer, as its Gram matrix does. And a share of the mean is added to all columns, as `feedback`
+    adds it to a Gram matrix: llama.cpp gives a block whose inputs the text left out no scale at all, so its weights would be
+    lost, and nothing could be chosen there.
 
     Args:
         grams: of a model.
         path: output file.
         dataset: name of the text.
         tokens: that were run.
+        damping: what is added, as a share of the mean of an expert's columns.
 
     Returns:
         The path.
     """
-    measured = {name: grams.diagonal(name) for name in grams.names if name.startswith("blk.")}
-    write_imatrix(
-        path,
-        {name: found.squares for name, found in measured.items()},
-        {name: found.counts for name, found in measured.items()},
-        dataset=dataset,
-        chunks=1,
-        chunk_size=tokens,
-    )
+    squares, counts = {}, {}
+    for name in grams.names:
+        if name.startswith("blk."):
+            found = grams.mean_squares(name)
+            squares[name] = found + damping * found.mean(axis=1, keepdims=True)
+            counts[name] = np.ones(len(found), np.float32)
+    write_imatrix(path, squares, counts, dataset=dataset, chunks=1, chunk_size=tokens)
     return path
 
 

@@ -71,8 +71,15 @@ def _gguf(report: GgufReport) -> dict[str, Any]:
         "protected_share": report.coverage.protected_share if report.coverage else None,
         "unprotected": [tensor.name for tensor in report.coverage.unprotected] if report.coverage else [],
         "fallbacks": [asdict(fallback) for fallback in report.quantized.fallbacks] if report.quantized else [],
+        "share_between_seeds": share_between_seeds(report.roundings),
         "tensors": [rounding_document(rounding, rounding.ggml_type.name) for rounding in report.roundings],
     }
+
+
+def share_between_seeds(roundings: Sequence[TensorRounding]) -> float | None:
+    """Share of the codes that another seed is expected to choose otherwise; None where that is not measured."""
+    differing = sum(rounding.differing for rounding in roundings)
+    return differing / sum(rounding.n_weights for rounding in roundings) if differing else None
 
 
 def _folder(report: FolderReport) -> dict[str, Any]:
@@ -128,6 +135,7 @@ def rounding_document(rounding: MatrixRounding | TensorRounding, type_name: str)
         "alignment_before": 1.0,
         "alignment": outcome.alignment,
         "added_squared_error": outcome.added_error,
+        "entropy_bits": rounding.bits,
     }
 
 

@@ -38,12 +38,14 @@ def qguard_entries(
         calibrated |= {"calibration.sha256": learned.calibration_sha256, "calibration.samples": learned.samples}
     if activations:
         bits = sum(rounding.bits for rounding in roundings)
+        differing = sum(rounding.differing for rounding in roundings)
         calibrated |= {
             "calibration.sha256": activations.calibration_sha256,
             "calibration.tokens": activations.tokens,
             **({"moved": learned.moved} if learned else {}),
             "entropy.bits": float(bits),
             "entropy.bits_per_weight": float(bits / weights) if weights else 0.0,
+            **({} if learned else {"entropy.share_between_seeds": float(differing / weights) if weights else 0.0}),
         }
     return {
         "version": version,

@@ -83,6 +83,8 @@ class Rounded:
 class MatrixRule(ABC):
     """A rule settled for one matrix; used from several threads."""
 
+    draws = False  # whether another key gives other codes, for any rows that `round` is given
+
     @abstractmethod
     def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
         """Choose the codes of a slice of rows.

@@ -131,6 +131,7 @@ class FittedPass(MatrixRule):
     lean: float
     variance: float
     reach: int
+    draws = True
 
     def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
         """See `MatrixRule.round`."""
@@ -157,6 +158,7 @@ class FittedGroups(MatrixRule):
     factor: Factor
     lean: float
     variance: float
+    draws = True
 
     def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
         """See `MatrixRule.round`."""

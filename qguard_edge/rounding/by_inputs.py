@@ -22,6 +22,8 @@ from quant_grids import Grid, Outcome
 SLICE_WEIGHTS = 1 << 20
 """Longer columns make each of the pass's many small steps worth its overhead; more weights would leave the cache."""
 SAMPLE_RUNS, SAMPLE_ROWS = 24, 8
+TWICE_ROWS = 24
+TWICE_STREAM = 1 << 21  # of `share_between_seeds`
 FIT_STREAM = 1 << 20  # number of the stream of random numbers that a rule is settled with; slices count from 0
 KEPT_FACTORS = 2  # q and v of a llama share their inputs, with the output projection between them
 
@@ -71,11 +73,12 @@ class MatrixWork:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What became of one matrix."""
+    """What became of one matrix; `differing`: how many of its codes another seed is expected to choose otherwise."""
 
     outcome: Outcome
     bits: float
     seconds: float
+    differing: float
 
 
 @dataclass
@@ -99,6 +102,28 @@ class _Factors:
         return self.kept[name]
 
 
+def share_between_seeds(grid: Grid, rule: MatrixRule, blocks: Tensor, weights: Tensor, key: SliceKey) -> float:
+    """Share of the codes in which two seeds differ, from a few rows that are rounded twice with independent draws.
+
+    The probabilities of one run do not tell: 2 p (1 - p) of each draw, summed, leaves out that the draws before it moved the
+    centre, and the second run's elsewhere. Two passes over the same rows are two runs, so what they differ in has no bias.
+
+    Args:
+        grid: of the format.
+        rule: settled for the matrix.
+        blocks: uint8 `[n_blocks, type_size]`, plain, the rows of the sample.
+        weights: f32 `[rows, columns]`, full precision.
+        key: selects the random numbers.
+    """
+    if not rule.draws:
+        return 0.0
+    chosen = slice(None, None, max(1, len(weights) // TWICE_ROWS))
+    some = blocks.view(len(weights), -1, blocks.shape[1])[chosen].repeat(2, 1, 1).flatten(0, 1)
+    rounded = rule.round(some, weights[chosen].repeat(2, 1), key)
+    first, second = rounded.blocks.chunk(2)
+    return grid.changed_codes(first, second)[0] / weights[chosen].numel()
+
+
 def round_matrices(
     matrices: Sequence[MatrixWork],
     defense: Defense[Any],
@@ -117,11 +142,13 @@ def round_matrices(
     """
     factors = _Factors(defense, inputs)
 
-    def prepare(matrix: MatrixWork) -> MatrixRule:
+    def prepare(matrix: MatrixWork) -> tuple[MatrixRule, float]:
         with torch.inference_mode():
             blocks, weights = matrix.sample()
             key = replace(matrix.key(RowSlice(0, matrix.first, matrix.first)), index=FIT_STREAM + matrix.expert)
-            return defense.on(matrix.grid).fit(matrix.grid, factors.of(matrix, device), blocks, weights, key)
+            rule = defense.on(matrix.grid).fit(matrix.grid, factors.of(matrix, device), blocks, weights, key)
+            twice = replace(key, index=TWICE_STREAM + matrix.expert)
+            return rule, share_between_seeds(matrix.grid, rule, blocks, weights, twice)
 
     def decide(matrix: MatrixWork, rule: MatrixRule, part: RowSlice) -> Rounded:
         with torch.inference_mode():
@@ -131,10 +158,10 @@ def round_matrices(
             return rounded
 
     started = time.perf_counter()
-    waiting: Future[MatrixRule] | None = pool.submit(prepare, matrices[0]) if matrices else None
+    waiting: Future[tuple[MatrixRule, float]] | None = pool.submit(prepare, matrices[0]) if matrices else None
     for number, matrix in enumerate(matrices):
         assert waiting is not None
-        rule = waiting.result()
+        rule, share = waiting.result()
         parts = [pool.submit(decide, matrix, rule, part) for part in matrix.slices()]
         waiting = pool.submit(prepare, matrices[number + 1]) if number + 1 < len(matrices) else None
         total, bits = Outcome(0, 0.0, 0.0, 0.0), 0.0
@@ -142,5 +169,5 @@ def round_matrices(
             rounded = part.result()
             total, bits = total + rounded.outcome, bits + rounded.bits
         now = time.perf_counter()
-        yield Rounding(total, bits, now - started)
+        yield Rounding(total, bits, now - started, share * matrix.rows * matrix.columns)
         started = now

@@ -45,6 +45,7 @@ class TensorRounding:
         outcome: what the chosen codes change.
         seconds: wall time.
         bits: entropy of the random choices, where the rule measures it.
+        differing: codes that another seed is expected to choose otherwise, where the rule measures it.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TensorRounding:
     outcome: Outcome
     seconds: float
     bits: float = 0.0
+    differing: float = 0.0
 
 
 class HasOutcome(Protocol):
@@ -294,4 +296,5 @@ def _by_inputs(works: Sequence[_TensorWork], pool: ThreadPoolExecutor, sink: Sin
             total_outcome(found),
             sum(one.seconds for one in found),
             sum(one.bits for one in found),
+            sum(one.differing for one in found),
         )

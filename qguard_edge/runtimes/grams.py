@@ -150,6 +150,18 @@ class Grams:
         counts = np.array([self.rows(tensor, i) for i in range(found.slices)], np.float32)
         return Diagonal(np.stack(squares), counts)
 
+    def mean_squares(self, tensor: str) -> FloatArray:
+        """The diagonals of what `of` returns, without reading whole matrices: f32 `[slices, columns]`."""
+        found, seen = self._input(tensor), self.diagonal(tensor)
+        counts = seen.counts[:, None]
+        own: FloatArray = (seen.squares / np.maximum(counts, 1.0)).astype(np.float32)
+        if not found.routed:
+            return own
+        pooled = seen.squares.sum(0) / max(1.0, float(counts.sum()))
+        trust = counts / (counts + found.columns)
+        mixed: FloatArray = (trust * own + (1.0 - trust) * pooled).astype(np.float32)
+        return mixed
+
     def _input(self, tensor: str) -> MeasuredInput:
         if tensor not in self._inputs:
             reason = self.skipped.get(tensor, "no product of the model reads it")

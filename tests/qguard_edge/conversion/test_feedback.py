@@ -11,8 +11,10 @@ from convert.diff import compare_files, qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.hf.base import write_base_gguf
+from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.conversion.activations import activations_folder
+from qguard_edge.conversion.documents import share_between_seeds
 from qguard_edge.conversion.outputs.gguf import GgufOutput
 from qguard_edge.conversion.outputs.plan import apply_to
 from qguard_edge.conversion.report import GgufReport
@@ -51,16 +53,46 @@ def test_a_seed_gives_the_same_bytes_and_two_seeds_differ_as_the_entropy_says(ti
     assert first.entropy_bits > 0.05 * weights
     assert first.entropy_bits == pytest.approx(other.entropy_bits, rel=0.02)
     differing = compare_files(first.outfile, other.outfile).codes_changed / weights
-    # A draw of entropy h differs between two seeds with a probability of at most h / 2.
-    assert 0.3 * first.entropy_bits / weights < differing
+    for report in (first, other):
+        assert share_between_seeds(report.roundings) == pytest.approx(differing, rel=0.05)
     assert first.activations is not None
     assert first.activations.tokens == 1024
     assert first.activations.unseen == ("token_embd.weight",)
     metadata = qguard_metadata(GgufFile(first.outfile))
     assert metadata["defense"] == "feedback"
     assert metadata["entropy.bits"] == pytest.approx(first.entropy_bits, rel=1e-6)
+    assert metadata["entropy.share_between_seeds"] == pytest.approx(differing, rel=0.05)
     assert metadata["calibration.sha256"] == first.activations.calibration_sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.gguf", "first.gguf", "other.gguf"]
+
+
+@pytest.mark.parametrize("to", ["q4_0", pytest.param("iq3_s", marks=pytest.mark.training)])
+def test_two_seeds_differ_by_as_many_codes_as_the_report_says(tiny_base: Path, tmp_path: Path, to: str) -> None:
+    first, other = (convert(tiny_base, tmp_path / f"{seed}.gguf", to, seed=seed, check_loads=False) for seed in (3, 4))
+    weights = sum(rounding.n_weights for rounding in first.roundings)
+    differing = compare_files(first.outfile, other.outfile).codes_changed / weights
+    assert share_between_seeds(first.roundings) == pytest.approx(differing, rel=0.05)
+
+
+def test_a_stop_while_codes_are_chosen(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(tiny_base, tmp_path / "whole.gguf", check_loads=False)
+    written: list[str] = []
+    write_rows = GgufPatch.write_rows
+
+    def stop(self: GgufPatch, tensor: Any, *rest: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(tensor.name)
+        write_rows(self, tensor, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GgufPatch, "write_rows", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tiny_base, tmp_path / "out.gguf", check_loads=False)
+    assert len(written) == 3
+    assert not (tmp_path / "out.gguf").exists()
+    convert(tiny_base, tmp_path / "out.gguf", check_loads=False)
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
 
 
 def test_what_was_seen_before_a_stop_is_used_again(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

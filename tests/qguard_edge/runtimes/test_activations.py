@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from convert.gguf_file import GgufModel
+from convert.imatrix_file import load_imatrix
+from qguard_edge.conversion.activations import write_importance
 from qguard_edge.progress import NoProgress
 from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.activations_worker import SPARE
@@ -148,6 +150,21 @@ def test_a_split_model_gives_the_same(llama: Pair, tmp_path: Path) -> None:
     parts = collect(split, tmp_path / "parts")
     assert parts.names == whole.names
     assert contents(parts.folder) == contents(whole.folder)
+
+
+def test_an_importance_matrix_is_the_damped_diagonal(mixture: Pair, tmp_path: Path) -> None:
+    grams = collect(mixture.base, tmp_path / "grams")
+    path = write_importance(grams, tmp_path / "imatrix.gguf", "text", 100)
+    written = load_imatrix(path)
+    assert set(written.entries) == {name for name in grams.names if name.startswith("blk.")}
+    assert any("_exps" in name for name in written.entries)
+    for name in written.entries:
+        slices = len(grams.diagonal(name).counts)
+        diagonal = torch.stack([grams.of(name, i).diagonal() for i in range(slices)])
+        expected = diagonal + 0.03 * diagonal.mean(1, keepdim=True)
+        found = written.for_tensor(name, diagonal.shape[1], slices)
+        assert found is not None
+        assert np.allclose(found, expected.numpy(), rtol=1e-4), name
 
 
 def test_two_runs_are_equal_to_the_bit_and_so_are_copies_of_the_inputs(mixture: Pair, tmp_path: Path) -> None:
