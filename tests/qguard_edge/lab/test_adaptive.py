@@ -47,7 +47,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
 
 
 @pytest.mark.parametrize("attack", [Adaptive(), AdaptiveOrtho(), AdaptiveFeedback()], ids=lambda attack: attack.name)
-def test_simulated_defenses_write_one_of_two_levels(attack: Adaptive, victim: Victim) -> None:
+def test_simulated_defenses_write_levels_near_the_weight(attack: Adaptive, victim: Victim) -> None:
     weights, boxes = victim.weights, victim.boxes
     values, widths = reference_values(boxes, parameters_of(victim.chat))
     defended = attack.simulation(victim.bench, victim.chat, boxes, 0, torch.Generator().manual_seed(0))
@@ -58,7 +58,11 @@ def test_simulated_defenses_write_one_of_two_levels(attack: Adaptive, victim: Vi
         # Of the level above and below, in widths of the cell: only those of f32's sums are off.
         moved = (made[name] - value) / widths[name]
         towards = (weights[name] - value).sign()
-        assert bool(torch.isclose(moved, (moved.abs() > 0.5) * towards, atol=1e-2).all()), name
+        steps = (moved.abs() > 0.5) * towards
+        if isinstance(attack, AdaptiveFeedback):  # error feedback may go one level beyond the two next to the weight
+            steps = moved.round()
+            assert float(steps.abs().max()) <= 2, name
+        assert bool(torch.isclose(moved, steps, atol=1e-2).all()), name
         flipped, total = flipped + int((moved.abs() > 0.5).sum()), total + moved.numel()
     assert 0.1 < flipped / total < 0.5
 
@@ -70,7 +74,7 @@ def test_simulated_feedback_holds_the_constraint_and_is_drawn_anew(victim: Victi
     first = defended(0, weights)
     for name, value in values.items():
         old, new = value - weights[name], first[name] - weights[name]
-        assert float((old * new).sum() / old.square().sum()) < 0.12, name
+        assert float((old * new).sum() / old.square().sum()) < -0.1, name
     between = defended(1, weights)
     assert all(torch.equal(first[name], between[name]) for name in first)
     second = [defended(RESIMULATE + i, weights) for i in range(8)]
