@@ -18,7 +18,7 @@ from qguard_edge.runtimes.gram_files import GramError, WantedWeight, load_index
 from qguard_edge.runtimes.gram_passes import forget_others
 from qguard_edge.runtimes.grams import Grams
 from qguard_edge.runtimes.llama_child import Event, run_child
-from qguard_edge.runtimes.llama_limits import Limits
+from qguard_edge.runtimes.llama_limits import ChildLimits
 
 BATCH = 512
 """Tokens of one graph: enough for the products to be efficient, few enough for all their logits to be small."""
@@ -88,7 +88,7 @@ class LlamaGramSource:
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "job.json"
             job.save(path)
-            limits = Limits.of(self.base.path, threads=job.threads, more=math.inf)  # the sums may take what there is
+            limits = ChildLimits.of(self.base.path, threads=job.threads, more=math.inf)  # the sums may take what there is
             reason = run_child(
                 "qguard_edge.runtimes.activations_worker", path, limits=limits, threads=job.threads, on_event=on_event
             )

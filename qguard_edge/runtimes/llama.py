@@ -20,7 +20,7 @@ import numpy.typing as npt
 from convert.cores import available_cores
 from qguard_edge.runtimes.batching import Answer, Sampling, check_prompts
 from qguard_edge.runtimes.llama_child import LlamaProcess
-from qguard_edge.runtimes.llama_limits import Limits, LlamaRuntimeError
+from qguard_edge.runtimes.llama_limits import ChildLimits, LlamaRuntimeError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -84,7 +84,7 @@ class LlamaModel:
         self._name = Path(path).name
         threads = n_threads or available_cores()
         tokens = 0 if vocab_only else n_ctx * n_seq
-        self._process = LlamaProcess(Limits.of(Path(path), tokens=tokens, threads=threads))
+        self._process = LlamaProcess(ChildLimits.of(Path(path), tokens=tokens, threads=threads))
         options = {
             "n_ctx": n_ctx, "n_threads": threads, "n_seq": n_seq, "n_gpu_layers": n_gpu_layers, "vocab_only": vocab_only,
             "exact": exact, "n_batch": n_batch, "extra_buffers": extra_buffers,

@@ -7,7 +7,7 @@ are two kinds of children, both modules of this package:
 * `LlamaProcess` answers requests, one after the other, with the model kept open (`llama_worker`, frames as in `llama_wire`).
 
 Whatever else a child writes is llama.cpp's log: its last lines are quoted when it dies. A child has an address space of a
-limited size (POSIX) and may be silent for a limited time; see `Limits`.
+limited size (POSIX) and may be silent for a limited time; see `ChildLimits`.
 """
 
 import json
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from convert.child import child_command
-from qguard_edge.runtimes.llama_limits import GIB, MEMORY_VARIABLE, SECONDS_VARIABLE, Limits, LlamaRuntimeError
+from qguard_edge.runtimes.llama_limits import GIB, MEMORY_VARIABLE, SECONDS_VARIABLE, ChildLimits, LlamaRuntimeError
 from qguard_edge.runtimes.llama_wire import PROGRESS, REFUSED, RESULT, WireError, read_into, read_start, send
 
 MARK = "@qguard-event "
@@ -77,7 +77,7 @@ class _Silence:
                 return
 
 
-def _ending(code: int, lines: Sequence[str], limits: Limits, expired: bool, doing: str = "") -> str:
+def _ending(code: int, lines: Sequence[str], limits: ChildLimits, expired: bool, doing: str = "") -> str:
     """How a child ended, in words.
 
     Args:
@@ -102,7 +102,7 @@ def _ending(code: int, lines: Sequence[str], limits: Limits, expired: bool, doin
 
 
 def run_child(
-    module: str, job: Path, *, limits: Limits, threads: int = 1, on_event: Callable[[Event], None] | None = None
+    module: str, job: Path, *, limits: ChildLimits, threads: int = 1, on_event: Callable[[Event], None] | None = None
 ) -> str:
     """Run a module as a child process until it ends.
 
@@ -160,7 +160,7 @@ class LlamaProcess:
         limits: what it may take.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: ChildLimits) -> None:
         self._limits = limits
         self._last = deque[str](maxlen=12)
         self._ended = ""

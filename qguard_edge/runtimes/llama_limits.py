@@ -19,7 +19,7 @@ class LlamaRuntimeError(QGuardError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ChildLimits:
     """What a child may take.
 
     Attributes:

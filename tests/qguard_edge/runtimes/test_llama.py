@@ -14,7 +14,7 @@ import pytest
 from qguard_edge.runtimes import llama_child
 from qguard_edge.runtimes.batching import Sampling, generate
 from qguard_edge.runtimes.llama import LlamaModel
-from qguard_edge.runtimes.llama_limits import GIB, Limits, LlamaRuntimeError
+from qguard_edge.runtimes.llama_limits import GIB, ChildLimits, LlamaRuntimeError
 from qguard_edge.runtimes.llama_native import NativeModel
 from qguard_edge.runtimes.llama_wire import RESULT
 from tests.helpers.hostile_gguf import rewrite
@@ -107,19 +107,19 @@ def test_memory_is_limited(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_limits_are_generous(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QGUARD_LLAMA_GIB", raising=False)
     size, memory = tiny_base.stat().st_size, psutil.virtual_memory().total
-    limits = Limits.of(tiny_base, tokens=100)
+    limits = ChildLimits.of(tiny_base, tokens=100)
     assert limits.memory == min(2 * size + 8 * GIB + (100 << 21) + (160 << 20), size + memory + 4 * GIB)
     assert limits.seconds == 600 + 60 * size / GIB
-    assert Limits.of(tiny_base, more=float("inf")).memory == size + memory + 4 * GIB
+    assert ChildLimits.of(tiny_base, more=float("inf")).memory == size + memory + 4 * GIB
     monkeypatch.setenv("QGUARD_LLAMA_GIB", "0")
-    assert Limits.of(tiny_base).memory is None
+    assert ChildLimits.of(tiny_base).memory is None
 
 
 def test_shards_count(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"m-0000{number}-of-00002.gguf").write_bytes(bytes(GIB >> 10))
     (tmp_path / "other.gguf").write_bytes(bytes(GIB >> 10))
-    assert Limits.of(tmp_path / "m-00001-of-00002.gguf").seconds == 600 + 60 * 2 / 1024
+    assert ChildLimits.of(tmp_path / "m-00001-of-00002.gguf").seconds == 600 + 60 * 2 / 1024
 
 
 @pytest.mark.parametrize(
