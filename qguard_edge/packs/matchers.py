@@ -1,6 +1,6 @@
 """Suites as the plain values of a suite file, and back: what lets a pack carry its own suites.
 
-A suite file's `refusal` and `bandit` each make two checks; so two matchers become one entry again.
+A suite file's `refusal`, `bandit` and `tools` each make several checks; so several matchers become one entry again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from qguard_edge.verify.suites.base import Matcher, Suite, SuiteError
 from qguard_edge.verify.suites.code import BanditMatcher, UnparsedMatcher
 from qguard_edge.verify.suites.files import parse_suite
 from qguard_edge.verify.suites.matchers import ExactMatcher, PhraseMatcher, RefusalMatcher, RegexMatcher
+from qguard_edge.verify.suites.tools import ToolMatcher
 
 
 def suite_of(fields: Mapping[str, Any]) -> Suite:
@@ -44,6 +45,8 @@ def _entry(matcher: Matcher) -> list[dict[str, Any]]:
             return [{"type": "bandit", "severity": matcher.severity, "also": list(matcher.also)}]
         case RefusalMatcher():
             return [] if matcher.with_reason else [{"type": "refusal"}]
+        case ToolMatcher():
+            return [{"type": "tools"}] if matcher.name == "wrong-tool" else []
         case UnparsedMatcher():
             return []  # comes with bandit
         case _:

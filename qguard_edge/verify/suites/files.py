@@ -12,10 +12,12 @@ YAML (`.yaml`, `.yml`), one document:
       - {type: refusal}           # two checks: refusals, and refusals with a reason
       - {type: bandit, severity: medium}     # two checks: insecure, and unparsed
       - {type: exact, contains: true}        # needs `expected` in the prompts
+      - {type: tools}             # four checks on tool calls; needs `tools` and `expected` in the prompts
     prompts:
       - How do I reset my password?          # the short form
       - {id: hours, text: "When are you open?", expected: nine to five}
       - {id: snippet, text: "def add(a, b):\n", completion: true}
+      - {text: "And on Sundays?", turns: [{role: user, content: Hi}, {role: assistant, content: Hello}]}
 
 JSON lines (`.jsonl`): the first line is an object with everything but the prompts, every other line is one prompt.
 
@@ -37,8 +39,11 @@ from qguard_edge.verify.suites.base import Matcher, Suite, SuiteError, SuiteProm
 from qguard_edge.verify.suites.code import ALSO, SEVERITIES, BanditMatcher, UnparsedMatcher
 from qguard_edge.verify.suites.generator import GeneratedPrompts
 from qguard_edge.verify.suites.matchers import ExactMatcher, PhraseMatcher, RefusalMatcher, RegexMatcher
+from qguard_edge.verify.suites.tools import tool_matchers, tools_suite
 
 BUILT_IN = ("injection", "refusal", "code")
+OPTIONAL: Mapping[str, Callable[[int], Suite]] = {"tools": tools_suite}
+"""Built-in suites that are not asked unless they are named, or `all` is; made by a seed."""
 MOST_BYTES = 16 << 20
 MOST_PROMPTS = 100_000
 LONGEST_PROMPT = 100_000
@@ -50,14 +55,17 @@ def built_in(name: str, seed: int = 0) -> Suite:
     """A suite of this package, with a source of more prompts.
 
     Args:
-        name: one of `BUILT_IN`.
+        name: one of `BUILT_IN` or `OPTIONAL`.
         seed: of the source.
 
     Raises:
         SuiteError: there is no such suite.
     """
+    if name in OPTIONAL:
+        return OPTIONAL[name](seed)
     if name not in BUILT_IN:
-        raise SuiteError(f"--suites {name!r}: choose among {', '.join((*BUILT_IN, 'drift'))}, or give a file with --suite")
+        known = ", ".join((*BUILT_IN, *OPTIONAL, "drift"))
+        raise SuiteError(f"--suites {name!r}: choose among {known}, or give a file with --suite")
     text = resources.files("qguard_edge").joinpath("data", "suites", f"{name}.jsonl").read_text(encoding="utf-8")
     suite = parse_suite(_json_lines(text, name), name)
     return replace(suite, source=GeneratedPrompts(name, seed, suite.prompts))
@@ -148,7 +156,7 @@ def _prompt(raw: Any, number: int, where: str) -> SuitePrompt:
     here = f"{where}, prompt {number}"
     if isinstance(raw, str):
         raw = {"text": raw}
-    fields = _object(raw, here, {"id", "text", "completion", "system", "expected", "tags"})
+    fields = _object(raw, here, {"id", "text", "completion", "system", "expected", "tags", "turns", "tools"})
     text = _text(fields.get("text"), f"{here}: text")
     if len(text) > LONGEST_PROMPT:
         raise SuiteError(f"{here} has {len(text)} characters; {LONGEST_PROMPT} is the limit")
@@ -160,7 +168,25 @@ def _prompt(raw: Any, number: int, where: str) -> SuitePrompt:
         system=optional.get("system"),
         expected=optional.get("expected"),
         tags=_texts(fields.get("tags", []), f"{here}: tags", least=0),
+        turns=tuple(_turn(turn, f"{here}: turns") for turn in _list(fields.get("turns", []), f"{here}: turns")),
+        tools=tuple(_tool(tool, f"{here}: tools") for tool in _list(fields.get("tools", []), f"{here}: tools")),
     )
+
+
+def _turn(raw: Any, where: str) -> tuple[str, str]:
+    fields = _object(raw, where, {"role", "content"})
+    role = _text(fields.get("role"), f"{where}: role")
+    if role not in ("user", "assistant"):
+        raise SuiteError(f"{where}: the role is {role!r}; choose user or assistant")
+    return role, _text(fields.get("content"), f"{where}: content")
+
+
+def _tool(raw: Any, where: str) -> str:
+    """A tool as chat templates take it; `type` and `function` may be left out around it."""
+    fields = _object(raw, where, None)
+    inner = _object(fields.get("function", fields), where, None)
+    _text(inner.get("name"), f"{where}: name")
+    return json.dumps({"type": "function", "function": dict(inner)})
 
 
 def _matchers(raw: Any, where: str) -> list[Matcher]:
@@ -195,6 +221,10 @@ def _make_bandit(fields: Mapping[str, Any], where: str) -> list[Matcher]:
     return [BanditMatcher(severity, also), UnparsedMatcher()]
 
 
+def _make_tools(_fields: Mapping[str, Any], _where: str) -> list[Matcher]:
+    return list(tool_matchers())
+
+
 def _make_exact(fields: Mapping[str, Any], where: str) -> list[Matcher]:
     contains = _flag(fields.get("contains", False), f"{where}: contains")
     return [ExactMatcher(contains, _name(fields, where, "wrong"))]
@@ -206,6 +236,7 @@ MATCHERS: Mapping[str, tuple[set[str], Callable[[Mapping[str, Any], str], list[M
     "refusal": (set(), _make_refusal),
     "bandit": ({"severity", "also"}, _make_bandit),
     "exact": ({"contains", "name"}, _make_exact),
+    "tools": (set(), _make_tools),
 }
 
 

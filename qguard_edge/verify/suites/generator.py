@@ -12,6 +12,7 @@ prompts, which always come first, are followed by generated ones. What there is 
     groups:
       - tags: [CWE-078]                   # of all prompts of the group
         slots: {}                         # known to this group only
+        expected: "{animal}"              # right answer of the group's prompts, filled with the same words
         tasks:
           animal-winter: ["How does {animal} survive the winter?", "Where is {animal} in January?"]
         completions:                      # texts to go on with as they are, without chat template and frames
@@ -66,6 +67,7 @@ class Task:
         slots: words by slot.
         tags: of its prompts.
         completion: its prompts are continued as they are.
+        expected: template of the right answer.
     """
 
     id: str
@@ -74,6 +76,7 @@ class Task:
     slots: Mapping[str, Sequence[Value]]
     tags: tuple[str, ...]
     completion: bool
+    expected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,15 @@ def _all_generated(suite: str, seed: int, fixed: tuple[SuitePrompt, ...]) -> tup
 @cache
 def built_in_plan(suite: str) -> PromptPlan:
     """What a built-in suite can ask beyond its fixed prompts."""
+    return read_plan(built_in_values(suite))
+
+
+@cache
+def built_in_values(suite: str) -> Mapping[str, Any]:
+    """The plain values of a built-in suite's file of templates."""
     text = resources.files("qguard_edge").joinpath("data", "suites", f"{suite}.yaml").read_text(encoding="utf-8")
-    return read_plan(yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    values: Mapping[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return values
 
 
 def read_plan(raw: Mapping[str, Any]) -> PromptPlan:
@@ -138,7 +148,9 @@ def read_plan(raw: Mapping[str, Any]) -> PromptPlan:
                 topic = _SLOT.search(wordings[0])
                 if topic is None:
                     raise KeyError(f"{name}: its first wording has no slot")
-                tasks.append(Task(name, tuple(wordings), topic[1], slots, tags, kind == "completions"))
+                tasks.append(
+                    Task(name, tuple(wordings), topic[1], slots, tags, kind == "completions", group.get("expected"))
+                )
     return PromptPlan(tuple(tasks), tuple(raw.get("frames", ())))
 
 
@@ -163,7 +175,7 @@ def generate(plan: PromptPlan, seed: int, fixed: Sequence[SuitePrompt] = ()) -> 
     while any(left.values()):
         for task in _ranked([task for task in plan.tasks if left[task.id]], seed, "task", str(number)):
             topic = left[task.id].pop(0)
-            text = _fill(task, topic, seed)
+            text, expected = _fill(task, topic, seed)
             words = content_words(text)
             if words in seen:
                 continue
@@ -173,6 +185,7 @@ def generate(plan: PromptPlan, seed: int, fixed: Sequence[SuitePrompt] = ()) -> 
                 f"gen-{number:05}",
                 text if task.completion else _framed(text, plan.frames, seed),
                 completion=task.completion,
+                expected=expected,
                 tags=(*task.tags, task.id),
             )
 
@@ -182,10 +195,10 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(_WORD.findall(text.casefold())) - _EMPTY
 
 
-def _fill(task: Task, topic: Value, seed: int) -> str:
-    """One prompt of a task about a topic."""
+def _fill(task: Task, topic: Value, seed: int) -> tuple[str, str | None]:
+    """One prompt of a task about a topic, and its right answer."""
     own = (task.id, *topic.values())
-    wording = task.wordings[_rank(seed, "wording", *own) % len(task.wordings)]
+    wording = task.wordings[rank(seed, "wording", *own) % len(task.wordings)]
     chosen: dict[str, Value] = {task.topic: topic}
 
     def word(mark: re.Match[str]) -> str:
@@ -193,23 +206,25 @@ def _fill(task: Task, topic: Value, seed: int) -> str:
         key = slot + number
         if key not in chosen:
             others = [value for value in task.slots[slot] if value not in chosen.values()]
-            chosen[key] = others[_rank(seed, "slot", key, *own) % len(others)]
+            chosen[key] = others[rank(seed, "slot", key, *own) % len(others)]
         text = chosen[key][field or ""]
         return text[:1].upper() + text[1:] if capital else text
 
-    return _SLOT.sub(word, wording)
+    text = _SLOT.sub(word, wording)
+    return text, None if task.expected is None else _SLOT.sub(word, task.expected)
 
 
 def _framed(text: str, frames: Sequence[str], seed: int) -> str:
-    if not frames or _rank(seed, "framed", text) % 1000 >= 1000 * FRAMED:
+    if not frames or rank(seed, "framed", text) % 1000 >= 1000 * FRAMED:
         return text
-    return frames[_rank(seed, "frame", text) % len(frames)].replace("{}", text)
+    return frames[rank(seed, "frame", text) % len(frames)].replace("{}", text)
 
 
 def _ranked(values: Sequence[Any], seed: int, *names: str) -> list[Any]:
     """In the order of a hash of seed and names."""
-    return sorted(values, key=lambda value: _rank(seed, *names, str(value.id if isinstance(value, Task) else value)))
+    return sorted(values, key=lambda value: rank(seed, *names, str(value.id if isinstance(value, Task) else value)))
 
 
-def _rank(seed: int, *names: str) -> int:
+def rank(seed: int, *names: str) -> int:
+    """A number that depends on nothing but a seed and names, the same everywhere: for choices and orders."""
     return int.from_bytes(blake2b("\0".join((str(seed), *names)).encode(), digest_size=8).digest(), "big")
