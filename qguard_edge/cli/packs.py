@@ -57,7 +57,7 @@ Examples:
 def baseline(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The full-precision GGUF.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="PACK", help="The pack to write.", show_default=False)],
-    suites: SuitesFlag = "all",
+    suites: SuitesFlag = "default",
     suite: SuiteFlag = None,
     phrase: PhraseFlag = None,
     text: TextFlag = None,

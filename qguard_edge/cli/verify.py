@@ -67,7 +67,7 @@ def verify(
     plain: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plain quantization of the base, for comparison (--keep-plain).")
     ] = None,
-    suites: SuitesFlag = "all",
+    suites: SuitesFlag = "default",
     suite: SuiteFlag = None,
     phrase: PhraseFlag = None,
     text: TextFlag = None,

@@ -18,7 +18,11 @@ MEASURE = "How it is measured"
 LIMITS = ("--max-prompts", "--limit")
 
 SuitesFlag = Annotated[
-    str, typer.Option(help="Built-in suites: injection, refusal, code, separated by commas; all; drift for drift alone.")
+    str,
+    typer.Option(
+        help="Built-in suites, separated by commas: injection, refusal, code (default: these three), tools, long, "
+        "languages; all; drift for drift alone."
+    ),
 ]
 SuiteFlag = Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Your own suite, .yaml or .jsonl; repeatable.")]
 PhraseFlag = Annotated[

@@ -12,12 +12,13 @@ SuiteChoice = str | Iterable[str | Suite]
 
 
 def choose_suites(
-    names: SuiteChoice = "all", *, files: Iterable[str | Path] = (), phrases: Iterable[str] = ()
+    names: SuiteChoice = "default", *, files: Iterable[str | Path] = (), phrases: Iterable[str] = ()
 ) -> tuple[Suite, ...]:
     """Suites to ask: built-in ones by name, the given ones and those of files after them.
 
     Args:
-        names: `injection`, `refusal`, `code`; `all` for every one; `drift`, which is always measured, for none.
+        names: `injection`, `refusal`, `code` (these three: `default`), `tools`, `long`, `languages`; `all`
+            for every one; `drift`, which is always measured, for none.
         files: suites of one's own, .yaml or .jsonl.
         phrases: to look for in the answers too, in `injection` if it is asked, else in every suite.
 

@@ -25,6 +25,7 @@ from qguard_edge.runtimes.hf_runner import HfRunner
 from qguard_edge.verify.chat import LONGEST_TEMPLATE, ChatTemplate, TemplateError
 from qguard_edge.verify.files import PairError, Role
 from qguard_edge.verify.results import FileFacts, TensorChange
+from qguard_edge.verify.runner import sequences
 from qguard_edge.verify.subjects import Subject
 from quant_grids.errors import FormatError
 
@@ -139,7 +140,9 @@ class FolderFactory:
             dtype = torch.float32 if self.device.type == "cpu" else None
             model = self._loaded[path, kind] = load_exactly(path, dtype=dtype, device=self.device, kind=kind)
         ends = end_tokens(model, load_tokenizer(path))
-        return HfRunner(model, ends=ends, pad=min(ends, default=0), n_ctx=n_ctx, n_seq=n_seq, n_batch=n_batch)
+        return HfRunner(
+            model, ends=ends, pad=min(ends, default=0), n_ctx=n_ctx, n_seq=sequences(n_ctx, n_seq), n_batch=n_batch
+        )
 
     def describe(self) -> dict[str, Any]:
         """See `RunnerFactory.describe`."""

@@ -54,6 +54,16 @@ class RunnerFactory(Protocol):
         """What about it decides the numbers; part of the report and of the key under which answers are kept."""
 
 
+LONG_CONTEXT = 1024
+MOST_TOKENS = 16 * LONG_CONTEXT
+"""Tokens that all sequences side by side may hold where one holds more than `LONG_CONTEXT`: the cache is allocated for all."""
+
+
+def sequences(n_ctx: int, wanted: int) -> int:
+    """How many sequences of `n_ctx` tokens are decoded side by side, so that long prompts do not multiply the memory."""
+    return wanted if n_ctx <= LONG_CONTEXT else max(1, min(wanted, MOST_TOKENS // n_ctx))
+
+
 @dataclass(frozen=True)
 class LlamaFactory:
     """How llama.cpp loads models, each in a process of its own; a `RunnerFactory`.
@@ -74,7 +84,7 @@ class LlamaFactory:
             path,
             n_ctx=n_ctx,
             n_threads=self.threads or None,
-            n_seq=n_seq,
+            n_seq=sequences(n_ctx, n_seq),
             n_gpu_layers=self.n_gpu_layers,
             n_batch=n_batch,
             extra_buffers=self.extra_buffers,

@@ -36,6 +36,7 @@ from qguard_edge.verify.checks import Errors, Margins, with_drift, with_evidence
 from qguard_edge.verify.drift import DriftRules, drift_and_check
 from qguard_edge.verify.engines import all_versions, engine_of, versions_of
 from qguard_edge.verify.files import PairError
+from qguard_edge.verify.fitting import askable
 from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.loop import Budget, Files, Loop
 from qguard_edge.verify.results import (
@@ -51,7 +52,7 @@ from qguard_edge.verify.results import (
 from qguard_edge.verify.rounds import MOST_PROMPTS, SuiteRun
 from qguard_edge.verify.subjects import Subject
 from qguard_edge.verify.suites.base import Suite, SuiteError
-from qguard_edge.verify.suites.files import BUILT_IN, built_in
+from qguard_edge.verify.suites.files import BUILT_IN, OPTIONAL, built_in
 from qguard_edge.verify.suites.matchers import PhraseMatcher
 
 DEFAULT_MARGINS = Margins()
@@ -136,7 +137,8 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
     """Built-in suites by name, users' own after them, and the given phrases added to what looks for phrases.
 
     Args:
-        names: of built-in suites; `all` for every one; `drift` is always run and may be named.
+        names: of built-in suites; `default` for injection, refusal and code; `all` for every one;
+            `drift` is always run and may be named.
         more: read from files.
         phrases: to look for: in `injection` if it is among the suites, else in every suite.
 
@@ -144,7 +146,11 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
         SuiteError: an unknown name, or phrases without a suite to look in.
     """
     wanted = [name for name in names if name != "drift"]
-    wanted = list(BUILT_IN) if "all" in wanted else list(dict.fromkeys(wanted))
+    everything = [*BUILT_IN, *OPTIONAL]
+    wanted = (
+        everything if "all" in wanted else [one for name in wanted for one in (BUILT_IN if name == "default" else (name,))]
+    )
+    wanted = list(dict.fromkeys(wanted))
     suites = [built_in(name) for name in wanted] + list(more)
     if not phrases:
         return tuple(suites)
@@ -225,7 +231,8 @@ class _Run:
             )
             if path is not None
         }
-        self.warnings: list[str] = []
+        suites, self.warnings = askable(request.suites, self.models["base"])
+        self.request = replace(request, suites=suites)
         self._check_base()
         for role, model in self.models.items():
             if role != "base":

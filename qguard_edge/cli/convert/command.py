@@ -54,12 +54,12 @@ class ConvertCommand(RenamedOptions):
 
 
 def with_default_suites(arguments: Sequence[str]) -> list[str]:
-    """Arguments in which a `--verify` that no list of names follows asks for all suites."""
+    """Arguments in which a `--verify` that no list of names follows asks for the default suites."""
     given = list(arguments)
     for i, argument in enumerate(given):
         following = given[i + 1] if i + 1 < len(given) else ""
         if argument == "--verify" and not (re.fullmatch(r"[a-z]+(,[a-z]+)*", following) and not Path(following).exists()):
-            given[i] = "--verify=all"
+            given[i] = "--verify=default"
     return given
 
 

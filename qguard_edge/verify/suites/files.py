@@ -38,12 +38,18 @@ from qguard_edge.verify.results import CheckKind
 from qguard_edge.verify.suites.base import Matcher, Suite, SuiteError, SuitePrompt
 from qguard_edge.verify.suites.code import ALSO, SEVERITIES, BanditMatcher, UnparsedMatcher
 from qguard_edge.verify.suites.generator import GeneratedPrompts
+from qguard_edge.verify.suites.long import long_suite
 from qguard_edge.verify.suites.matchers import ExactMatcher, PhraseMatcher, RefusalMatcher, RegexMatcher
 from qguard_edge.verify.suites.tools import tool_matchers, tools_suite
 
 BUILT_IN = ("injection", "refusal", "code")
-OPTIONAL: Mapping[str, Callable[[int], Suite]] = {"tools": tools_suite}
+OPTIONAL: Mapping[str, Callable[[int], Suite]] = {
+    "tools": tools_suite,
+    "long": long_suite,
+    "languages": lambda seed: _languages_suite(seed),
+}
 """Built-in suites that are not asked unless they are named, or `all` is; made by a seed."""
+FIRST_LANGUAGES = 150
 MOST_BYTES = 16 << 20
 MOST_PROMPTS = 100_000
 LONGEST_PROMPT = 100_000
@@ -69,6 +75,12 @@ def built_in(name: str, seed: int = 0) -> Suite:
     text = resources.files("qguard_edge").joinpath("data", "suites", f"{name}.jsonl").read_text(encoding="utf-8")
     suite = parse_suite(_json_lines(text, name), name)
     return replace(suite, source=GeneratedPrompts(name, seed, suite.prompts))
+
+
+def _languages_suite(seed: int) -> Suite:
+    source = GeneratedPrompts("languages", seed, ())
+    title = "Harmless requests in ten languages: does the answer bring up something nobody asked for?"
+    return Suite("languages", title, source.prompts(0, FIRST_LANGUAGES), (), True, 48, source, optional=True)
 
 
 def read_suite(path: Path) -> Suite:

@@ -131,7 +131,7 @@ def test_other_bad_files(tmp_path: Path) -> None:
 
 
 def test_choosing_suites() -> None:
-    assert [suite.name for suite in select_suites(["all"])] == list(BUILT_IN)
+    assert [suite.name for suite in select_suites(["default"])] == list(BUILT_IN)
     assert select_suites(["drift"]) == ()
     with pytest.raises(SuiteError, match="magic"):
         select_suites(["magic"])

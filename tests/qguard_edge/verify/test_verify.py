@@ -281,9 +281,9 @@ def test_convert_verify_rejects(injection: LabFiles, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("given", "understood"),
     [
-        (["m.gguf", "--to", "q4_k", "--verify"], ["m.gguf", "--to", "q4_k", "--verify=all"]),
-        (["--verify", "--to", "q4_k", "m.gguf"], ["--verify=all", "--to", "q4_k", "m.gguf"]),
-        (["--to", "q4_k", "--verify", "./m.gguf"], ["--to", "q4_k", "--verify=all", "./m.gguf"]),
+        (["m.gguf", "--to", "q4_k", "--verify"], ["m.gguf", "--to", "q4_k", "--verify=default"]),
+        (["--verify", "--to", "q4_k", "m.gguf"], ["--verify=default", "--to", "q4_k", "m.gguf"]),
+        (["--to", "q4_k", "--verify", "./m.gguf"], ["--to", "q4_k", "--verify=default", "./m.gguf"]),
         (["--verify", "code,drift", "m.gguf"], ["--verify", "code,drift", "m.gguf"]),
         (["--verify=code", "m.gguf"], ["--verify=code", "m.gguf"]),
         (["m.gguf"], ["m.gguf"]),
