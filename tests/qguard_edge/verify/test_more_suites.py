@@ -26,6 +26,7 @@ class Base:
     """A base whose tokens are words."""
 
     context_length: int
+    quantized: bool = field(default=False, init=False)
     source: str | None = CHATML
     path: Path = field(default_factory=Path)
 
