@@ -86,7 +86,7 @@ def test_the_command_reads_folders(folders: Folders, tmp_path: Path, capsys: pyt
 
 def test_folders_that_cannot_be_compared(folders: Folders, tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(PairError, match="is a folder and"):
-        verify(request(folders, tiny_base))
+        verify(request(folders, folders.hardened, base=tiny_base))
     with pytest.raises(PairError, match="tokenizers"):
         verify(request(folders, tiny_folder))
     with pytest.raises(PairError, match="is quantized"):
