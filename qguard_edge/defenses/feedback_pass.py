@@ -44,6 +44,7 @@ all arithmetic is matrix products. Rows do not depend on each other.
 """
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,6 +55,7 @@ from torch import Tensor
 from quant_grids.base import LARGEST_SQUARE, ScalarGrid, UniformGrid
 
 BLOCK, RUN = 128, 16
+LOOP = threading.Lock()
 DAMPING = 0.03  # of the mean of H's diagonal: keeps H invertible where the text left directions out
 
 
@@ -229,7 +231,7 @@ def run_pass(
         uniform: random numbers, needed for a variance above 0.
     """
     centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
-    codes, error = torch.empty_like(centre), torch.empty_like(centre)
+    codes, error = torch.empty_like(centre), torch.zeros_like(centre)
     bits, count = 0.0, len(centre)
     grid = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
     for start in range(0, count, BLOCK):
@@ -241,7 +243,8 @@ def run_pass(
         if factor.feed is None:
             _round_at_once(columns, block, centre, codes, error, noise)
         else:
-            _round_block(columns, grid, factor.feed, block, centre, codes, error, noise)
+            with LOOP:
+                _round_block(columns, grid, factor.feed, block, centre, codes, error, noise)
             centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
         if sharp is not None:
             bits += _entropy(columns, block, centre[block], sharp)
@@ -265,20 +268,22 @@ def _round_block(
     sub = columns.sub[block].tolist()
     offset, scale, inverse = grid
     centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
-    wanted = columns.weights[block].unbind()
     lowest, highest = columns.lowest[block].unbind(), columns.highest[block].unbind()
-    if columns.table is None:  # everything that does not depend on the centres
+    # Everything that does not depend on the centres, so that a column takes as few calls as may be.
+    gaps = (columns.offset[sub] - columns.weights[block]).unbind()
+    if columns.table is None:
         base = (columns.offset * columns.inverse)[sub].neg_()
         if noise is not None:
             base += noise.clamp_(-0.5, 0.5)
         bases = base.unbind()
     for first in range(0, len(sub), RUN):
         last = min(first + RUN, len(sub))
+        run, rest = slice(block.start + first, block.start + last), slice(block.start + last, block.stop)
+        before, shares = error[run].T, feed[run, run].triu(1).unbind(1)  # errors of columns to come are still 0
         for j in range(first, last):
-            at, i = block.start + j, sub[j]
+            i = sub[j]
             if j > first:
-                run = slice(block.start + first, at)
-                centres[j].addmv_(error[run].T, feed[run, at], alpha=-1.0)
+                centres[j].addmv_(before, shares[j - first], alpha=-1.0)
             if columns.table is None:
                 torch.addcmul(bases[j], centres[j], inverse[i], out=found[j]).round_()
             else:
@@ -286,14 +291,8 @@ def _round_block(
                 found[j].copy_(_round_in(columns.table, level, None if noise is None else noise[j]))
             torch.clamp(found[j], lowest[j], highest[j], out=found[j])
             level = found[j] if columns.table is None else columns.table[found[j].int()]
-            torch.addcmul(offset[i], level, scale[i], out=errors[j]).sub_(wanted[j])
-        run, rest = slice(block.start + first, block.start + last), slice(block.start + last, block.stop)
+            torch.addcmul(gaps[j], level, scale[i], out=errors[j])
         centre[rest].addmm_(feed[run, rest].T, error[run], alpha=-1.0)
-
-
-def _end_of(end: Tensor | float, block: slice, count: int) -> Sequence[Any]:
-    """The lowest or highest codes of the columns of a block, one tensor or number each."""
-    return end[block].unbind() if isinstance(end, Tensor) else [end] * count
 
 
 def _round_at_once(
