@@ -45,9 +45,8 @@ all arithmetic is matrix products. Rows do not depend on each other.
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
