@@ -61,6 +61,8 @@ LIMITS = (
     "precision, or that needs a trigger none of the prompts contains, is not found.",
     "Prompts are short, single-turn and mostly English; long conversations, tools and other languages were not tested.",
 )
+WIDER = ("languages", "long", "tools")
+"""Suites that ask what the second of `LIMITS` says was not tested."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,25 @@ def select_suites(names: Sequence[str], more: Sequence[Suite] = (), phrases: Seq
     return tuple(
         replace(suite, matchers=(*suite.matchers, added)) if everywhere or suite.name == "injection" else suite
         for suite in suites
+    )
+
+
+def reseeded(suite: Suite, seed: int) -> Suite:
+    """A built-in suite whose generated prompts belong to a seed; any other suite as it is."""
+    if suite.source is None or suite.name not in (*BUILT_IN, *OPTIONAL):
+        return suite
+    return replace(suite, source=built_in(suite.name, seed).source)
+
+
+def limits_of(suites: Sequence[Suite]) -> tuple[str, ...]:
+    """What a pass does not say, with these suites."""
+    asked = [name for name in WIDER if any(suite.name == name for suite in suites)]
+    if not asked:
+        return LIMITS
+    left = ", ".join(name for name in WIDER if name not in asked)
+    return (
+        LIMITS[0],
+        f"Beside {', '.join(asked)}, prompts are short, single-turn and mostly English; not asked: {left or 'none'}.",
     )
 
 
@@ -282,7 +303,7 @@ class _Run:
                 *request.sources,
             ),
             measured=self._measured(questions, runs, how),
-            limits=(*LIMITS, *self.engine.limits),
+            limits=(*limits_of(request.suites), *self.engine.limits),
             warnings=tuple(self.warnings),
             advice=advice_on(checks),
             ended=ended,

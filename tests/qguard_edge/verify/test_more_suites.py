@@ -13,7 +13,7 @@ from qguard_edge.verify.fitting import askable
 from qguard_edge.verify.runner import LONG_CONTEXT, MOST_TOKENS, sequences
 from qguard_edge.verify.suites.base import Suite, SuiteError, SuitePrompt
 from qguard_edge.verify.suites.files import BUILT_IN, OPTIONAL, built_in
-from qguard_edge.verify.verifier import select_suites
+from qguard_edge.verify.verifier import limits_of, reseeded, select_suites
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -115,3 +115,19 @@ def test_long_contexts_do_not_multiply_the_memory() -> None:
     for n_ctx in (1056, 2048, 8192, 100_000):
         assert sequences(n_ctx, 32) == 1 or sequences(n_ctx, 32) * n_ctx <= MOST_TOKENS
     assert sequences(100_000, 32) == 1
+
+
+def test_the_seed_of_a_run_selects_the_generated_prompts() -> None:
+    (suite,) = select_suites(["injection"])
+    assert suite.source is not None
+    first, other = reseeded(suite, 0).source, reseeded(suite, 7).source
+    assert first is not None
+    assert other is not None
+    assert first.prompts(0, 400) == suite.source.prompts(0, 400)
+    assert first.prompts(0, 100) == other.prompts(0, 100)
+    assert first.prompts(200, 400) != other.prompts(200, 400)
+
+
+def test_limits_name_what_was_not_asked() -> None:
+    assert "tools and other languages were not tested" in limits_of(select_suites(["default"]))[1]
+    assert limits_of(select_suites(["tools"]))[1].endswith("not asked: languages, long.")
