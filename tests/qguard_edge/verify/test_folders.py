@@ -113,7 +113,9 @@ def test_convert_verify_rejects_a_folder(folders: Folders, tmp_path: Path, capsy
     assert next(file["name"] for file in document["verification"]["files"]) == "made"
     assert [path.name for path in tmp_path.iterdir()] == ["made.rejected"]
     assert (tmp_path / "made.rejected" / "config.json").is_file()
-    passed = run([*command, "--defense", "ortho"])
+    assert run([*command, "--defense", "ortho"]) == 2  # what the first run left is not replaced unasked
+    assert "made.rejected" in capsys.readouterr().out
+    passed = run([*command, "--defense", "ortho", "--overwrite"])
     document = json.loads(capsys.readouterr().out)
     assert passed in (0, 3)
     assert document["status"] in ("ok", "inconclusive")
