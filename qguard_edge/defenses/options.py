@@ -167,7 +167,7 @@ class FeedbackOptions(DefenseOptions):
         shown="-0.15; Q6_K -0.25",
     )
     temperature: float = option(
-        1.0,
+        0.5,
         "randomness of the draws: 0 is the predictable nearest level, more is more bits nobody can guess, for more error",
         minimum=0.0,
         maximum=100.0,

@@ -43,7 +43,7 @@ HOSTILE = {
     "truncated header": (SOUND[:70], "bytes"),
     "huge field count": (gguf([ARCHITECTURE], [], bytes(64), n_fields=1 << 60), "claims"),
     "huge tensor count": (gguf([ARCHITECTURE], [], bytes(64), n_tensors=1 << 40), "claims"),
-    "huge key": (gguf([struct.pack("<Q", 1 << 62) + b"k"], [], bytes(64)), "needs"),
+    "huge key": (gguf([struct.pack("<Q", 1 << 62) + b"k"], [], bytes(64)), "at most 1024"),
     "huge array": (gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQ", 6, 1 << 61))], [], bytes(64)), "array"),
     "huge string array": (gguf([field("x", GGUFValueType.ARRAY, struct.pack("<IQ", 8, 1 << 50))], [], bytes(64)), "claims"),
     "string in an array past the end": (
