@@ -85,7 +85,9 @@ def verify(
         int, typer.Option(min=1, max=100, help="Answers per prompt; needs --temperature.", rich_help_panel=MEASURE)
     ] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0 is greedy.", rich_help_panel=MEASURE)] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling and bootstrap.", rich_help_panel=MEASURE)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of generated prompts, sampling and bootstrap.", rich_help_panel=MEASURE)
+    ] = 0,
     threads: ThreadsFlag = 0,
     parallel: ParallelFlag = 32,
     n_gpu_layers: GpuLayersFlag = 0,

@@ -55,6 +55,8 @@ from quant_grids.base import LARGEST_SQUARE, ScalarGrid, UniformGrid
 
 BLOCK, RUN = 128, 16
 LOOP = threading.Lock()
+"""Held in the loop over the columns of a block: its calls are so small that two threads in it do little but hand Python's lock
+to each other. Everything else of a pass runs beside it."""
 DAMPING = 0.03  # of the mean of H's diagonal: keeps H invertible where the text left directions out
 
 

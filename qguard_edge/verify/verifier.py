@@ -120,6 +120,11 @@ class VerifyRequest:
     names: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[FileFacts, ...] = ()
 
+    @property
+    def most_prompts(self) -> int:
+        """Of one suite."""
+        return MOST_PROMPTS if self.limit is None else self.limit
+
     def check(self) -> None:
         """Refuse settings that cannot be.
 
@@ -316,7 +321,7 @@ class _Run:
         request = self.request
         if drift.verdict is Verdict.FAIL and not request.keep_going:
             return [], "the file fails drift, so nothing was asked (--keep-going asks all the same)"
-        most = MOST_PROMPTS if request.limit is None else request.limit
+        most = request.most_prompts
         runs = [SuiteRun(suite, how.samples, request.seed, most, tuple(self.models)) for suite in request.suites]
         if not runs:
             return [], "no suite was asked for"
@@ -377,7 +382,7 @@ class _Run:
                 "parallel": request.parallel,
                 "limit": request.limit,
                 **request.margins.describe(),
-                "max_prompts": MOST_PROMPTS if request.limit is None else request.limit,
+                "max_prompts": request.most_prompts,
                 "max_seconds": request.max_seconds,
                 **{f"new_tokens.{run.suite.name}": run.suite.new_tokens for run in runs},
             },

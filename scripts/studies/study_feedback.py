@@ -68,7 +68,18 @@ def chats(base: Path, lines: Sequence[str]) -> list[str]:
     return [head + row["output"] for head, row in zip(render(template, prompts), rows, strict=True)]
 
 
-def documents_of(base: Path, lines: Sequence[str], tokens: int) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+@dataclass(frozen=True)
+class Judged:
+    """How much text judges the files: answers, and tokens of an answer and of a passage at most."""
+
+    answers: int = ANSWERS
+    answer_tokens: int = ANSWER_TOKENS
+    passage_tokens: int = PASSAGE_TOKENS
+
+
+def documents_of(
+    base: Path, lines: Sequence[str], tokens: int, judged: Judged = Judged()
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
     """Token ids to measure Gram matrices on, and to judge files by: answers and passages."""
     with LlamaModel(base, vocab_only=True) as model:
         seen, total = list[list[int]](), 0
@@ -77,8 +88,8 @@ def documents_of(base: Path, lines: Sequence[str], tokens: int) -> tuple[list[li
                 break
             seen.append(model.tokenize(text)[: min(ROW_TOKENS, tokens - total)])
             total += len(seen[-1])
-        answers = [model.tokenize(text)[: ANSWER_TOKENS + 1] for text in chats(base, lines[-ANSWERS:])]
-        passages = [model.tokenize(text, add_special=True)[: PASSAGE_TOKENS + 1] for text in built_in_texts()[::2]]
+        answers = [model.tokenize(text)[: judged.answer_tokens + 1] for text in chats(base, lines[-judged.answers :])]
+        passages = [model.tokenize(text, add_special=True)[: judged.passage_tokens + 1] for text in built_in_texts()[::2]]
     return seen, answers, passages
 
 

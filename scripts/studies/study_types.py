@@ -13,8 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import study_feedback
-from study_feedback import documents_of, judge, make_arm, row_of
+from study_feedback import Judged, documents_of, judge, make_arm, row_of
 
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufModel
@@ -26,6 +25,7 @@ from qguard_edge.runtimes.grams import wanted_weights
 
 TYPES = "q4_k,q4_0,q6_k,q5_k,q8_0,q3_k_m,q2_k,iq4_xs,iq3_s,mxfp4"
 ARMS = ("plain", "feedback")
+JUDGED = Judged(answers=40, answer_tokens=64, passage_tokens=48)
 
 
 def main() -> None:
@@ -39,9 +39,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    study_feedback.ANSWERS, study_feedback.ANSWER_TOKENS, study_feedback.PASSAGE_TOKENS = 40, 64, 48
     base = GgufModel(args.base)
-    _, answers, passages = documents_of(base.path, args.texts.read_text(encoding="utf-8").splitlines(), 100)
+    _, answers, passages = documents_of(base.path, args.texts.read_text(encoding="utf-8").splitlines(), 100, JUDGED)
     text = gguf_calibration(base.path, CalibrationOptions(), 0).samples
     grams = LlamaGramSource(base).collect(wanted_weights(base), text, args.work / "grams", threads=args.threads)
     kept = args.work / "types.jsonl"
