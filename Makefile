@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 help:
-	@echo "make demo       convert a small real model, hardened, and verify it in llama.cpp, with a report"
+	@echo "make demo       a backdoor that rounding wakes; then a real model, hardened, verified, with a report"
 	@echo "make test       lint, type-check and run the whole test suite"
 	@echo "make test-quick the tests that neither train nor build anything, without lint"
 	@echo "make test-slow  the longer studies"

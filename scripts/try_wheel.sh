@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a built wheel work outside the checkout? Usage: scripts/try_wheel.sh WHEEL
 #
-# Installs it into an empty environment in a temporary folder, then makes a tiny model, converts it, compares the result
+# Installs it into an empty environment in a temporary folder, then runs the demo, and makes a tiny model, converts it, compares the result
 # with llama.cpp's own file, verifies it, and runs the Python examples. PIP_CONSTRAINT and PIP_FIND_LINKS, if set, are pip's.
 set -euo pipefail
 wheel=$(realpath "$1")
@@ -16,6 +16,7 @@ export PATH="$place/venv/bin:$PATH"
 said=$(qguard-edge --version)
 version=$(basename "$wheel" | cut -d- -f2)
 [ "$said" = "qguard-edge $version" ] || { echo "error: $(basename "$wheel") says it is '$said'" >&2; exit 1; }
+qguard-edge demo --threads 1
 python "$examples/tiny_model.py" tiny
 qguard-edge convert tiny --to f32
 qguard-edge convert tiny --to q4_0 --defense ortho --seed 1 --keep-plain

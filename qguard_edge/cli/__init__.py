@@ -13,6 +13,7 @@ import typer
 
 from qguard_edge import __version__
 from qguard_edge.cli import compare as _compare
+from qguard_edge.cli import demo as _demo
 from qguard_edge.cli import files as _files
 from qguard_edge.cli import imatrix as _imatrix
 from qguard_edge.cli import lists as _lists
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+_demo.register(app)
 _convert.register(app)
 _scan.register(app)
 _compare.register(app)
