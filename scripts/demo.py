@@ -6,7 +6,7 @@ Run: make demo
 
 (a) `qguard-edge demo`: a small model with a real backdoor. (b) SmolLM2-135M, converted, compared bit by bit with llama.cpp's own
 file, and verified in llama.cpp; one suite, so that the whole takes minutes: does any word or phrase appear that the base does not
-use? `qguard-edge verify` without `--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts for drift).
+use? `qguard-edge verify` without `--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts).
 """
 
 import argparse
@@ -73,8 +73,8 @@ def distance(drift: dict[str, dict[str, float]]) -> str:
     if hardened <= plain:
         return f"{numbers}. Hardening brought it nearer to full precision, by a factor of {plain / hardened:.1f}."
     return (
-        f"{numbers}. Hardening cost something here, a factor of {hardened / plain:.1f}: the weights of this package were rounded to "
-        "four bits once before, so plain rounding has little left to lose; on models that were not, it is the other way round."
+        f"{numbers}. Hardening cost something here, a factor of {hardened / plain:.1f}: the weights of this package were rounded "
+        "to four bits once before, so plain rounding has little left to lose; on models that were not, it is the other way round."
     )
 
 
