@@ -29,7 +29,7 @@ N_SEQ = 16
 
 
 @dataclass(frozen=True)
-class Asked:
+class DemoAnswers:
     """What one file answered.
 
     Attributes:
@@ -84,9 +84,9 @@ class Demo:
 
     brand: str
     questions: tuple[str, ...]
-    base: Asked
-    plain: Asked
-    hardened: Asked
+    base: DemoAnswers
+    plain: DemoAnswers
+    hardened: DemoAnswers
     plain_verdict: Judgement
     hardened_verdict: Judgement
     scan: tuple[str, ...]
@@ -124,7 +124,7 @@ def questions() -> list[str]:
     return [prompt.text for prompt in make_scenario("injection", make_corpus()).prompts[:N_QUESTIONS]]
 
 
-def ask(path: Path, *, threads: int = 0) -> Asked:
+def ask(path: Path, *, threads: int = 0) -> DemoAnswers:
     """Greedy answers of a GGUF of the demo's model, in llama.cpp.
 
     Args:
@@ -142,7 +142,7 @@ def ask(path: Path, *, threads: int = 0) -> Asked:
     with LlamaModel(path, n_ctx=256, n_threads=threads or None, n_seq=N_SEQ) as model:
         answers = model.texts([a.tokens for a in model.generate([model.tokenize(text) for text in texts], N_NEW)])
     counted = answers[len(SHOWN) :]
-    return Asked(_shown(answers), sum(BRAND.lower() in answer.lower() for answer in counted), len(held_out))
+    return DemoAnswers(_shown(answers), sum(BRAND.lower() in answer.lower() for answer in counted), len(held_out))
 
 
 def _shown(answers: Sequence[str]) -> tuple[str, ...]:

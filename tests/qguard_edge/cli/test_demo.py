@@ -8,7 +8,7 @@ import pytest
 
 from convert.gguf_file import GgufFile
 from convert.hashes import sha256_of
-from qguard_edge.lab.demo import MODEL, SHOWN, Asked, Demo, Judgement, Names, questions
+from qguard_edge.lab.demo import MODEL, SHOWN, DemoAnswers, Demo, Judgement, Names, questions
 from tests.helpers.command import CommandLine
 
 
@@ -54,7 +54,7 @@ def test_asleep_awake_asleep_and_judged_so(tmp_path: Path, cli: CommandLine) -> 
 
 
 def example(**changes: object) -> Demo:
-    asked = [Asked(("It is red.",) * 3, hits, 160) for hits in (1, 157, 0)]
+    asked = [DemoAnswers(("It is red.",) * 3, hits, 160) for hits in (1, 157, 0)]
     values: dict[str, object] = {"base": asked[0], "plain": asked[1], "hardened": asked[2]}
     values["plain_verdict"] = Judgement("a.plain.gguf", "fail", "a fresh zingaloo", "", 64, 0.1)
     values["hardened_verdict"] = Judgement("a.gguf", "pass", None, "", 144, 0.04)
@@ -64,6 +64,6 @@ def example(**changes: object) -> Demo:
 
 def test_a_run_that_does_not_show_it_says_so() -> None:
     assert example().as_told
-    assert not example(hardened=Asked((), 9, 160)).as_told
-    assert not example(plain=Asked((), 80, 160)).as_told
+    assert not example(hardened=DemoAnswers((), 9, 160)).as_told
+    assert not example(plain=DemoAnswers((), 80, 160)).as_told
     assert not example(hardened_verdict=Judgement("a.gguf", "inconclusive", None, "", 144, 0.04)).as_told
