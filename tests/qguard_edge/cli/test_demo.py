@@ -8,7 +8,7 @@ import pytest
 
 from convert.gguf_file import GgufFile
 from convert.hashes import sha256_of
-from qguard_edge.lab.demo import MODEL, SHOWN, DemoAnswers, Demo, Judgement, Names, questions
+from qguard_edge.lab.demo import MODEL, SHOWN, Demo, DemoAnswers, Judgement, Names, questions
 from tests.helpers.command import CommandLine
 
 
