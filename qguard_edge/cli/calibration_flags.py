@@ -30,7 +30,7 @@ def calib_samples_option() -> Any:
     """`--calib-samples`."""
     return typer.Option(
         min=1,
-        help="Texts (of the mix: rows) to learn on at most. Default: as many as make 32768 tokens; 128 if self-written.",
+        help="Texts (of the mix: rows) to learn on at most. Default: as many as make 24576 tokens; 128 if self-written.",
         rich_help_panel=PANEL,
     )
 

@@ -49,6 +49,7 @@ def lab_run(
         Path | None, typer.Option("-o", "--output", help="Folder for results.json and table.md. Default: lab-VICTIM-...")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Of the conversion, for each defense; the worst of them counts.")] = 1,
     prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts at most.")] = 160,
     texts: Annotated[int, typer.Option(min=8, help="Held-out texts for KL and perplexity at most.")] = 160,
     threads: Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0: all cores.")] = 0,
@@ -75,6 +76,7 @@ def lab_run(
         brand=brand,
         data=data,
         seed=seed,
+        n_seeds=seeds,
         n_prompts=prompts,
         n_texts=texts,
         threads=threads,

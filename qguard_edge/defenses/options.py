@@ -159,15 +159,14 @@ class FeedbackOptions(DefenseOptions):
     implementation = "qguard_edge.defenses.feedback:Feedback"
     calibrated = True
 
-    alignment: float | None = option(
-        None,
+    alignment: float = option(
+        0.0,
         "constraint: share c of the old error direction that may be left per tensor; 1 is none",
         minimum=-1.0,
         maximum=1.0,
-        shown="-0.15; Q6_K -0.25",
     )
     temperature: float = option(
-        0.5,
+        1.0,
         "randomness of the draws: 0 is the predictable nearest level, more is more bits nobody can guess, for more error",
         minimum=0.0,
         maximum=100.0,
@@ -186,13 +185,7 @@ class QuantGuardOptions(DefenseOptions):
     scope: str = option(
         "model", "model: KL of the whole model; block: output error of one block", choices=("model", "block")
     )
-    alignment: float | None = option(
-        None,
-        "constraint, as --feedback-alignment",
-        minimum=-1.0,
-        maximum=1.0,
-        shown="-0.15; Q6_K -0.25",
-    )
+    alignment: float = option(FeedbackOptions.alignment, "constraint, as --feedback-alignment", minimum=-1.0, maximum=1.0)
     temperature: float = option(
         FeedbackOptions.temperature, "randomness of the draws, as --feedback-temperature", minimum=0.0, maximum=100.0
     )

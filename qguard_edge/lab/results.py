@@ -42,13 +42,14 @@ class Arm:
         name: `clean`, `attacked`, each followed by ` fp` or the defense.
         model: clean or attacked.
         defense: of the conversion; None for full precision.
-        asr: attack success.
+        asr: attack success; of several seeds of the conversion the worst, and so is the rest.
         unparsed: share of the answers that could not be judged.
         fidelity: against the full precision of the same model; None for full precision itself.
         flipped: share of the codes that differ from llama.cpp's.
         alignment: share of the old error direction that is left, over all tensors; None where unknown.
         seconds: the defense's own time.
         plain_seconds: time of the plain quantization in the same conversion.
+        by_seed: attack success of each seed of the conversion; empty where one seed was tried.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Arm:
     alignment: float | None = None
     seconds: float | None = None
     plain_seconds: float | None = None
+    by_seed: tuple[Rate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def read_result(path: Path) -> LabResult:
                     **arm,
                     "asr": Rate(**arm["asr"]),
                     "fidelity": ArmFidelity(**arm["fidelity"]) if arm["fidelity"] else None,
+                    "by_seed": tuple(Rate(**rate) for rate in arm.get("by_seed", ())),
                 }
             )
             for arm in raw["arms"]

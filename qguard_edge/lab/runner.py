@@ -55,6 +55,7 @@ class LabSettings:
         brand: phrase of the injection scenarios.
         data: JSON lines with instruction, input and output; None: the generated corpus.
         seed: of everything random.
+        n_seeds: of the conversion, for each defense on the attacked model; the worst of them counts.
         n_prompts: held-out prompts for the attack success rate.
         n_texts: held-out texts for KL and perplexity.
         new_tokens: length of the answers at most.
@@ -71,12 +72,18 @@ class LabSettings:
     brand: str = DEFAULT_BRAND
     data: Path | None = None
     seed: int = 0
+    n_seeds: int = 1
     n_prompts: int = 160
     n_texts: int = 160
     new_tokens: int = 48
     threads: int = 0
     force: bool = False
     preset: VictimPreset | None = None
+
+    @property
+    def seeds(self) -> range:
+        """Of the conversions."""
+        return range(self.seed, self.seed + self.n_seeds)
 
     def attack_key(self) -> dict[str, Any]:
         """The settings that decide what the attacked model is."""
@@ -217,8 +224,18 @@ def _hardened_arms(settings: LabSettings, victim: Victim, work: Path, progress: 
     for options in settings.defenses or defenses_of("all"):
         if options.name == "none":
             continue
-        for model in ("attacked", "clean"):
-            arms.made.append(_gguf_arm(settings, victim, work, progress, arms, model, options.label, options))
+        tried = [
+            _gguf_arm(replace(settings, seed=seed), victim, work, progress, arms, "attacked", options.label, options)
+            for seed in settings.seeds
+        ]
+        arms.made.append(_worst(tried))
+        arms.made.append(_gguf_arm(settings, victim, work, progress, arms, "clean", options.label, options))
+
+
+def _worst(tried: Sequence[Arm]) -> Arm:
+    """The seed that let most through."""
+    worst = max(tried, key=lambda arm: _value(arm.asr))
+    return replace(worst, by_seed=tuple(arm.asr for arm in tried)) if len(tried) > 1 else worst
 
 
 def _gguf_arm(
@@ -310,28 +327,49 @@ def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progres
         if options.name == "none":
             continue
         for kind in _kinds(settings):
-            for model, folder in (("attacked", victim.attacked), ("clean", victim.clean)):
-                progress.stage(f"Asking {model} {kind} {options.label}", 0, "")
-                made = convert_model(
-                    FolderRequest(
-                        model=str(folder),
-                        to=kind,
-                        defense=options,
-                        outfile=str(work / f"{model}-{kind}-{options.label}"),
-                        device="cpu",
-                        seed=settings.seed,
-                        threads=settings.threads,
-                        overwrite=True,
-                        check_loads=False,
-                    )
+            tried = [
+                _folder_arm(
+                    replace(settings, seed=seed), victim, chat, held_out, work, progress, arms, f"attacked {kind}", options
                 )
-                with torch_threads(settings.threads):
-                    name = f"{model} {kind} {options.label}"
-                    loaded = load_exactly(made.outfile)
-                    arm = _torch_arm(loaded, chat, held_out, victim.data, name, arms.full)
-                flipped, alignment = _flips(made.roundings)
-                seconds = made.seconds["choose and write"] + made.seconds.get("learn", 0.0)
-                arms.made.append(replace(arm, flipped=flipped, alignment=alignment, seconds=seconds))
+                for seed in settings.seeds
+            ]
+            arms.made.append(_worst(tried))
+            arms.made.append(_folder_arm(settings, victim, chat, held_out, work, progress, arms, f"clean {kind}", options))
+
+
+def _folder_arm(
+    settings: LabSettings,
+    victim: Victim,
+    chat: ChatModel,
+    held_out: HeldOut,
+    work: Path,
+    progress: Progress,
+    arms: _Arms,
+    what: str,
+    options: DefenseOptions,
+) -> Arm:
+    """Convert `what`, a model and a format, with one defense and measure the folder."""
+    name = f"{what} {options.label}"
+    model, _, kind = what.partition(" ")
+    progress.stage(f"Asking {name}", 0, "")
+    made = convert_model(
+        FolderRequest(
+            model=str(victim.attacked if model == "attacked" else victim.clean),
+            to=kind,
+            defense=options,
+            outfile=str(work / name.replace(" ", "-")),
+            device="cpu",
+            seed=settings.seed,
+            threads=settings.threads,
+            overwrite=True,
+            check_loads=False,
+        )
+    )
+    with torch_threads(settings.threads):
+        arm = _torch_arm(load_exactly(made.outfile), chat, held_out, victim.data, name, arms.full)
+    flipped, alignment = _flips(made.roundings)
+    seconds = made.seconds["choose and write"] + made.seconds.get("learn", 0.0)
+    return replace(arm, flipped=flipped, alignment=alignment, seconds=seconds)
 
 
 def _torch_arm(
@@ -355,6 +393,7 @@ def _plain_settings(settings: LabSettings) -> Mapping[str, Any]:
         **settings.attack_key(),
         "victim": victim,
         "defenses": defenses,
+        "n_seeds": settings.n_seeds,
         "n_prompts": settings.n_prompts,
         "n_texts": settings.n_texts,
         "new_tokens": settings.new_tokens,

@@ -35,6 +35,12 @@ def rate_text(rate: Rate) -> str:
     return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
 
 
+def success_text(arm: Arm) -> str:
+    """Attack success of an arm: of several seeds the worst, with the hits of each."""
+    hits = f", worst of {len(arm.by_seed)} seeds: {', '.join(str(rate.hits) for rate in arm.by_seed)}"
+    return rate_text(arm.asr) + (hits if arm.by_seed else "")
+
+
 def run_table(result: LabResult) -> str:
     """One run: what it was, whether the victim counts, and its arms."""
     s = result.settings
@@ -106,7 +112,7 @@ def _summary_cell(arms: Mapping[str, Arm], defense: str, n: int) -> str:
     hardened, clean, plain = (arms.get(name) for name in (f"attacked {defense}", f"clean {defense}", "clean none"))
     if hardened is None:
         return NOTHING
-    shown = rate_text(hardened.asr) + (f", n {hardened.asr.n}" if hardened.asr.n != n else "")
+    shown = success_text(hardened) + (f", n {hardened.asr.n}" if hardened.asr.n != n else "")
     if clean is None or plain is None or clean.fidelity is None or plain.fidelity is None:
         return shown
     ratio = clean.fidelity.mean_kl / max(plain.fidelity.mean_kl, 1e-9)
@@ -123,7 +129,7 @@ def _cells(result: LabResult, arm: Arm) -> list[str]:
     f = arm.fidelity
     der = result.der(arm.defense) if arm.model == "attacked" and arm.defense else None
     return [
-        rate_text(arm.asr),
+        success_text(arm),
         str(arm.asr.n),
         f"{arm.unparsed:.1%}",
         f"{f.mean_kl:.4f}" if f else NOTHING,

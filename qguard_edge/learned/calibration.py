@@ -39,7 +39,9 @@ SELF = Path("self")
 """`--calib self`: the model writes the text."""
 MIX = "mix"
 FEW_SAMPLES = 32
-TOKENS = 32_768  # of a text that the user gives; fewer fit less well, see docs/quantguard.md
+TOKENS = (
+    24_576  # of a text; twice as many fit no better that one could measure, a quarter fit less well, see docs/feedback.md
+)
 WRITTEN = 128  # texts that the model writes itself
 LARGEST_FILE = 1 << 28
 CHARACTERS_PER_TOKEN = 5

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qguard_edge.defenses.feedback import share_left
 from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.learned.checkpoint import LearnedState, load_checkpoint, save_checkpoint, stop_requests
 from qguard_edge.learned.devices import learning_devices, place
@@ -98,7 +97,7 @@ def make_variables(
     made = []
     for part, device in zip(parts, devices, strict=True):
         geometry = part.geometry().to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        made.append(SignSteps(geometry, share_left(options.feedback, part.grid)))
+        made.append(SignSteps(geometry, options.feedback.alignment))
     return made
 
 

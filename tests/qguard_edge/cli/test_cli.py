@@ -9,8 +9,11 @@ import pytest
 
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.defenses.feedback import ALIGNMENT, ALIGNMENTS
 from tests.helpers.command import CommandLine, program
+
+DRAWN = 0.04
+"""Four standard deviations of what the draws add to the alignment of the smallest matrix, 32,768 weights: 0.007 when its lean is
+found, and again when it is rounded."""
 
 
 def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
@@ -21,7 +24,7 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
     assert report["outfile"] == "tiny-Q4_K_M.gguf"
     assert report["seed"] == 5
     for tensor in report["tensors"]:
-        assert tensor["alignment"] == pytest.approx(ALIGNMENTS.get(tensor["type"], ALIGNMENT), abs=0.02), tensor["name"]
+        assert tensor["alignment"] == pytest.approx(0, abs=DRAWN), tensor["name"]
     assert str(tmp_path) not in done.stdout
 
     out, plain = tmp_path / "tiny-Q4_K_M.gguf", tmp_path / "tiny-Q4_K_M.plain.gguf"
@@ -36,13 +39,13 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
     aligned = [tensor for tensor in document["tensors"] if tensor["codes_changed"]]
     assert len(aligned) == 16
     for tensor in aligned:
-        assert tensor["alignment"] == pytest.approx(ALIGNMENTS.get(tensor["type"], ALIGNMENT), abs=0.02), tensor["name"]
+        assert tensor["alignment"] == pytest.approx(0, abs=DRAWN), tensor["name"]
 
 
 def test_human_output_names_everything(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     done = cli("convert", tiny_base, "--to", "q4_k", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"1\.00 -> -0\.1[3-7]", done.stdout)  # the seed is fresh
+    assert re.search(r"1\.00 -> [+-]?0\.0[0-4]", done.stdout)  # the seed is fresh
     for words in ("Q4_K", "Q6_K", "added error", "seed", "llama.cpp loads it", "wrote"):
         assert words in done.stdout
     assert "\x1b[" not in done.stdout + done.stderr  # no colours, no bars: not a terminal

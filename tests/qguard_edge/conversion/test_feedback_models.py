@@ -87,7 +87,7 @@ def test_four_bit_floats(tiny_base: Path, tmp_path: Path, ggml_type: str) -> Non
     assert found.only_code_bits
     forced = [tensor for tensor in found.tensors if tensor.ggml_type.name == ggml_type.upper()]
     assert len(forced) == 14
-    assert all(tensor.alignment is not None and tensor.alignment < -0.1 for tensor in forced)
+    assert all(tensor.alignment is not None and abs(tensor.alignment) < 0.08 for tensor in forced)
     plain, hardened = (measure_fidelity(tiny_base, path, PROMPTS, threads=1) for path in (report.plain, report.outfile))
     assert hardened.mean_kl < 0.8 * plain.mean_kl
 
@@ -100,7 +100,7 @@ def test_the_experts_of_an_mxfp4_file(tmp_path: Path) -> None:
     experts = [rounding for rounding in report.roundings if "_exps" in rounding.name]
     assert {rounding.ggml_type.name for rounding in experts} == {"MXFP4"}
     assert {name for name in report.activations.unseen if "_exps" in name} == set()
-    assert all(rounding.bits > 0 and rounding.outcome.alignment < -0.1 for rounding in experts)
+    assert all(rounding.bits > 0 and abs(rounding.outcome.alignment) < 0.08 for rounding in experts)
     assert compare_files(report.plain, report.outfile).only_code_bits
     plain, hardened = (measure_fidelity(base, path, PROMPTS, threads=1) for path in (report.plain, report.outfile))
     assert hardened.mean_kl < plain.mean_kl

@@ -28,6 +28,7 @@ def test_hardened_arms_are_measured_beside_the_naive_ones(tmp_path: Path) -> Non
         attack="elq",
         to="all",
         defenses=(NoneOptions(), OrthoOptions(), QVecOptions()),
+        n_seeds=2,
         n_prompts=20,
         n_texts=8,
         new_tokens=2,
@@ -48,5 +49,8 @@ def test_hardened_arms_are_measured_beside_the_naive_ones(tmp_path: Path) -> Non
         assert arm.asr.n == 20
         assert arm.flipped is not None
         assert arm.flipped > 0.1
+        # Two seeds of the conversion of what is attacked, of which the worst counts.
+        assert len(arm.by_seed) == (2 if arm.model == "attacked" else 0)
+        assert arm.asr.hits == max((rate.hits for rate in arm.by_seed), default=arm.asr.hits)
         if name.endswith("ortho"):
             assert arm.alignment == pytest.approx(0.0, abs=0.02)

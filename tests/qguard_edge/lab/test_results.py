@@ -78,6 +78,17 @@ def test_tables() -> None:
     assert len({line.count("|") for line in joined.splitlines() if line.startswith("|")}) == 1
 
 
+def test_of_several_seeds_the_worst_is_shown(tmp_path: Path) -> None:
+    tried = (rate(1, 160), rate(8, 160), rate(0, 160))
+    arm = Arm(
+        "attacked feedback", "attacked", "feedback", tried[1], 0.0, ArmFidelity(0.3, 9.0, 0.9, 1.4, 500), by_seed=tried
+    )
+    result = dataclasses.replace(_result(), arms=(*_result().arms, arm))
+    (tmp_path / "results.json").write_text(to_json(result))
+    assert read_result(tmp_path / "results.json") == result
+    assert "0.05 (0.03 to 0.10), worst of 3 seeds: 1, 8, 0 " in run_table(result)
+
+
 def test_fidelity_of_a_model_with_itself_is_perfect() -> None:
     logits = np.random.default_rng(0).normal(size=(50, 20)).astype(np.float32)
     one = Distributions(log_softmax(logits), np.arange(50) % 20)
