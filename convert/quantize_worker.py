@@ -93,9 +93,10 @@ def run(job: dict[str, Any]) -> int:
     if job["tensor_types"]:
         params.tt_overrides = _tensor_type_array([tuple(pair) for pair in job["tensor_types"]])
     llama_cpp.llama_backend_init()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     status = int(llama_cpp.llama_model_quantize(os.fsencode(job["base"]), os.fsencode(job["outfile"]), ctypes.byref(params)))
-    sys.stdout.write(f"{USAGE_MARK} {time.perf_counter() - started:.6f} {resident_bytes()}\n")
+    seconds, processor = time.perf_counter() - started, time.process_time() - used
+    sys.stdout.write(f"{USAGE_MARK} {seconds:.6f} {resident_bytes()} {processor:.6f}\n")
     return status
 
 

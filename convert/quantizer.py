@@ -105,6 +105,7 @@ class QuantizeReport:
         warnings: one sentence each.
         seconds: wall time of `llama_model_quantize` alone, without starting the child.
         peak_rss_bytes: largest resident size of the child.
+        processor: seconds of all its threads in `llama_model_quantize`.
     """
 
     tensors: tuple[PlannedTensor, ...]
@@ -112,6 +113,7 @@ class QuantizeReport:
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    processor: float = 0.0
 
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -126,7 +128,7 @@ _FALLBACK = re.compile(
 _NO_IMATRIX = re.compile(r"did not find weights for (\S+)")
 _ERROR = re.compile(r"failed to quantize: (.+)$")
 USAGE_MARK = "@qguard-usage"
-"""Starts the child's own line: seconds in `llama_model_quantize` and peak resident size in bytes."""
+"""Starts the child's own line: seconds in `llama_model_quantize`, peak resident size in bytes, seconds of the processor."""
 
 
 def ggml_type_number(name: str, option: str) -> int:
@@ -245,15 +247,15 @@ class _LogParser:
         self.warnings: list[str] = []
         self.error = ""
         self.last_lines: list[str] = []
-        self.usage = (0.0, 0)
+        self.usage = (0.0, 0, 0.0)
         self._open: tuple[str, str] | None = None
         self._target = ""
 
     def feed(self, line: str) -> None:
         line = line.rstrip()
         if line.startswith(USAGE_MARK):
-            _, seconds, peak = line.split()
-            self.usage = (float(seconds), int(peak))
+            _, seconds, peak, processor = line.split()
+            self.usage = (float(seconds), int(peak), float(processor))
             return
         if line:
             self.last_lines = [*self.last_lines[-3:], line]

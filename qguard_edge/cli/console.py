@@ -4,7 +4,7 @@ import os
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from qguard_edge.progress import Remaining
 from qguard_edge.report.document import json_text
 
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -78,6 +79,14 @@ def size_text(n_bytes: float) -> str:
             return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.2f} GiB"
+
+
+def duration_text(seconds: float) -> str:
+    """A time for people: 48 s, 14 min, 2 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def count_text(count: float) -> str:
@@ -146,6 +155,7 @@ class ConsoleProgress:
         self._bars: Progress | None = None
         self._task: Any = None
         self._lines = _Lines() if not self.enabled and not quiet else None
+        self._remaining: Remaining | None = None
 
     def stage(self, name: str, total: int, unit: str) -> None:
         """See `Progress.stage`."""
@@ -161,29 +171,43 @@ class ConsoleProgress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[unit]}", markup=False),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}", markup=False),
                 TextColumn("{task.fields[detail]}", style="dim", markup=False),
                 console=err,
             )
             self._bars.start()
         self._finish_task()
-        self._task = self._bars.add_task(name, total=total or None, unit=unit, detail="")
+        if self._remaining is not None:
+            self._remaining.stage(name, total)
+        self._task = self._bars.add_task(name, total=total or None, unit=unit, detail="", left=self._left())
 
     def advance(self, count: int, detail: str = "") -> None:
         """See `Progress.advance`."""
         if self._lines is not None:
             self._lines.advance(count)
+        if self._remaining is not None:
+            self._remaining.advance(count)
         if self._bars is not None:
-            self._bars.update(self._task, advance=count, detail=visible(detail))
+            self._bars.update(self._task, advance=count, detail=visible(detail), left=self._left())
 
     def note(self, text: str) -> None:
         """See `Progress.note`."""
         if not self.quiet:
             err.print(text, highlight=False)
 
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        """See `Progress.expect`."""
+        self._remaining = Remaining(stages) if self.enabled else None
+
+    def _left(self) -> str:
+        """The time that all stages together will still take, for people."""
+        seconds = self._remaining.seconds() if self._remaining is not None else 0.0
+        return f"about {duration_text(seconds)} left in all" if seconds >= 1.0 else ""
+
     def _finish_task(self) -> None:
         if self._bars is not None and self._task is not None:
             task = next(task for task in self._bars.tasks if task.id == self._task)
-            self._bars.update(self._task, completed=task.total or task.completed, total=task.total or 1, detail="")
+            self._bars.update(self._task, completed=task.total or task.completed, total=task.total or 1, detail="", left="")
 
     def __enter__(self) -> "ConsoleProgress":
         return self

@@ -6,10 +6,12 @@ the system's temporary folder and removed again. A folder for bitsandbytes is pl
 
 import math
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert import bnb_layout
+from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
@@ -17,6 +19,9 @@ from convert.hf.checkpoint import PLAIN_DTYPES, SourceTensor
 from convert.quantizer import Fallback, quantize
 from convert.source import open_base
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
+from qguard_edge.conversion.feedback_cost import PARENT_BYTES, FeedbackCost, cost_of, model_of
+from qguard_edge.conversion.machine import measured_rates
+from qguard_edge.conversion.memory_limit import quantizer_bytes, require_memory
 from qguard_edge.conversion.opened_folder import bytes_as
 from qguard_edge.conversion.outputs.folder import FolderOutput
 from qguard_edge.conversion.outputs.gguf import GgufOutput
@@ -25,7 +30,7 @@ from qguard_edge.defenses.options import FeedbackOptions, QuantGuardOptions
 from qguard_edge.learned.memory import TORCH_BYTES, LearningCost, ModelSize, dry_cost, size_of
 from quant_grids import GRIDS
 from quant_grids.errors import UnsupportedError
-from quant_grids.ggml_type import type_named
+from quant_grids.ggml_type import GgmlType, type_named
 
 SLICE_ARRAYS = 40  # f32 arrays of a slice's size that planning a slice touches at most, measured
 
@@ -62,9 +67,10 @@ class DryRun:
         tensors: one entry each, in the output's order.
         base_bytes: size of the base's tensors.
         out_bytes: size of the output's tensors.
-        memory_bytes: estimated peak resident size of the largest process.
+        memory_bytes: estimated peak resident size of the largest process; with `prediction`, of all together.
         warnings: one sentence each.
         learning: what a learned defense will cost.
+        prediction: what the default defense will take, stage by stage.
     """
 
     outfile: Path
@@ -74,6 +80,7 @@ class DryRun:
     memory_bytes: int
     warnings: tuple[str, ...]
     learning: LearningCost | None = None
+    prediction: FeedbackCost | None = None
 
 
 def dry_run(request: GgufRequest | FolderRequest) -> DryRun:
@@ -107,11 +114,13 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
             for planned in report.tensors
         )
         base_bytes = sum(tensor.n_bytes for tensor in base.tensors.values())
+        predicts = isinstance(request.defense, FeedbackOptions) and not request.options.file_type.base
+        prediction = _prediction(request, base) if predicts else None
     warnings = list(report.warnings)
     if request.options.file_type.needs_imatrix and request.options.imatrix is None and not _measures(request):
         warnings.append(f"{request.options.file_type.name} needs an importance matrix: pass --imatrix FILE")
     size = size_of((tensor.name, tensor.shape) for tensor in tensors)
-    return _dry(request, output.outfile, tensors, base_bytes, size, warnings)
+    return _dry(request, output.outfile, tensors, base_bytes, size, warnings, prediction)
 
 
 def _dry_folder(request: FolderRequest) -> DryRun:
@@ -132,16 +141,41 @@ def _dry(
     base_bytes: int,
     size: ModelSize,
     warnings: list[str],
+    prediction: FeedbackCost | None = None,
 ) -> DryRun:
-    learning = dry_cost(request, size, warnings)
+    learning = dry_cost(request, size, warnings) if prediction is None else None
+    memory = _memory(tensors, request.threads)
+    if prediction is not None:
+        memory = prediction.memory_bytes
+    elif learning is not None:
+        memory = max(memory, learning.memory_bytes)
     return DryRun(
         outfile=outfile,
         tensors=tensors,
         base_bytes=base_bytes,
         out_bytes=sum(tensor.n_bytes for tensor in tensors),
-        memory_bytes=max(_memory(tensors, request.threads), learning.memory_bytes if learning else 0),
+        memory_bytes=memory,
         warnings=tuple(warnings),
         learning=learning,
+        prediction=prediction,
+    )
+
+
+def _prediction(request: GgufRequest, base: GgufModel) -> FeedbackCost:
+    """What `feedback` will take on this machine, after some seconds of measuring it."""
+    if request.max_memory is not None:
+        require_memory(base.tensors.values(), request.max_memory)
+    parent = max(PARENT_BYTES, resident_bytes("RssAnon"))
+    types = Counter[GgmlType]()
+    for tensor in base.tensors.values():
+        types[tensor.ggml_type] += tensor.n_weights
+    threads = request.threads or available_cores()
+    return cost_of(
+        model_of(base, request.calibration),
+        measured_rates(request.options, types.most_common(1)[0][0], threads),
+        limit=request.max_memory,
+        parent=parent,
+        quantizer=quantizer_bytes(base.tensors.values()),
     )
 
 

@@ -66,6 +66,34 @@ class SliceKey:
 
 
 @dataclass(frozen=True)
+class JoinedKey:
+    """Several slices of a tensor that are rounded as one: each row has the random numbers that it has in its own slice.
+
+    Attributes:
+        keys: of the slices, in order.
+        rows: of each.
+    """
+
+    keys: tuple[SliceKey, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def row(self) -> int:
+        """Of the tensor at which the first slice begins."""
+        return self.keys[0].row
+
+    def uniform(self, device: torch.device) -> Callable[[int, int], Tensor]:
+        """See `SliceKey.uniform`; the rows of the matrix are the last dimension."""
+        streams = [key.uniform(device) for key in self.keys]
+
+        def draw(count: int, rows: int) -> Tensor:
+            assert rows == sum(self.rows)
+            return torch.cat([stream(count, mine) for stream, mine in zip(streams, self.rows, strict=True)], dim=1)
+
+        return draw
+
+
+@dataclass(frozen=True)
 class Rounded:
     """A slice of rows with chosen codes.
 
@@ -86,7 +114,7 @@ class MatrixRule(ABC):
     draws = False  # whether another key gives other codes, for any rows that `round` is given
 
     @abstractmethod
-    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
+    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey | JoinedKey) -> Rounded:
         """Choose the codes of a slice of rows.
 
         Args:

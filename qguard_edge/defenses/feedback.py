@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qguard_edge.defenses.base import Defense, MatrixRule, Rounded, SliceKey
+from qguard_edge.defenses.base import Defense, JoinedKey, MatrixRule, Rounded, SliceKey
 from qguard_edge.defenses.feedback_groups import Groups, groups_of, lean_of_groups, repeated, run_groups
 from qguard_edge.defenses.feedback_pass import (
     DAMPING,
@@ -123,7 +123,7 @@ class FittedPass(MatrixRule):
     reach: int
     draws = True
 
-    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
+    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey | JoinedKey) -> Rounded:
         """See `MatrixRule.round`."""
         columns = columns_of(self.grid, blocks, weights, self.factor.order, self.reach)
         shift = lean_shift(columns, self.factor).mul_(self.lean) if self.lean else None
@@ -150,7 +150,7 @@ class FittedGroups(MatrixRule):
     variance: float
     draws = True
 
-    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
+    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey | JoinedKey) -> Rounded:
         """See `MatrixRule.round`."""
         groups = groups_of(self.grid, blocks, weights, self.factor.order)
         shift = lean_of_groups(groups, self.factor).mul_(self.lean) if self.lean else None

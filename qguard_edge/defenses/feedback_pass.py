@@ -57,6 +57,7 @@ BLOCK, RUN = 128, 16
 LOOP = threading.Lock()
 """Held in the loop over the columns of a block: its calls are so small that two threads in it do little but hand Python's lock
 to each other. Everything else of a pass runs beside it."""
+STRIP = 512  # rows of a Gram matrix that are turned at a time
 DAMPING = 0.03  # of the mean of H's diagonal: keeps H invertible where the text left directions out
 
 
@@ -86,12 +87,27 @@ def factor_of(gram: Tensor, order: Tensor, damping: float = DAMPING) -> Factor:
     mean = float(gram.diagonal().double().mean())
     if not mean > 0:
         return unknown(len(gram), gram.device)
-    backwards = order.flip(0)
-    matrix = gram[backwards][:, backwards].double()
-    matrix.diagonal().add_(damping * mean)
-    upper = torch.linalg.cholesky(matrix).flip(0, 1)
-    diagonal = upper.diagonal().clone()
-    return Factor(order, diagonal.square().float(), upper.div_(diagonal).float())
+    lower = _turned(gram, order.flip(0))
+    lower.diagonal().add_(damping * mean)
+    lower = lower.mT  # it is symmetric; and as columns, LAPACK factors it where it lies
+    torch.linalg.cholesky(lower, out=lower)
+    diagonal = lower.diagonal().flip(0)
+    feed = torch.empty(gram.shape, device=gram.device)
+    for rows in _strips(len(gram)):
+        feed[rows] = lower[len(gram) - rows.stop : len(gram) - rows.start].flip(0, 1).div_(diagonal)
+    return Factor(order, diagonal.square().float(), feed)
+
+
+def _turned(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in another order, f64; without a second matrix in f32."""
+    made = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for rows in _strips(len(gram)):
+        made[rows] = gram[order[rows]][:, order].double()
+    return made
+
+
+def _strips(count: int) -> list[slice]:
+    return [slice(start, min(start + STRIP, count)) for start in range(0, count, STRIP)]
 
 
 def unknown(columns: int, device: torch.device) -> Factor:

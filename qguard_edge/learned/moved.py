@@ -20,7 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qguard_edge.defenses.base import MatrixRule, Rounded, SliceKey
+from qguard_edge.defenses.base import JoinedKey, MatrixRule, Rounded, SliceKey
 from qguard_edge.learned.matrices import Drawn
 from qguard_edge.learned.parts import rounding_error
 from quant_grids import Grid, Outcome
@@ -67,7 +67,7 @@ class MovedRule(MatrixRule):
     grid: Grid
     matrix: MovedCodes
 
-    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey) -> Rounded:
+    def round(self, blocks: Tensor, weights: Tensor, key: SliceKey | JoinedKey) -> Rounded:
         """See `MatrixRule.round`."""
         assert isinstance(self.grid, ScalarGrid)
         first = key.row * (len(blocks) // len(weights))

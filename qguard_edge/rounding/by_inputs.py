@@ -2,7 +2,7 @@
 
 Per matrix (for a stack of experts: per expert) its Gram matrix is factored once, for all matrices that share the inputs; the rule
 settles what it needs on a sample of rows; then slices of whole rows run on the pool. Slices do not depend on the number of
-threads. Memory is that of two matrices and their factors, whatever the size of the model.
+threads, nor on the device, and each has random numbers of its own. `room` says what is held in memory at a time.
 """
 
 import time
@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from convert.tensor_io import RowSlice
-from qguard_edge.defenses.base import Defense, Inputs, MatrixRule, Rounded, SliceKey
+from qguard_edge.defenses.base import Defense, Inputs, JoinedKey, MatrixRule, Rounded, SliceKey
+from qguard_edge.rounding.room import KEPT_FACTORS, SAMPLE_ROWS, SAMPLE_RUNS, SLICE_ARRAYS, SLICE_WEIGHTS, Room
 from quant_grids import Grid, Outcome
 
-SLICE_WEIGHTS = 1 << 20
-"""Longer columns make each of the pass's many small steps worth its overhead; more weights would leave the cache."""
-SAMPLE_RUNS, SAMPLE_ROWS = 24, 8
 TWICE_ROWS = 24
 TWICE_STREAM = 1 << 21  # of `share_between_seeds`
 FIT_STREAM = 1 << 20  # number of the stream of random numbers that a rule is settled with; slices count from 0
-KEPT_FACTORS = 2  # q and v of a llama share their inputs, with the output projection between them
+JOINED_WEIGHTS = 1 << 26
+"""On a GPU, slices are rounded together: what takes time there is the number of steps, not their length."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ class _Factors:
 
     defense: Defense[Any]
     inputs: Inputs | None
+    most: int = KEPT_FACTORS
     kept: OrderedDict[tuple[str, int, int], Any] = field(default_factory=OrderedDict)
 
     def of(self, matrix: MatrixWork, device: torch.device) -> Any:
@@ -94,7 +94,7 @@ class _Factors:
             return self.defense.factor(matrix.grid, None, matrix.columns, device)
         name = (min(self.inputs.shares(matrix.name)), matrix.expert, matrix.grid.weights_per_code)
         if name not in self.kept:
-            while len(self.kept) >= KEPT_FACTORS:
+            while len(self.kept) >= self.most:
                 self.kept.popitem(last=False)
             gram = self.inputs.of(matrix.name, matrix.expert).to(device)
             self.kept[name] = self.defense.factor(matrix.grid, gram, matrix.columns, device)
@@ -130,6 +130,7 @@ def round_matrices(
     inputs: Inputs | None,
     pool: ThreadPoolExecutor,
     device: torch.device,
+    room: Room | None = None,
 ) -> Iterator[Rounding]:
     """Round matrices one after the other.
 
@@ -139,8 +140,10 @@ def round_matrices(
         inputs: what is known of them; None: nothing.
         pool: the threads that slices are spread over.
         device: where the arithmetic runs.
+        room: what may be held in memory; its threads are those of the pool.
     """
-    factors = _Factors(defense, inputs)
+    room = room or Room(1)
+    factors = _Factors(defense, inputs, room.kept)
 
     def prepare(matrix: MatrixWork) -> tuple[MatrixRule, float]:
         with torch.inference_mode():
@@ -150,24 +153,36 @@ def round_matrices(
             twice = replace(key, index=TWICE_STREAM + matrix.expert)
             return rule, share_between_seeds(matrix.grid, rule, blocks, weights, twice)
 
-    def decide(matrix: MatrixWork, rule: MatrixRule, part: RowSlice) -> Rounded:
+    def decide(matrix: MatrixWork, rule: MatrixRule, parts: Sequence[RowSlice]) -> Rounded:
         with torch.inference_mode():
-            blocks, weights = matrix.read(part)
-            rounded = rule.round(blocks, weights, matrix.key(part))
-            matrix.sink(part, rounded.blocks)
+            whole = RowSlice(parts[0].index, parts[0].start, parts[-1].stop)
+            blocks, weights = matrix.read(whole)
+            keys = [matrix.key(part) for part in parts]
+            joined = JoinedKey(tuple(keys), tuple(part.stop - part.start for part in parts))
+            rounded = rule.round(blocks, weights, keys[0] if len(keys) == 1 else joined)
+            matrix.sink(whole, rounded.blocks)
             return rounded
 
     started = time.perf_counter()
-    waiting: Future[tuple[MatrixRule, float]] | None = pool.submit(prepare, matrices[0]) if matrices else None
+    waiting: Future[tuple[MatrixRule, float]] | None = None
     for number, matrix in enumerate(matrices):
-        assert waiting is not None
-        rule, share = waiting.result()
-        parts = [pool.submit(decide, matrix, rule, part) for part in matrix.slices()]
-        waiting = pool.submit(prepare, matrices[number + 1]) if number + 1 < len(matrices) else None
+        rule, share = (waiting or pool.submit(prepare, matrix)).result()
+        parts = [pool.submit(decide, matrix, rule, some) for some in _joined(matrix, device)]
+        waiting = pool.submit(prepare, matrices[number + 1]) if room.ahead and number + 1 < len(matrices) else None
         total, bits = Outcome(0, 0.0, 0.0, 0.0), 0.0
         for part in parts:
             rounded = part.result()
             total, bits = total + rounded.outcome, bits + rounded.bits
+        del rule, parts, part  # their factor is not kept while the next one is made
         now = time.perf_counter()
         yield Rounding(total, bits, now - started, share * matrix.rows * matrix.columns)
         started = now
+
+
+def _joined(matrix: MatrixWork, device: torch.device) -> list[list[RowSlice]]:
+    """Slices that are rounded in one go: each by itself, but on a GPU as many as it has good use for."""
+    slices, step = matrix.slices(), 1
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] // (8 * SLICE_ARRAYS)  # half of it
+        step = max(1, min(JOINED_WEIGHTS, free) // SLICE_WEIGHTS)
+    return [slices[i : i + step] for i in range(0, len(slices), step)]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo
 from convert.imatrix_file import Imatrix
@@ -24,6 +25,7 @@ from qguard_edge.defenses.base import Defense, Inputs, SliceKey
 from qguard_edge.progress import Progress
 from qguard_edge.rounding.by_inputs import MatrixWork, round_matrices
 from qguard_edge.rounding.choose import choose_rounding
+from qguard_edge.rounding.room import Room, room_for
 from quant_grids import GRIDS, Flips, Outcome
 from quant_grids.errors import FormatError, UnsupportedError
 from quant_grids.ggml_type import GgmlType
@@ -136,6 +138,7 @@ class WalkOptions:
         device: where the arithmetic runs.
         imatrix: weights of the squared error that flips may add.
         inputs: Gram matrices of the matrices' inputs, for a rule that wants them.
+        max_memory: bytes of this process, for a rule that wants inputs; None: no limit.
     """
 
     seed: int
@@ -143,6 +146,20 @@ class WalkOptions:
     device: torch.device = CPU
     imatrix: Imatrix | None = None
     inputs: Inputs | None = None
+    max_memory: int | None = None
+
+    def room(self, columns: int) -> Room:
+        """What the walk by inputs may hold at a time, for matrices of up to so many columns.
+
+        On a GPU one thread rounds while the other prepares the next matrix.
+
+        Raises:
+            RoomError: too little is left.
+        """
+        if self.device.type == "cuda":
+            return Room(2)
+        budget = None if self.max_memory is None else self.max_memory - resident_bytes("RssAnon")
+        return room_for(columns, self.threads or available_cores(), budget)
 
 
 def harden(
@@ -171,6 +188,7 @@ def harden(
 
     Raises:
         UnsupportedError: the rule wants to know the inputs, and they are not given.
+        RoomError: it does not fit into the memory that is allowed.
     """
     if defense.wants_inputs and options.inputs is None:
         raise UnsupportedError(
@@ -178,14 +196,17 @@ def harden(
             "ortho"
         )
     workers = 1 if options.device.type == "cuda" else options.threads or available_cores()
+    room = options.room(max((tensor.columns for tensor in tensors), default=1)) if defense.wants_inputs else Room(workers)
     paths = [shard.path for shard in base.shards]
     results = []
-    with open_reader(plain.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(workers) as pool:
+    with open_reader(plain.path, *paths) as reader, single_threaded_torch(), ThreadPoolExecutor(room.workers) as pool:
         works = [
             _TensorWork(reader, base.tensors[tensor.name], tensor, defense, options, _columns(options.imatrix, tensor))
             for tensor in tensors
         ]
-        walk = _by_inputs(works, pool, sink) if defense.wants_inputs else (_harden_tensor(w, pool, sink) for w in works)
+        walk = (
+            _by_inputs(works, pool, sink, room) if defense.wants_inputs else (_harden_tensor(w, pool, sink) for w in works)
+        )
         for tensor, result in zip(tensors, walk, strict=True):
             results.append(result)
             if progress:
@@ -279,13 +300,13 @@ def _harden_tensor(work: _TensorWork, pool: ThreadPoolExecutor, sink: Sink) -> T
     return TensorRounding(work.plain.name, work.plain.ggml_type, work.plain.n_weights, total, seconds)
 
 
-def _by_inputs(works: Sequence[_TensorWork], pool: ThreadPoolExecutor, sink: Sink) -> Iterator[TensorRounding]:
+def _by_inputs(works: Sequence[_TensorWork], pool: ThreadPoolExecutor, sink: Sink, room: Room) -> Iterator[TensorRounding]:
     """Round tensors by a rule that knows their inputs."""
     if not works:
         return
     options, matrices = works[0].options, [work.matrices(sink) for work in works]
     flat = [matrix for some in matrices for matrix in some]
-    rounded = round_matrices(flat, works[0].defense, options.inputs, pool, options.device)
+    rounded = round_matrices(flat, works[0].defense, options.inputs, pool, options.device, room)
     for work, mine in zip(works, matrices, strict=True):
         found = [next(rounded) for _ in mine]
         tensor = work.plain

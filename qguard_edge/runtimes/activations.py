@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel
 from qguard_edge.progress import NoProgress, Progress
@@ -64,6 +65,9 @@ class LlamaGramSource:
         if not rows or not weights:
             raise GramError("there is no text to see activations on" if weights else "there is no weight to see inputs of")
         named = None if self.identity else self.base
+        if max_memory is not None:
+            # This process stands beside the child for as long as that runs, and takes nothing more meanwhile.
+            max_memory -= resident_bytes("RssAnon")
         key = job_key(named, weights, rows, self.identity, self.products, self.batch, self.gpu_layers, self.exact)
         job = ActivationJob(
             key, str(self.base.path), str(folder), tuple(weights), rows, self.products, threads or available_cores(),

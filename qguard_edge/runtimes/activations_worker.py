@@ -22,7 +22,7 @@ from convert.child import limit_process, resident_bytes
 from qguard_edge.runtimes.activations_job import ActivationJob
 from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
-from qguard_edge.runtimes.gram_passes import Unit, plan_passes, resumed, written
+from qguard_edge.runtimes.gram_passes import Unit, plan_passes, require_disk, resumed, written
 from qguard_edge.runtimes.gram_sums import Watcher, new_sums
 from qguard_edge.runtimes.graph_inputs import GraphInput, GraphSurvey
 from qguard_edge.runtimes.llama_child import tell
@@ -48,7 +48,8 @@ class ActivationRun:
         self.rows = sorted(job.rows, key=len, reverse=True)
         self.watch: GraphSurvey | Watcher | None = None
         self.inputs: tuple[GraphInput, ...] = ()
-        names = ("load", "decode", "callback", "products", "passes", "anonymous_bytes", "peak_resident_bytes")
+        names = ["load", "decode", "decode_processor", "callback", "products", "products_processor", "passes"]
+        names += ["anonymous_bytes", "peak_resident_bytes"]
         self.figures = dict.fromkeys(names, 0.0) | {"tokens": float(sum(map(len, job.rows)))}
         operations()
         # One C callback for all passes: llama.cpp takes it once, with the context.
@@ -81,6 +82,7 @@ class ActivationRun:
         entries = tuple(MeasuredInput(i.weights, i.columns, i.slices, i.routed) for i in self.inputs)
         index = GramIndex(self.job.key, self.job.products, entries, survey.skipped, survey.missing())
         index = resumed(index, self.folder)
+        require_disk(index, self.folder)
         passes = plan_passes(index, self._budget(survey.largest))
         self.report(total=len(passes) * sum(map(len, self.rows)))
         for units in passes:
@@ -135,7 +137,7 @@ class ActivationRun:
         if isinstance(self.watch, Watcher):
             self.watch.begin()
         step = max(1, self.model.n_batch // len(batch))
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         for start in range(0, len(batch[0]), step):
             rows = [
                 (token, start + i, sequence, True)
@@ -146,6 +148,7 @@ class ActivationRun:
             if isinstance(self.watch, Watcher) and self.watch.error is not None:
                 raise self.watch.error
         self.figures["decode"] += time.perf_counter() - started
+        self.figures["decode_processor"] += time.process_time() - used
 
 
 def main() -> None:

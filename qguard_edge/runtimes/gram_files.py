@@ -2,7 +2,7 @@
 
     index.json      which weights share which input, and where its sums are
     NAME.squares    f32 [slices, columns]           sums of x_j^2 over the rows x that were seen
-    NAME.gram       f32 [slices, columns, columns]  sums of x x^T, both triangles
+    NAME.gram       f32 [slices, columns, columns]  mean of x x^T over these rows, both triangles
 
 A *slice* is an expert of a mixture, or one matrix of a stack; an ordinary weight has one. Slices that did not fit into memory
 together lie in several pieces. The index is written after every pass over the text, so a folder is always whole: a source that
@@ -23,7 +23,7 @@ from quant_grids.errors import FormatError, QGuardError
 
 FloatArray = npt.NDArray[np.float32]
 INDEX = "index.json"
-VERSION = 1
+VERSION = 2
 
 
 class GramError(QGuardError):
@@ -156,16 +156,16 @@ def write_array(path: Path, values: FloatArray) -> None:
 
 
 def read_slices(path: Path, shape: tuple[int, ...], first: int, count: int) -> FloatArray:
-    """`count` slices from the `first` on: f32 `[count, *shape]`.
+    """`count` slices from the `first` on: f32 `[count, *shape]`, mapped: pages of the file until they are written to.
 
     Raises:
         FormatError: the file is missing or too short.
     """
     size = int(np.prod(shape, dtype=np.int64))
     try:
-        values = np.fromfile(path, np.float32, count * size, offset=4 * first * size)
+        if path.stat().st_size < 4 * (first + count) * size:
+            raise FormatError(f"{path.name} is cut off; delete the folder and measure again")
+        # "c": what a caller changes is its own, and never reaches the file.
+        return np.memmap(path, np.float32, "c", offset=4 * first * size, shape=(count, *shape)).view(np.ndarray)
     except OSError as error:
         raise FormatError(f"cannot read {path.name}: {error.strerror}") from error
-    if values.size != count * size:
-        raise FormatError(f"{path.name} is cut off; delete the folder and measure again")
-    return values.reshape(count, *shape)

@@ -1,6 +1,7 @@
 """Passes over the text: which sums fit into memory together, and what is written when a pass is done."""
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def forget_others(folder: Path, key: str) -> None:
                 path.unlink()
 
 
+def require_disk(index: GramIndex, folder: Path) -> None:
+    """Refuse a folder whose disk is too small for what is still to be measured, before minutes are spent on it.
+
+    Raises:
+        GramError: it is.
+    """
+    each = (entry.columns * ((entry.columns if index.products else 0) + 1) for entry in index.inputs)
+    need = sum(4 * size * (entry.slices - entry.measured) for size, entry in zip(each, index.inputs, strict=True))
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise GramError(
+            f"the Gram matrices take {need >> 20} MiB of disk beside the output, where {free >> 20} MiB are free; free some, or "
+            "name an output on a larger disk"
+        )
+
+
 def plan_passes(index: GramIndex, budget: int | None) -> list[list[Unit]]:
     """Cut what is still to be measured into passes, in the order of the inputs.
 
@@ -63,7 +80,7 @@ def plan_passes(index: GramIndex, budget: int | None) -> list[list[Unit]]:
         if budget is not None and each > budget:
             raise GramError(
                 f"the Gram matrix of {entry.weights[0]} takes {each >> 20} MiB, and of the memory that is allowed "
-                f"{max(0, budget) >> 20} MiB are left for it; raise --max-memory"
+                f"{max(0, budget) >> 20} MiB are left for it; raise --max-memory by {((each - budget) >> 20) + 1} MiB"
             )
         first = entry.measured
         while first < entry.slices:
@@ -83,7 +100,7 @@ def plan_passes(index: GramIndex, budget: int | None) -> list[list[Unit]]:
 def written(
     index: GramIndex, folder: Path, unit: Unit, rows: npt.NDArray[np.int64], squares: FloatArray, gram: FloatArray | None
 ) -> GramIndex:
-    """Write the sums of one unit; returns the index with it, which is not saved yet.
+    """Write what one unit saw; returns the index with it, which is not saved yet.
 
     Args:
         index: of the folder.
@@ -91,7 +108,7 @@ def written(
         unit: what was measured.
         rows: int64 `[count]`, how many rows each slice saw.
         squares: f32 `[count, columns]`.
-        gram: f32 `[count, columns, columns]`, or None.
+        gram: f32 `[count, columns, columns]`, sums, or None; divided by the rows in place.
 
     Raises:
         GramError: the sums are not finite.
@@ -102,6 +119,8 @@ def written(
     stem = f"{unit.position:05d}-{unit.first:04d}"
     write_array(folder / f"{stem}.squares", squares)
     if gram is not None:
+        for values, count in zip(gram, rows, strict=True):
+            values /= max(1, int(count))
         write_array(folder / f"{stem}.gram", gram)
     piece = GramPiece(stem, unit.first, tuple(int(count) for count in rows))
     inputs = list(index.inputs)

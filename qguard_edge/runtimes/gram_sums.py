@@ -88,7 +88,7 @@ class Watcher:
         copy: fetch every input through its backend.
         stop: leave out what a graph computes behind the last input of this pass. Not with several backends: each computes its
             piece of the graph, whatever became of the piece before.
-        seconds: spent in here, and of that in products.
+        seconds: spent in here, and of that in products, by the clock and of the processor.
     """
 
     wanted: Mapping[str, WantedWeight]
@@ -97,7 +97,9 @@ class Watcher:
     copy: bool = False
     stop: bool = False
     error: Exception | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"callback": 0.0, "products": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("callback", "products", "products_processor"), 0.0)
+    )
 
     def __post_init__(self) -> None:
         self._by_owner = {self.inputs[sums.unit.position].owner: sums for sums in self.sums}
@@ -167,7 +169,7 @@ class Watcher:
         """Inputs `[ne3, ne2, ne1, columns]` of a product with a weight of `stack` = (ne2, ne3) matrices."""
         unit = sums.unit
         if stack == (1, 1):
-            self.seconds["products"] += sums.add(0, inputs.reshape(-1, unit.columns))
+            self._count(sums, 0, inputs.reshape(-1, unit.columns))
             return
         outer, inner = inputs.shape[:2]
         for i in range(outer):
@@ -175,7 +177,13 @@ class Watcher:
                 # ggml repeats the weight's matrices over the inputs': each serves a run of neighbours.
                 owner = i // (outer // stack[1]) * stack[0] + j // (inner // stack[0])
                 if unit.first <= owner < unit.first + unit.count:
-                    self.seconds["products"] += sums.add(owner - unit.first, inputs[i, j])
+                    self._count(sums, owner - unit.first, inputs[i, j])
+
+    def _count(self, sums: Sums, index: int, rows: FloatArray) -> None:
+        """Add rows, and what they cost."""
+        before = time.process_time()
+        self.seconds["products"] += sums.add(index, rows)
+        self.seconds["products_processor"] += time.process_time() - before
 
     def _add_routed(self, sums: Sums, inputs: FloatArray, node: GgmlTensor) -> None:
         """Each row goes to the experts that the routes name."""
@@ -186,4 +194,4 @@ class Watcher:
             raise GgmlLayoutError(f"the routes of {self.inputs[unit.position].owner} do not fit its inputs")
         for index in range(unit.count):
             tokens, slots = np.nonzero(routes == unit.first + index)
-            self.seconds["products"] += sums.add(index, rows[tokens, slots % rows.shape[1]])
+            self._count(sums, index, rows[tokens, slots % rows.shape[1]])

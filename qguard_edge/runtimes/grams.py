@@ -121,7 +121,7 @@ class Grams:
         return sum(counts) if expert is None else counts[self._checked(tensor, expert)]
 
     def of(self, tensor: str, expert: int | None = None) -> Tensor:
-        """The mean of `x x^T` over a weight's inputs: f32 `[columns, columns]`, on the CPU.
+        """The mean of `x x^T` over a weight's inputs: f32 `[columns, columns]`, on the CPU, mapped from its file.
 
         Args:
             tensor: name in the GGUF.
@@ -135,11 +135,10 @@ class Grams:
             raise GramError(f"only sums of squares were measured of {tensor}, no Gram matrix")
         if expert is None:
             return self._pooled(found.weights[0]).clone()
-        count = self.rows(tensor, expert)
         own = torch.from_numpy(self._read(found, self._checked(tensor, expert), "gram", (found.columns, found.columns)))
-        own = own.div_(max(1, count))
         if not found.routed:
             return own
+        count = self.rows(tensor, expert)
         trust = count / (count + found.columns)
         return own.mul_(trust).add_(self._pooled(found.weights[0]), alpha=1.0 - trust)
 
@@ -182,7 +181,8 @@ class Grams:
         found = self._inputs[owner]
         total = torch.zeros(found.columns, found.columns)
         for index in range(found.slices):
-            total += torch.from_numpy(self._read(found, index, "gram", (found.columns, found.columns)))
+            own = torch.from_numpy(self._read(found, index, "gram", (found.columns, found.columns)))
+            total.add_(own, alpha=float(self.rows(owner, index)))
         return total.div_(max(1, self.rows(owner)))
 
 

@@ -23,7 +23,7 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations_job import job_key
 from qguard_edge.runtimes.devices import torch_threads
 from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, WantedWeight
-from qguard_edge.runtimes.gram_passes import Unit, forget_others, plan_passes, resumed, written
+from qguard_edge.runtimes.gram_passes import Unit, forget_others, plan_passes, require_disk, resumed, written
 from qguard_edge.runtimes.grams import Grams
 from qguard_edge.runtimes.hf import HfModel
 
@@ -87,6 +87,7 @@ class TransformersGramSource:
             entries = tuple(_entry(group) for group in groups)
             missing = tuple(weight.name for weight in weights if weight.name not in seen)
             index = resumed(GramIndex(key, products=True, inputs=entries, missing=missing), folder)
+            require_disk(index, folder)
             passes = plan_passes(index, self._budget(max_memory))
             progress.stage("Seeing activations in transformers", len(passes) * sum(map(len, texts)), "tokens")
             for units in passes:

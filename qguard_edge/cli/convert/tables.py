@@ -4,11 +4,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from qguard_edge.cli.console import alignment_text, count_text, err, out, percent, print_json, size_text, styled, table
+from qguard_edge.cli.console import (
+    alignment_text,
+    count_text,
+    duration_text,
+    err,
+    out,
+    percent,
+    print_json,
+    size_text,
+    styled,
+    table,
+)
 
 if TYPE_CHECKING:
     from convert.quantizer import Fallback
     from qguard_edge.conversion.dry_run import DryRun
+    from qguard_edge.conversion.feedback_cost import FeedbackCost
     from qguard_edge.conversion.report import ConversionReport, FolderReport, GgufReport, MovedGgufReport
     from qguard_edge.learned.memory import LearningCost
     from qguard_edge.learned.settings import LearnReport
@@ -184,6 +196,17 @@ def learning_text(cost: "LearningCost | None") -> str:
     return f"; learning takes about {size_text(cost.memory_bytes)}{time}"
 
 
+def _show_prediction(cost: "FeedbackCost") -> None:
+    """How long each stage will take."""
+    rows = table("Predicted time", "stage", ">time")
+    for stage, seconds in cost.seconds.items():
+        rows.add_row(stage, duration_text(seconds))
+    out.print(rows)
+    passes = f" in {cost.passes} passes over the text" if cost.passes > 1 else ""
+    out.print(f"measured on this machine, threads: {cost.threads}, as if it did nothing else", highlight=False)
+    out.print(f"activations keep {size_text(cost.disk_bytes)} on disk beside the output{passes}", highlight=False)
+
+
 def show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
     """What would be written, per tensor."""
     if json_output:
@@ -197,10 +220,13 @@ def show_dry_run(plan: "DryRun", json_output: bool, quiet: bool) -> None:
             rows.add_row(tensor.name, shape, tensor.source_type, tensor.target_type, size, tensor.protection, fell)
         out.print(rows)
         _show_fallbacks([tensor.fallback for tensor in plan.tensors if tensor.fallback])
+        if plan.prediction:
+            _show_prediction(plan.prediction)
         for warning in plan.warnings:
             err.print(styled("[yellow]warning:[/] {warning}", warning=warning), highlight=False)
+    takes = f"; takes about {duration_text(plan.prediction.total)}" if plan.prediction else learning_text(plan.learning)
     out.print(
         f"{size_text(plan.base_bytes)} -> {size_text(plan.out_bytes)}, memory about {size_text(plan.memory_bytes)}"
-        f"{learning_text(plan.learning)}; would write {plan.outfile.name}; nothing was written",
+        f"{takes}; would write {plan.outfile.name}; nothing was written",
         highlight=False,
     )

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from convert.atomic import commit
 from convert.base_gguf import write_base
+from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.diff import compare_files
 from convert.gguf_file import GgufFile, GgufModel
@@ -24,11 +25,14 @@ from qguard_edge.conversion.activations import (
     see_activations,
     write_importance,
 )
+from qguard_edge.conversion.feedback_cost import expected_stages, model_of, reference
+from qguard_edge.conversion.memory_limit import require_memory
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import from_template, plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
+from qguard_edge.defenses.options import FeedbackOptions
 from qguard_edge.learned.calibration import Calibration, load_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
@@ -139,6 +143,9 @@ class HardenedGguf(GgufFamily[Made, Report]):
     def see_activations(self, job: Job) -> Activations:
         """See `Output.see_activations`: in llama.cpp, on the base itself."""
         request, identity = self.request, job.base_hash.result()
+        if request.max_memory is not None and isinstance(request.defense, FeedbackOptions):
+            require_memory(self.base.tensors.values(), request.max_memory)
+        job.progress.expect(self._expected())
         return see_activations(
             LlamaGramSource(self.base, identity=identity),
             wanted_weights(self.base),
@@ -147,6 +154,16 @@ class HardenedGguf(GgufFamily[Made, Report]):
             max_memory=request.max_memory,
             threads=request.threads,
             progress=job.progress,
+        )
+
+    def _expected(self) -> tuple[tuple[str, float], ...]:
+        """The stages to come, as `Progress.expect` takes them; the machine's speed shows on the way."""
+        request, here = self.request, resident_bytes("RssAnon")
+        return expected_stages(
+            model_of(self.base, request.calibration),
+            reference(request.threads or available_cores()),
+            limit=request.max_memory,
+            parent=here,
         )
 
     def _calibration(self, job: Job) -> Calibration:
@@ -225,6 +242,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
                         job.device,
                         load_imatrix(imatrix) if imatrix else None,
                         job.activations.grams if job.activations else None,
+                        self.request.max_memory,
                     ),
                     sink=patch.write_rows,
                     progress=job.progress,

@@ -128,6 +128,7 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
                         self.request.threads,
                         job.device,
                         inputs=job.activations.grams if job.activations else None,
+                        max_memory=self.request.max_memory,
                     ),
                     sink=recorder,
                     progress=job.progress,
