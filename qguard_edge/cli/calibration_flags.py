@@ -44,7 +44,8 @@ def max_memory_option() -> Any:
     """`--max-memory`."""
     return typer.Option(
         metavar="SIZE",
-        help="What learning may use on its device, such as 24GiB; goes block by block if need be. Default: no limit.",
+        help="What may be used at most, such as 24GiB: with feedback, by all processes together, mapped files apart; with "
+        "steps, by learning on its device, block by block if need be. Default: no limit.",
         rich_help_panel=PANEL,
     )
 

@@ -67,7 +67,7 @@ def reference(threads: int) -> Rates:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class RoundedMatrix:
     """A tensor that is rounded or read by a product.
 
     Attributes:
@@ -99,7 +99,7 @@ class Model:
         tokens: of all texts.
     """
 
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[RoundedMatrix, ...]
     used: int
     seqlen: int
     tokens: int
@@ -115,7 +115,7 @@ class Model:
         return max((m.columns for m in self.matrices if m.name in ("token_embd.weight", "output.weight")), default=0)
 
 
-def matrices_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Matrix, ...]:
+def matrices_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[RoundedMatrix, ...]:
     """The matrices among tensors of some names and shapes (ggml's order, columns first)."""
     found = []
     for name, shape in tensors:
@@ -124,7 +124,7 @@ def matrices_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Matrix,
         slices = 1
         for extent in shape[2:]:
             slices *= extent
-        found.append(Matrix(name, shape[0], shape[1] * slices, slices))
+        found.append(RoundedMatrix(name, shape[0], shape[1] * slices, slices))
     return tuple(found)
 
 
@@ -156,7 +156,7 @@ class InputWork:
 
 def inputs_of(model: Model) -> list[InputWork]:
     """The inputs in the order of the graph, as most architectures have them: an estimate, the run looks at the graph."""
-    groups: dict[tuple[int, str], list[Matrix]] = {}
+    groups: dict[tuple[int, str], list[RoundedMatrix]] = {}
     output = next((m for m in model.matrices if m.name == "output.weight"), None)
     for matrix in model.matrices:
         if found := _BLOCK.match(matrix.name):
@@ -234,7 +234,7 @@ def cost_of(model: Model, rates: Rates, *, limit: int | None, parent: int, quant
         for units in passes
     )
     weights = sum(m.weights for m in model.matrices)
-    widest = max(model.matrices, key=lambda m: m.columns, default=Matrix("", 1, 1))
+    widest = max(model.matrices, key=lambda m: m.columns, default=RoundedMatrix("", 1, 1))
     room = room_for(widest.columns, rates.threads, None if limit is None else limit - parent)
     grams = max((sum(4 * unit.count * unit.columns**2 for unit in units) for units in passes), default=0)
     stages = {

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from convert.child import resident_bytes
 from convert.gguf_file import TensorInfo
-from qguard_edge.learned.memory import MemoryLimitError, text_of
+from qguard_edge.learned.memory import LearningRequest, MemoryLimitError, draws_alone, text_of
 from qguard_edge.rounding.room import Room
 
 QUANTIZER_BYTES = 64 << 20  # of a child that has loaded llama.cpp, measured
@@ -54,3 +54,8 @@ def require_memory(tensors: Iterable[TensorInfo], limit: int) -> None:
             f"{text_of(here)} of this process; allow {text_of(here + needs[stage])}, or use --defense ortho, which sees no "
             "activations"
         )
+
+
+def walk_limit(request: LearningRequest) -> int | None:
+    """Bytes that the walk over the matrices keeps to; None: no limit, as where learning has settled the codes already."""
+    return request.max_memory if draws_alone(request.defense) else None

@@ -5,8 +5,8 @@ and pull of each weight, its rounding variable and two plans: `MODEL_BYTES`. One
 (`--quantguard-scope block`, `efrap`) holds the model once and a plan, and a block's share of the rest. On a GPU the limit is
 the GPU's: there, blocks leave all but one block in the host's memory.
 
-`quantguard` first sees activations and draws codes, as `feedback` does: that keeps to the limit by itself, and its time comes
-on top.
+`quantguard` first sees activations and draws codes, as `feedback` does: that keeps to the limit by itself if the limit is not
+below `DRAWING_BYTES` and some logits, and its time comes on top.
 
 `--max-memory` takes the first of these that fits: as asked; with activations recomputed in the backward pass; block by
 block. The first two give the same plan, the third another one, so it is never chosen unasked.
@@ -36,6 +36,7 @@ MODEL_BYTES = (
     34  # per weight: the model twice, value, step, place, pull and variable in f32, two plans, a gradient in flight
 )
 BLOCK_BYTES = 8  # per weight of the model: itself in f32; drawn and final codes, and plans
+DRAWING_BYTES = 352 << 20  # this process and its child with llama.cpp, without what grows with the model, measured
 LOGIT_COPIES = 5  # f32 arrays of tokens x vocabulary: two logits, their log-softmax, a gradient
 ACTIVATION_FLOATS = 40  # f32 per token, layer and hidden unit that the backward pass needs, f32 and bf16 ones together
 STEP_PRODUCTS = 8  # multiplications and additions per weight and token: teacher 2, student 2, backward 4
@@ -104,9 +105,12 @@ def bytes_needed(size: ModelSize, defense: DefenseOptions, calibration: Calibrat
         kept = 2 if defense.checkpointing else size.layers
         activations = 4 * tokens * size.width * (ACTIVATION_FLOATS * kept + size.layers)
         logits = 4 * LOGIT_COPIES * tokens * size.vocabulary
-        return TORCH_BYTES + MODEL_BYTES * size.weights + activations + logits
-    states = 4 * calibration.most_tokens * size.width
-    return TORCH_BYTES + BLOCK_BYTES * size.weights + MODEL_BYTES * size.block + 3 * states
+        learning = TORCH_BYTES + MODEL_BYTES * size.weights + activations + logits
+    else:
+        states = 4 * calibration.most_tokens * size.width
+        learning = TORCH_BYTES + BLOCK_BYTES * size.weights + MODEL_BYTES * size.block + 3 * states
+    drawing = DRAWING_BYTES + 8 * GRAPH_TOKENS * size.vocabulary if isinstance(defense, QuantGuardOptions) else 0
+    return max(learning, drawing)
 
 
 def draws_alone(defense: DefenseOptions) -> bool:

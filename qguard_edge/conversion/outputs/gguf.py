@@ -26,16 +26,15 @@ from qguard_edge.conversion.activations import (
     write_importance,
 )
 from qguard_edge.conversion.feedback_cost import expected_stages, model_of, reference
-from qguard_edge.conversion.memory_limit import require_memory
+from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import from_template, plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
-from qguard_edge.defenses.options import FeedbackOptions
 from qguard_edge.learned.calibration import Calibration, load_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
-from qguard_edge.learned.memory import ModelSize, size_of_gguf
+from qguard_edge.learned.memory import ModelSize, draws_alone, size_of_gguf
 from qguard_edge.progress import Progress
 from qguard_edge.rounding.gguf import Coverage, TensorRounding, WalkOptions, coverage_of, harden, require_coverage
 from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
@@ -143,7 +142,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
     def see_activations(self, job: Job) -> Activations:
         """See `Output.see_activations`: in llama.cpp, on the base itself."""
         request, identity = self.request, job.base_hash.result()
-        if request.max_memory is not None and isinstance(request.defense, FeedbackOptions):
+        if request.max_memory is not None and draws_alone(request.defense):
             require_memory(self.base.tensors.values(), request.max_memory)
         job.progress.expect(self._expected())
         return see_activations(
@@ -242,7 +241,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
                         job.device,
                         load_imatrix(imatrix) if imatrix else None,
                         job.activations.grams if job.activations else None,
-                        self.request.max_memory,
+                        walk_limit(self.request),
                     ),
                     sink=patch.write_rows,
                     progress=job.progress,

@@ -22,6 +22,7 @@ from convert.pinned import Pinned
 from convert.source import open_base
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
+from qguard_edge.conversion.memory_limit import walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
@@ -128,7 +129,7 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
                         self.request.threads,
                         job.device,
                         inputs=job.activations.grams if job.activations else None,
-                        max_memory=self.request.max_memory,
+                        max_memory=walk_limit(self.request),
                     ),
                     sink=recorder,
                     progress=job.progress,

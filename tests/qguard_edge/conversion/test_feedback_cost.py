@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from convert.gguf_file import GgufModel
 from qguard_edge.cli import app
-from qguard_edge.conversion.feedback_cost import Matrix, Model, cost_of, inputs_of, matrices_of, model_of, reference
+from qguard_edge.conversion.feedback_cost import Model, RoundedMatrix, cost_of, inputs_of, matrices_of, model_of, reference
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.rounding.room import Room, RoomError, room_for
 from tests.helpers.command import CommandLine
@@ -41,7 +41,7 @@ def test_the_inputs_are_those_of_a_llama() -> None:
     assert found[0].before == 0
     # Everything but the output matrix is multiplied before the last input is there, attention counted as 2 * 256 * 64.
     assert found[-1].before == 2 * (4 * 64 * 64 + 3 * 64 * 192 + 2 * 256 * 64)
-    tied = inputs_of(Model((Matrix("token_embd.weight", 64, 1000),), 1, 256, 1))
+    tied = inputs_of(Model((RoundedMatrix("token_embd.weight", 64, 1000),), 1, 256, 1))
     assert [work.names for work in tied] == [("token_embd.weight",)]
 
 
@@ -122,5 +122,7 @@ def test_what_is_expected_of_a_base_knows_its_experts(tiny_base: Path) -> None:
     model = model_of(GgufModel(tiny_base), CalibrationOptions(samples=4, seqlen=32))
     assert (model.used, model.tokens, model.seqlen) == (1, 128, 32)
     assert {matrix.name for matrix in model.matrices} >= {"token_embd.weight", "blk.0.ffn_down.weight"}
-    mixture = Model((Matrix("blk.0.ffn_up_exps.weight", 64, 8 * 96, 8), Matrix("output.weight", 64, 100)), 2, 1, 1)
+    mixture = Model(
+        (RoundedMatrix("blk.0.ffn_up_exps.weight", 64, 8 * 96, 8), RoundedMatrix("output.weight", 64, 100)), 2, 1, 1
+    )
     assert inputs_of(mixture)[-1].before == 2 * 64 * 96

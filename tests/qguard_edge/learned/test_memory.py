@@ -2,6 +2,7 @@
 
 import json
 import resource
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufModel
-from convert.quantizer import QuantizeOptions
 from qguard_edge.cli import app
-from qguard_edge.conversion.request import GgufRequest
-from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import EfrapOptions, FeedbackOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.learned.memory import (
@@ -28,7 +25,7 @@ from qguard_edge.learned.memory import (
     size_of,
     size_of_gguf,
 )
-from tests.helpers.command import CommandLine
+from tests.helpers.command import CommandLine, program
 
 # A Llama of 8 billion parameters with untied embeddings.
 LARGE = ModelSize(8_030_000_000, 218_000_000, 32, 128_256, 4096)
@@ -109,32 +106,35 @@ def test_time_grows_with_the_text_that_error_feedback_reads(monkeypatch: pytest.
     assert stepping > drawing
 
 
-def _convert(folder: Path, out: Path, defense: QuantGuardOptions, limit: int | None) -> tuple[bytes, tuple[str, ...]]:
-    report = convert_model(
-        GgufRequest(
-            model=str(folder),
-            options=QuantizeOptions(parse_file_type("q4_0"), threads=1),
-            defense=defense,
-            outfile=str(out),
-            device="cpu",
-            seed=3,
-            check_loads=False,
-            calibration=CalibrationOptions(samples=36, seqlen=24),
-            max_memory=limit,
-        )
-    )
-    return out.read_bytes(), report.warnings
-
-
 def test_a_limit_makes_the_file_that_block_scope_makes(tiny_folder: Path, tiny_base: Path, tmp_path: Path) -> None:
-    asked, blocks = QuantGuardOptions(steps=2), QuantGuardOptions(steps=2, scope="block")
-    size = size_of_gguf(GgufModel(tiny_base))
-    limit = bytes_needed(size, blocks, CalibrationOptions(samples=36, seqlen=24))
-    limited, notes = _convert(tiny_folder, tmp_path / "limited.gguf", asked, limit)
-    expected, quiet = _convert(tiny_folder, tmp_path / "blocks.gguf", blocks, None)
-    assert limited == expected
-    assert [note for note in notes if "block by block" in note]
-    assert not [note for note in quiet if "block by block" in note]
+    """In processes of their own: the limit counts what a process holds already."""
+    size, text = size_of_gguf(GgufModel(tiny_base)), CalibrationOptions(samples=128, seqlen=32)
+    whole = QuantGuardOptions(steps=2, batch=128)
+    limit = bytes_needed(size, replace(whole, scope="block"), text)
+    assert limit < bytes_needed(size, replace(whole, checkpointing=True), text)
+    command = ["convert", str(tiny_folder), "--to", "q4_0", "--defense", "quantguard", "--quantguard-steps", "2"]
+    command += [
+        "--quantguard-batch",
+        "128",
+        "--calib-samples",
+        "128",
+        "--calib-seqlen",
+        "32",
+        "--seed",
+        "3",
+        "--threads",
+        "1",
+    ]
+    command += ["--device", "cpu", "-o"]
+    more = {"limited.gguf": ["--max-memory", str(limit)], "blocks.gguf": ["--quantguard-scope", "block"]}
+    limited, expected = (
+        subprocess.run(program(*command, tmp_path / name, *options), capture_output=True, text=True)
+        for name, options in more.items()
+    )
+    assert limited.returncode == expected.returncode == 0, limited.stderr + expected.stderr
+    assert (tmp_path / "limited.gguf").read_bytes() == (tmp_path / "blocks.gguf").read_bytes()
+    assert "block by block" in " ".join((limited.stdout + limited.stderr).split())
+    assert "block by block" not in " ".join((expected.stdout + expected.stderr).split())
 
 
 def test_too_little_memory_is_one_sentence_and_no_file(tiny_folder: Path, tmp_path: Path, cli: CommandLine) -> None:

@@ -283,20 +283,21 @@ def test_an_expert_leans_on_its_layer_as_far_as_it_saw_little(tmp_path: Path) ->
     generator = np.random.default_rng(0)
     rows = [generator.standard_normal((count, 8)).astype(np.float32) for count in (0, 4, 8000)]
     sums = np.stack([x.T @ x for x in rows])
-    write_array(tmp_path / "a.gram", sums)
+    means = np.stack([total / np.float32(count) for total, count in zip(sums, (1, 4, 8000), strict=True)])
+    write_array(tmp_path / "a.gram", means)
     write_array(tmp_path / "a.squares", np.stack([s.diagonal() for s in sums]))
     entry = MeasuredInput(("exps",), 8, 3, routed=True, pieces=(GramPiece("a", 0, (0, 4, 8000)),))
     GramIndex("job", products=True, inputs=(entry,)).save(tmp_path)
     grams = Grams(tmp_path)
     pooled = torch.from_numpy(sums.sum(0) / 8004)
     assert torch.allclose(grams.of("exps", 0), pooled)
-    assert torch.allclose(grams.of("exps", 1), torch.from_numpy(sums[1] / 4) * 4 / 12 + pooled * 8 / 12, atol=1e-6)
-    assert distance(grams.of("exps", 2), torch.from_numpy(sums[2] / 8000)) < 1e-3
+    assert torch.allclose(grams.of("exps", 1), torch.from_numpy(means[1]) * 4 / 12 + pooled * 8 / 12, atol=1e-6)
+    assert distance(grams.of("exps", 2), torch.from_numpy(means[2])) < 1e-3
     with pytest.raises(GramError, match="there is no number 3"):
         grams.of("exps", 3)
     stacked = dataclasses.replace(entry, routed=False)
     GramIndex("job", products=True, inputs=(stacked,)).save(tmp_path)
-    assert torch.allclose(Grams(tmp_path).of("exps", 1), torch.from_numpy(sums[1] / 4))
+    assert torch.allclose(Grams(tmp_path).of("exps", 1), torch.from_numpy(means[1]))
 
 
 def test_a_weight_that_does_not_fit_its_product_is_named(llama: Pair, tmp_path: Path) -> None:
