@@ -44,19 +44,16 @@ all arithmetic is matrix products. Rows do not depend on each other.
 """
 
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qguard_edge.defenses.feedback_loop import round_by_table, round_evenly, round_in
 from quant_grids.base import LARGEST_SQUARE, ScalarGrid, UniformGrid
 
-BLOCK, RUN = 128, 16
-LOOP = threading.Lock()
-"""Held in the loop over the columns of a block: its calls are so small that two threads in it do little but hand Python's lock
-to each other. Everything else of a pass runs beside it."""
+BLOCK = 128
 STRIP = 512  # rows of a Gram matrix that are turned at a time
 DAMPING = 0.03  # of the mean of H's diagonal: keeps H invertible where the text left directions out
 
@@ -250,7 +247,6 @@ def run_pass(
     centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
     codes, error = torch.empty_like(centre), torch.zeros_like(centre)
     bits, count = 0.0, len(centre)
-    grid = columns.offset.unbind(), columns.scale.unbind(), columns.inverse.unbind()
     for start in range(0, count, BLOCK):
         block = slice(start, min(start + BLOCK, count))
         sharp = noise = None
@@ -260,8 +256,7 @@ def run_pass(
         if factor.feed is None:
             _round_at_once(columns, block, centre, codes, error, noise)
         else:
-            with LOOP:
-                _round_block(columns, grid, factor.feed, block, centre, codes, error, noise)
+            _round_block(columns, factor.feed, block, centre, codes, error, noise)
             centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
         if sharp is not None:
             bits += _entropy(columns, block, centre[block], sharp)
@@ -270,7 +265,6 @@ def run_pass(
 
 def _round_block(
     columns: Columns,
-    grid: tuple[tuple[Tensor, ...], ...],
     feed: Tensor,
     block: slice,
     centre: Tensor,
@@ -278,38 +272,20 @@ def _round_block(
     error: Tensor,
     noise: Tensor | None,
 ) -> None:
-    """Round the columns of a block one after the other; their centres are then final.
-
-    `grid` holds offset, scale and inverse of each sub-block, f32 `[rows]` each, taken apart once per pass.
-    """
+    """Round the columns of a block one after the other; their centres are then final."""
     sub = columns.sub[block].tolist()
-    offset, scale, inverse = grid
-    centres, found, errors = centre[block].unbind(), codes[block].unbind(), error[block].unbind()
-    lowest, highest = columns.lowest[block].unbind(), columns.highest[block].unbind()
     # Everything that does not depend on the centres, so that a column takes as few calls as may be.
-    gaps = (columns.offset[sub] - columns.weights[block]).unbind()
+    gaps = columns.offset[sub] - columns.weights[block]
+    rows = centre[block], codes[block], error[block], gaps, columns.lowest[block], columns.highest[block]
     if columns.table is None:
         base = (columns.offset * columns.inverse)[sub].neg_()
         if noise is not None:
             base += noise.clamp_(-0.5, 0.5)
-        bases = base.unbind()
-    for first in range(0, len(sub), RUN):
-        last = min(first + RUN, len(sub))
-        run, rest = slice(block.start + first, block.start + last), slice(block.start + last, block.stop)
-        before, shares = error[run].T, feed[run, run].triu(1).unbind(1)  # errors of columns to come are still 0
-        for j in range(first, last):
-            i = sub[j]
-            if j > first:
-                centres[j].addmv_(before, shares[j - first], alpha=-1.0)
-            if columns.table is None:
-                torch.addcmul(bases[j], centres[j], inverse[i], out=found[j]).round_()
-            else:
-                level = (centres[j] - offset[i]).mul_(inverse[i])
-                found[j].copy_(_round_in(columns.table, level, None if noise is None else noise[j]))
-            torch.clamp(found[j], lowest[j], highest[j], out=found[j])
-            level = found[j] if columns.table is None else columns.table[found[j].int()]
-            torch.addcmul(gaps[j], level, scale[i], out=errors[j])
-        centre[rest].addmm_(feed[run, rest].T, error[run], alpha=-1.0)
+        round_evenly(*rows, base, columns.scale, columns.inverse, feed[block, block], sub)
+    else:
+        round_by_table(
+            *rows, noise, columns.offset, columns.scale, columns.inverse, feed[block, block], sub, columns.table
+        )
 
 
 def _round_at_once(
@@ -321,20 +297,10 @@ def _round_at_once(
     if columns.table is None:
         found = (place if noise is None else place.add_(noise.clamp_(-0.5, 0.5))).round_()
     else:
-        found = _round_in(columns.table, place, noise)
+        found = round_in(columns.table, place, noise)
     torch.clamp(found, columns.lowest[block], columns.highest[block], out=codes[block])
     level = codes[block] if columns.table is None else columns.table[codes[block].int()]
     torch.addcmul(columns.offset[sub], level, columns.scale[sub], out=error[block]).sub_(columns.weights[block])
-
-
-def _round_in(table: Tensor, level: Tensor, noise: Tensor | None) -> Tensor:
-    """Codes nearest to some levels, after noise that is measured in squared level units."""
-    low = torch.bucketize(level, table[1:-1])
-    gap = table.diff()[low]
-    place = level.sub_(table[low]).div_(gap)
-    if noise is not None:
-        place += noise.div_(gap.square_()).clamp_(-0.5, 0.5)
-    return place.round_().add_(low)
 
 
 def _entropy(columns: Columns, block: slice, centre: Tensor, sharp: Tensor) -> float:
