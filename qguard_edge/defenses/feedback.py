@@ -189,7 +189,7 @@ def lean_for(columns: Columns, factor: Factor, variance: float, target: float, u
     def alignments(leans: Sequence[float], step: int) -> list[float]:
         several = stacked(columns, step, len(leans))
         shifts = torch.cat([shift[:, ::step] * lean for lean in leans], dim=1)
-        passed = run_pass(several, factor, shift=shifts, variance=variance, uniform=uniform)
+        passed = run_pass(several, factor, shift=shifts, variance=variance, uniform=uniform, measured=False)
         old = several.error.view(len(shift), len(leans), -1)
         new = passed.error.view(old.shape)
         return [float(share) for share in (new * old).sum((0, 2)) / old.square().sum((0, 2))]

@@ -43,8 +43,9 @@ def _even(
     centres, found, errors = centre.unbind(), codes.unbind(), error.unbind()
     low, high, gap, bases = lowest.unbind(), highest.unbind(), gaps.unbind(), base.unbind()
     scales, inverses = scale.unbind(), inverse.unbind()
-    for first in range(0, len(sub), 16):
-        last = min(first + 16, len(sub))
+    run = 16  # columns; TorchScript sees no constants of a module
+    for first in range(0, len(sub), run):
+        last = min(first + run, len(sub))
         # Errors of columns to come are still 0.
         before, shares = error[first:last].t(), feed[first:last, first:last].triu(1).unbind(1)
         for j in range(first, last):
@@ -88,8 +89,9 @@ def _by_table(
     sub: list[int],
     table: Tensor,
 ) -> None:
-    for first in range(0, len(sub), 16):
-        last = min(first + 16, len(sub))
+    run = 16
+    for first in range(0, len(sub), run):
+        last = min(first + run, len(sub))
         before, shares = error[first:last].t(), feed[first:last, first:last].triu(1)
         for j in range(first, last):
             i = sub[j]
@@ -104,21 +106,20 @@ def _by_table(
 
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     """The function in TorchScript, or under a lock where that is missing."""
-    if sys.version_info < (3, 14):
-        script: Any = torch.jit.script(function)
+    jit: Any = torch.jit
+    scripted = sys.version_info < (3, 14)
+    script = jit.script(function) if scripted else function
 
-        def run(*arguments: Any) -> None:
-            # As written: nothing is profiled, recorded or fused.
-            with torch.jit.optimized_execution(False):
-                script(*arguments)
-
-        return run
+    def run(*arguments: Any) -> None:
+        # As written: nothing is profiled, recorded or fused.
+        with jit.optimized_execution(False):
+            script(*arguments)
 
     def locked(*arguments: Any) -> None:
         with LOOP:
             function(*arguments)
 
-    return locked
+    return run if scripted else locked
 
 
 round_evenly = _compiled(_even)

@@ -39,8 +39,8 @@ addition.
 
 How it runs
 -----------
-Columns lie in one piece (`[columns, rows]`), in blocks of 128 within which runs of 16 are corrected one by one, so that nearly
-all arithmetic is matrix products. Rows do not depend on each other.
+Columns lie in one piece (`[columns, rows]`), in blocks of 128 within which runs of 16 are corrected one by one
+(`feedback_loop`), so that nearly all arithmetic is matrix products. Rows do not depend on each other.
 """
 
 import math
@@ -233,7 +233,13 @@ def lean_shift(columns: Columns, factor: Factor) -> Tensor:
 
 
 def run_pass(
-    columns: Columns, factor: Factor, *, shift: Tensor | None = None, variance: float = 0.0, uniform: Uniform | None = None
+    columns: Columns,
+    factor: Factor,
+    *,
+    shift: Tensor | None = None,
+    variance: float = 0.0,
+    uniform: Uniform | None = None,
+    measured: bool = True,
 ) -> Passed:
     """One pass over the columns.
 
@@ -243,6 +249,7 @@ def run_pass(
         shift: f32 `[columns, rows]`, taken off the centres, see `lean_shift`; overwritten.
         variance: sigma^2 of the draws; 0 rounds to the nearest code.
         uniform: random numbers, needed for a variance above 0.
+        measured: whether the entropy of the draws is wanted; 0 else.
     """
     centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
     codes, error = torch.empty_like(centre), torch.zeros_like(centre)
@@ -258,7 +265,7 @@ def run_pass(
         else:
             _round_block(columns, factor.feed, block, centre, codes, error, noise)
             centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
-        if sharp is not None:
+        if sharp is not None and measured:
             bits += _entropy(columns, block, centre[block], sharp)
     return Passed(codes, error, bits)
 
@@ -283,9 +290,7 @@ def _round_block(
             base += noise.clamp_(-0.5, 0.5)
         round_evenly(*rows, base, columns.scale, columns.inverse, feed[block, block], sub)
     else:
-        round_by_table(
-            *rows, noise, columns.offset, columns.scale, columns.inverse, feed[block, block], sub, columns.table
-        )
+        round_by_table(*rows, noise, columns.offset, columns.scale, columns.inverse, feed[block, block], sub, columns.table)
 
 
 def _round_at_once(
