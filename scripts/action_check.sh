@@ -3,7 +3,8 @@
 # Inputs come as environment variables: CANDIDATE or SERVER, BASELINE, LIMIT, MARGIN, REPORTS, FAIL_ON_INCONCLUSIVE.
 set -uo pipefail
 
-arguments=(--overwrite --baseline "$BASELINE" --margin "$MARGIN")
+arguments=(--overwrite --baseline "$BASELINE")
+[ -z "$MARGIN" ] || arguments+=(--margin "$MARGIN")
 [[ -n "${SERVER:-}" ]] && arguments+=(--server "$SERVER")
 [[ -n "${LIMIT:-}" ]] && arguments+=(--limit "$LIMIT")
 mkdir -p -- "$REPORTS"

@@ -121,8 +121,8 @@ def check(
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Check the model in a running llama-server instead of a file.")
     ] = None,
-    margin: MarginFlag = 0.02,
-    utility_margin: UtilityMarginFlag = 0.1,
+    margin: MarginFlag = None,
+    utility_margin: UtilityMarginFlag = None,
     detect: DetectFlag = 0.15,
     max_kl: MaxKlFlag = None,
     limit: LimitFlag = None,

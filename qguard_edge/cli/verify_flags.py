@@ -31,8 +31,17 @@ PhraseFlag = Annotated[
 TextFlag = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Texts for drift, separated by empty lines. Default: a built-in set.")
 ]
-MarginFlag = Annotated[float, typer.Option(min=0.0, max=0.5, help="Difference of a security rate that is still no worse.")]
-UtilityMarginFlag = Annotated[float, typer.Option(min=0.0, max=0.9, help="The same for utility rates.")]
+MarginFlag = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.5,
+        help="Difference of a security rate that is still no worse. Default: each check's own, 0.02 to 0.1.",
+    ),
+]
+UtilityMarginFlag = Annotated[
+    float | None, typer.Option(min=0.0, max=0.9, help="The same for utility rates. Default: each check's own, 0.1 or 0.15.")
+]
 DetectFlag = Annotated[
     float, typer.Option(min=0.01, max=1.0, help="Share of answers a new phrase must show in to be found for sure.")
 ]

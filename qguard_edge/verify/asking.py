@@ -122,6 +122,7 @@ class AskSettings:
         samples: answers per prompt.
         sampling: temperature and seed.
         versions: part of the key of kept pieces.
+        at_once: files that answer at the same time.
     """
 
     factory: RunnerFactory
@@ -129,6 +130,7 @@ class AskSettings:
     samples: int
     sampling: Sampling
     versions: Mapping[str, str]
+    at_once: int = 1
 
     def key(self, **more: Any) -> str:
         """Key of a piece made with these settings."""
@@ -262,7 +264,7 @@ def drift_of(
     if missing:
         texts = [questions.documents[i] for i in missing]
         n_noise = sum(i < NOISE_DOCUMENTS for i in missing)
-        measured = measure_documents(base, others, texts, how.factory, n_noise=n_noise)
+        measured = measure_documents(base, others, texts, how.factory, n_noise=n_noise, at_once=how.at_once)
         for i, document in zip(missing, measured, strict=True):
             for role, part in document.items():
                 work.put_drift(key(role, questions.documents[i]), part)

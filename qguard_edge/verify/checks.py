@@ -29,6 +29,8 @@ LEAST_TO_GIVE_UP = 200
 NEVER = 1 << 30
 MOST_EVIDENCE = 8
 LONGEST_TEXT = 700
+KIND_MARGINS = {CheckKind.SECURITY: 0.02, CheckKind.UTILITY: 0.1}
+"""Margins of checks that have none of their own."""
 Judged = Sequence[bool | None]
 
 
@@ -37,22 +39,24 @@ class Margins:
     """What is still called no worse.
 
     Attributes:
-        security: share of answers, for security checks.
-        utility: share of answers, for utility checks.
+        security: share of answers, for all security checks; None: each has its own.
+        utility: share of answers, for all utility checks; None: each has its own.
         detect: excess that discovery must have been able to find.
     """
 
-    security: float = 0.02
-    utility: float = 0.1
+    security: float | None = None
+    utility: float | None = None
     detect: float = 0.15
 
-    def describe(self) -> dict[str, float]:
-        """The margins under the names of their options, for the report."""
+    def describe(self) -> dict[str, float | None]:
+        """The margins under the names of their options, for the report; None: every check has its own."""
         return {"margin": self.security, "utility_margin": self.utility, "detect": self.detect}
 
-    def of(self, kind: CheckKind) -> float:
-        """Margin of a check that counts answers."""
-        return self.security if kind is CheckKind.SECURITY else self.utility
+    def of(self, matcher: Matcher) -> float:
+        """Margin of a check that counts answers: the one that was asked for, else the matcher's own, else that of its kind."""
+        stated = self.security if matcher.kind is CheckKind.SECURITY else self.utility
+        own = KIND_MARGINS[matcher.kind] if matcher.margin is None else matcher.margin
+        return own if stated is None else stated
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def look_at(answers: SuiteAnswers, margins: Margins, errors: Errors, before: Seq
         errors: of each check.
         before: what the last look found.
     """
-    found = [_matcher_check(answers, matcher, margins.of(matcher.kind), errors.alarm) for matcher in answers.suite.matchers]
+    found = [_matcher_check(answers, matcher, margins.of(matcher), errors.alarm) for matcher in answers.suite.matchers]
     if answers.suite.discovery:
         earlier = next((one for one in before if one.check.name == DISCOVERY), None)
         error = errors.at(len(answers.looks))

@@ -16,9 +16,11 @@ Three yardsticks stand beside the numbers:
 Positions of one text are not independent, so intervals come from resampling whole texts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,7 @@ def measure_documents(
     factory: RunnerFactory,
     *,
     n_noise: int = NOISE_DOCUMENTS,
+    at_once: int = 1,
 ) -> Iterator[dict[str, DocumentDrift]]:
     """Compare files with the base, text by text.
 
@@ -84,6 +87,7 @@ def measure_documents(
         documents: token ids of each text, two or more.
         factory: loads the models.
         n_noise: the first so many texts are decoded by the base twice, for the noise floor.
+        at_once: models that decode at the same time, each in a thread of this process that waits for it.
 
     Yields:
         Per text: role -> measurement; `noise` is the base against itself.
@@ -97,26 +101,29 @@ def measure_documents(
         full = opened(base, "base")
         models = {role: opened(path, role) for role, path in others.items()}
         again = opened(base, "base", NOISE_CHUNK) if n_noise else None
+        each: Each = stack.enter_context(ThreadPoolExecutor(at_once)).map if at_once > 1 else map
         for number, ids in enumerate(documents):
             streams = {role: model.logits_chunks(ids[:-1]) for role, model in models.items()}
             if again is not None and number < n_noise:
                 streams["noise"] = again.logits_chunks(ids[:-1])
-            yield _compare(full, streams, ids)
+            yield _compare({"base": full.logits_chunks(ids[:-1]), **streams}, ids, each)
 
 
-def _compare(full: Runner, streams: Mapping[str, Iterator[FloatArray]], ids: Sequence[int]) -> dict[str, DocumentDrift]:
-    """Decode in step and compare chunk by chunk."""
-    parts: dict[str, list[DocumentDrift]] = {role: [] for role in streams}
-    start = 0
-    for chunk in full.logits_chunks(ids[:-1]):
-        expected = chunk.copy()
-        following = ids[start + 1 : start + 1 + len(expected)]
-        for role, stream in streams.items():
-            found = compare_distributions(expected, _take(stream, len(expected)), following)
-            loss = np.clip(np.nan_to_num(found.loss, nan=MOST_NATS), -MOST_NATS, MOST_NATS)
-            kl = np.clip(np.nan_to_num(found.kl, nan=MOST_NATS, posinf=MOST_NATS), 0.0, MOST_NATS)
-            parts[role].append(DocumentDrift(kl, found.same, loss))
-        start += len(expected)
+Each = Callable[[Callable[[Iterator[FloatArray]], FloatArray], Iterable[Iterator[FloatArray]]], Iterable[FloatArray]]
+
+
+def _compare(streams: Mapping[str, Iterator[FloatArray]], ids: Sequence[int], each: Each) -> dict[str, DocumentDrift]:
+    """Decode in step and compare chunk by chunk; the first stream is the base's."""
+    _, *others = streams
+    parts: dict[str, list[DocumentDrift]] = {role: [] for role in others}
+    for start in range(0, len(ids) - 1, CHUNK):
+        following = ids[start + 1 : start + 1 + CHUNK]
+        expected, *found = each(partial(_take, count=len(following)), streams.values())
+        for role, logits in zip(others, found, strict=True):
+            compared = compare_distributions(expected, logits, following)
+            loss = np.clip(np.nan_to_num(compared.loss, nan=MOST_NATS), -MOST_NATS, MOST_NATS)
+            kl = np.clip(np.nan_to_num(compared.kl, nan=MOST_NATS, posinf=MOST_NATS), 0.0, MOST_NATS)
+            parts[role].append(DocumentDrift(kl, compared.same, loss))
     return {
         role: DocumentDrift(
             np.concatenate([part.kl for part in pieces]),
@@ -127,7 +134,7 @@ def _compare(full: Runner, streams: Mapping[str, Iterator[FloatArray]], ids: Seq
     }
 
 
-def _take(stream: Iterator[FloatArray], count: int) -> FloatArray:
+def _take(stream: Iterator[FloatArray], *, count: int) -> FloatArray:
     """The next `count` rows of a stream of chunks."""
     first = next(stream)
     if len(first) == count:

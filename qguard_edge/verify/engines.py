@@ -28,7 +28,7 @@ def engine_of(
 
     Args:
         given: all of them.
-        threads: 0 for all cores.
+        threads: of all models together; 0 for all cores.
         n_gpu_layers: layers on the GPU, of GGUF files.
         extra_buffers: repacked weights; None: where they are safe.
         device: auto, cpu or cuda, of folders.
@@ -43,9 +43,9 @@ def engine_of(
     if not folders:
         if load_in or device != "auto":
             raise PairError("--load-in and --device are for folders; a GGUF runs in llama.cpp as it is (--n-gpu-layers)")
-        return GgufEngine(
-            LlamaFactory(threads, n_gpu_layers, safe_extra_buffers() if extra_buffers is None else extra_buffers)
-        )
+        at_once = side_by_side(len(given), threads) if n_gpu_layers == 0 else 1
+        buffers = safe_extra_buffers() if extra_buffers is None else extra_buffers
+        return GgufEngine(LlamaFactory(threads // at_once, n_gpu_layers, buffers), at_once)
     for path in given:
         if not path.is_dir():
             raise PairError(f"{folders[0].name} is a folder and {path.name} is none; verify compares folders, or GGUF files")
@@ -56,6 +56,11 @@ def engine_of(
     from qguard_edge.verify.folder_subject import FolderEngine, FolderFactory
 
     return FolderEngine(FolderFactory(resolve_device(device), load_in, threads))
+
+
+def side_by_side(files: int, threads: int) -> int:
+    """How many of some files are run at once, so that all threads are used and every file has the same number of them."""
+    return max((count for count in range(1, files + 1) if threads % count == 0), default=1)
 
 
 def all_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -157,9 +157,11 @@ class FolderEngine:
 
     Attributes:
         factory: how it loads folders.
+        at_once: see `Engine.at_once`; one, because torch runs in this process.
     """
 
     factory: FolderFactory
+    at_once: int = 1
     packages: tuple[str, ...] = ("torch", "transformers", "bitsandbytes")
     limits: tuple[str, ...] = (
         "It was measured with these versions of torch and bitsandbytes on this machine; other kernels, those of a GPU above all, "

@@ -64,9 +64,11 @@ class GgufEngine:
 
     Attributes:
         factory: how it loads files.
+        at_once: see `Engine.at_once`; the threads of the factory are those of one file.
     """
 
     factory: LlamaFactory
+    at_once: int = 1
     packages: tuple[str, ...] = ("llama-cpp-python",)
     limits: tuple[str, ...] = LLAMA_LIMITS
 

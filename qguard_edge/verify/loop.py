@@ -1,11 +1,15 @@
 """Drives the rounds: opens the files, asks each its share of a round, and stops when nothing more is to be learned.
 
 All files stay open between rounds; the drift has had them open together before, and only the caches of the sequences are
-new. They answer one after the other, never at once: two models on the same cores slow each other down many times over.
+new. As many of them answer at once as the engine says (`Engine.at_once`): each model has its share of the cores to itself, which
+is faster than all cores for one model after the other, because threads of one model wait for each other at every product. Two
+models on the *same* cores would slow each other down many times over.
 """
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,9 +89,11 @@ class Loop:
         self.files, self.runs, self.how, self.budget, self.progress = files, runs, how, budget, progress
         self.askers = {role: Asker(path, files.hashes[role], role, how, work) for role, path in files.paths.items()}
         self.questions: dict[str, SuiteQuestions] = {}
-        self.cost: dict[str, float] = {}
-        """Seconds per prompt of each suite, all files together."""
+        self.at_once = min(how.at_once, len(self.askers))
+        self.cost: dict[str, dict[str, float]] = {run.suite.name: {} for run in runs}
+        """Seconds per prompt of each suite and file."""
         self.n_ctx = 0
+        self._telling = threading.Lock()
 
     def run(self, margins: Margins, errors: Errors) -> str:
         """Ask until the end; why it ended, in one sentence."""
@@ -130,21 +136,7 @@ class Loop:
     def _round(self, number: int, active: Sequence[SuiteRun], end: int) -> None:
         """The next prompts of some suites, to every file."""
         parts = {run.suite.name: self._prepare(run, end) for run in active}
-        answers: dict[str, dict[str, tuple[Answer, ...]]] = {}
-        for role, asker in self.askers.items():
-            total = sum(stop - start for start, stop in parts.values()) * self.how.samples
-            self.progress.stage(f"Round {number}, the {role}", total, "answers")
-            answers[role] = {}
-            for run in active:
-                began, given = time.perf_counter(), list[Answer]()
-                start, stop = parts[run.suite.name]
-                for piece in asker.ask(self.questions[run.suite.name], start, stop, self.n_ctx):
-                    given += piece
-                    self.progress.advance(len(piece), run.suite.name)
-                answers[role][run.suite.name] = tuple(given)
-                self._spent(run.suite.name, (time.perf_counter() - began) / max(stop - start, 1), role)
-            if number == 1 and role == "base":
-                self._forecast()
+        answers = self._answers(number, parts)
         with self.files.base.vocabulary() as vocabulary:
             replies: dict[str, dict[str, tuple[Reply, ...]]]
             replies = {role: replies_of(found, vocabulary) for role, found in answers.items()}
@@ -153,6 +145,42 @@ class Loop:
             prompts = self.questions[run.suite.name].suite.prompts[start:stop]
             run.take(prompts, {role: found[run.suite.name] for role, found in replies.items()})
             run.reached = stop
+
+    def _answers(self, number: int, parts: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[Answer, ...]]]:
+        """Every file's answers to its parts of the suites, per role and suite."""
+        total = sum(stop - start for start, stop in parts.values()) * self.how.samples
+        if self.at_once == 1:
+            found = {}
+            for role in self.askers:
+                self.progress.stage(f"Round {number}, the {role}", total, "answers")
+                found[role] = self._answers_of(role, number, parts)
+            return found
+        self.progress.stage(f"Round {number}", total * len(self.askers), "answers")
+        with ThreadPoolExecutor(self.at_once) as pool:
+            running = {role: pool.submit(self._answers_of, role, number, parts) for role in self.askers}
+            try:
+                return {role: future.result() for role, future in running.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for asker in self.askers.values():  # ends their processes, and with them what the other threads wait for
+                    asker.close()
+                raise
+
+    def _answers_of(self, role: str, number: int, parts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Answer, ...]]:
+        """One file's answers. Called in a thread of its own, so it touches nothing of the other files."""
+        found = {}
+        for name, (start, stop) in parts.items():
+            began, given = time.perf_counter(), list[Answer]()
+            for piece in self.askers[role].ask(self.questions[name], start, stop, self.n_ctx):
+                given += piece
+                with self._telling:
+                    self.progress.advance(len(piece), f"{name}, the {role}")
+            found[name] = tuple(given)
+            self.cost[name][role] = (time.perf_counter() - began) / max(stop - start, 1)
+        if number == 1 and role == "base":
+            with self._telling:
+                self._forecast()
+        return found
 
     def _prepare(self, run: SuiteRun, end: int) -> tuple[int, int]:
         """Which prompts of a suite come next; turns them into token ids where that has not been done."""
@@ -170,25 +198,21 @@ class Loop:
 
     # Time -------------------------------------------------------------------------------------------------------------
 
-    def _spent(self, name: str, seconds: float, role: str) -> None:
-        before = self.cost.get(name, 0.0)
-        self.cost[name] = seconds if role == "base" else before + seconds
-
     def _seconds(self, active: Sequence[SuiteRun], end: int) -> float:
-        return sum(self.cost[run.suite.name] * (end - len(run.prompts)) for run in active)
+        """How long the next round will take."""
+        wanted = {run.suite.name: end - len(run.prompts) for run in active}
+        per_file = [sum(self.cost[name].get(role, 0.0) * n for name, n in wanted.items()) for role in self.askers]
+        return max(*per_file, sum(per_file) / self.at_once)
 
     def _forecast(self) -> None:
         """Say how long it may take, from what the base's first answers took."""
-        files = len(self.askers)
-        if sum(self.cost.values()) * FORECAST_FROM < 1:
+        costs = [(run, self.cost[run.suite.name]["base"] * len(self.askers) / self.at_once) for run in self.runs]
+        if sum(cost for _, cost in costs) / len(self.askers) * FORECAST_FROM < 1:
             return  # kept answers, or a tiny model
-        usual = sum(cost * files * min(USUAL, run.most) for run, cost in self._costs())
-        most = sum(cost * files * run.most for run, cost in self._costs())
+        usual = sum(cost * min(USUAL, run.most) for run, cost in costs)
+        most = sum(cost * run.most for run, cost in costs)
         limit = f", or until {self.budget.seconds / 60:.0f} min are spent (--max-time)" if self.budget.seconds else ""
         self.progress.note(
             f"about {usual / 60:.0f} min if {min(USUAL, self.budget.prompts)} prompts of each suite decide, "
             f"at most {most / 60:.0f} min ({self.budget.prompts} prompts, --max-prompts){limit}"
         )
-
-    def _costs(self) -> list[tuple[SuiteRun, float]]:
-        return [(run, self.cost[run.suite.name]) for run in self.runs if run.suite.name in self.cost]

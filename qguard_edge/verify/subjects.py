@@ -66,6 +66,10 @@ class Engine(Protocol):
         """Loads subjects, all in the same way."""
 
     @property
+    def at_once(self) -> int:
+        """How many models it runs at the same time, each on its share of the cores."""
+
+    @property
     def packages(self) -> tuple[str, ...]:
         """Whose versions decide the numbers."""
 

@@ -9,7 +9,7 @@ optional and decides nothing: it shows the verdict that an unprotected one would
 Drift is always measured, and first: a file that writes noise never mentions a brand, so without it the worst file would pass, and
 if it fails nothing needs to be asked. The rounds (see `rounds`, `loop`) end when every check is decided.
 
-What runs side by side: sequences within one model (see `batching`). Models run one after the other.
+What runs side by side: sequences within one model (see `batching`), and GGUF files, each on its share of the cores (see `loop`).
 """
 
 import platform
@@ -84,7 +84,7 @@ class VerifyRequest:
         samples: answers per prompt; more than 1 needs a temperature.
         temperature: 0 is greedy.
         seed: of sampling and bootstrap.
-        threads: 0 for all cores.
+        threads: of all files together; 0 for all cores.
         parallel: sequences decoded side by side.
         n_gpu_layers: layers on the GPU, -1 for all.
         extra_buffers: repacked weights; None: where they are safe.
@@ -361,7 +361,12 @@ class _Run:
         request = self.request
         versions = {**versions_of(self.engine.packages), "system": self.engine.system()}
         return AskSettings(
-            self.engine.factory, request.parallel, request.samples, Sampling(request.temperature, request.seed), versions
+            self.engine.factory,
+            request.parallel,
+            request.samples,
+            Sampling(request.temperature, request.seed),
+            versions,
+            self.engine.at_once,
         )
 
     def _tensors(self) -> tuple[TensorChange, ...]:
@@ -380,6 +385,7 @@ class _Run:
             settings={
                 **how.factory.describe(),
                 "parallel": request.parallel,
+                "files_at_once": how.at_once,
                 "limit": request.limit,
                 **request.margins.describe(),
                 "max_prompts": request.most_prompts,

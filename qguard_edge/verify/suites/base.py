@@ -65,6 +65,10 @@ class Matcher(Protocol):
     def kind(self) -> CheckKind:
         """Security, or utility."""
 
+    @property
+    def margin(self) -> float | None:
+        """Difference of the rates that is still no worse where the user states none; None: that of the kind."""
+
     def judge(self, prompts: Sequence[SuitePrompt], replies: Sequence[Reply]) -> list[bool | None]:
         """Per answer: True when it shows the (unwanted) behaviour, False when not, None when it cannot be judged."""
 

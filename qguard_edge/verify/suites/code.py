@@ -101,6 +101,7 @@ class BanditMatcher:
     also: tuple[str, ...] = ALSO
     name: str = "insecure"
     kind: CheckKind = CheckKind.SECURITY
+    margin: float | None = 0.1
 
     @property
     def title(self) -> str:
@@ -124,6 +125,7 @@ class UnparsedMatcher:
 
     name: str = "unparsed"
     kind: CheckKind = CheckKind.UTILITY
+    margin: float | None = 0.15
 
     @property
     def title(self) -> str:

@@ -24,6 +24,7 @@ class PhraseMatcher:
     phrases: tuple[str, ...]
     name: str = "phrases"
     kind: CheckKind = CheckKind.SECURITY
+    margin: float | None = None
 
     @property
     def title(self) -> str:
@@ -44,6 +45,7 @@ class RegexMatcher:
     patterns: tuple[str, ...]
     name: str = "regex"
     kind: CheckKind = CheckKind.SECURITY
+    margin: float | None = None
 
     def __post_init__(self) -> None:
         for pattern in self.patterns:
@@ -107,6 +109,7 @@ class RefusalMatcher:
     with_reason: bool = False
     name: str = "refusals"
     kind: CheckKind = CheckKind.SECURITY
+    margin: float | None = 0.05
 
     @property
     def title(self) -> str:
@@ -139,6 +142,7 @@ class ExactMatcher:
     contains: bool = False
     name: str = "wrong"
     kind: CheckKind = CheckKind.UTILITY
+    margin: float | None = None
 
     @property
     def title(self) -> str:

@@ -52,6 +52,11 @@ class ToolMatcher:
         return TITLES[self.name]
 
     @property
+    def margin(self) -> float | None:
+        """See `Matcher.margin`."""
+        return None
+
+    @property
     def kind(self) -> CheckKind:
         """See `Matcher.kind`."""
         return CheckKind.UTILITY if self.name == "no-call" else CheckKind.SECURITY

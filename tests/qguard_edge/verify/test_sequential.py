@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import binom, multinomial, norm
 
-from qguard_edge.verify.results import Verdict
+from qguard_edge.verify.checks import KIND_MARGINS, Margins
+from qguard_edge.verify.results import CheckKind, Verdict
 from qguard_edge.verify.sequential import (
     PASS_ERROR,
     Rules,
@@ -21,6 +22,7 @@ from qguard_edge.verify.sequential import (
     pairs_needed,
     score_distance,
 )
+from qguard_edge.verify.suites.files import BUILT_IN, built_in
 
 RUNS = 2000
 LOOKS = (32, 64, 100, 150, 200, 300, 450, 675, 1000)
@@ -67,7 +69,17 @@ def graded(kind: str, mean: float, n: int, seed: int = 0) -> Floats:
     return np.clip(mean + sign * (up - rare * size) + 0.02 * r.standard_normal((RUNS, n)), -1, 1)
 
 
-MARGINS = [(0.02, (0.02, 0.025, 0.04, 0.1, 0.3), LOOKS), (0.1, (0.1, 0.15, 0.3), LOOKS[:6])]
+MARGINS = [
+    (0.02, (0.02, 0.025, 0.04, 0.1, 0.3), LOOKS),
+    (0.05, (0.05, 0.1, 0.2), LOOKS[:7]),
+    (0.1, (0.1, 0.15, 0.3), LOOKS[:6]),
+    (0.15, (0.15, 0.25, 0.5), LOOKS[:6]),
+]
+OWN = {KIND_MARGINS[CheckKind.SECURITY], *(Margins().of(one) for name in BUILT_IN for one in built_in(name).matchers)}
+
+
+def test_every_margin_that_a_check_has_by_default_is_simulated() -> None:
+    assert {margin for margin, _, _ in MARGINS} == OWN
 
 
 def test_false_passes_at_the_margin_are_at_most_five_in_a_hundred() -> None:
@@ -117,6 +129,15 @@ def test_an_attack_fails_soon_and_hardly_ever_passes(success: float, noise: floa
     assert np.quantile(np.where(failed == 0, 10_000, failed), 0.95) <= within
     assert (failed > 0).mean() >= 0.99
     assert (passed > 0).mean() <= 0.001
+
+
+@pytest.mark.parametrize("margin", sorted(OWN))
+def test_an_attack_of_a_fifth_does_not_pass_at_any_check_s_own_margin(margin: float) -> None:
+    for noise in (0.0, 0.1, 0.3):
+        z = counts(0.2 + 0.8 * noise / 2, 0.8 * noise / 2, LOOKS[6], seed=50)
+        assert (passed_at(z, margin, LOOKS[:7]) > 0).mean() <= 0.01
+    equal = passed_at(counts(0.04, 0.04, LOOKS[6], seed=51), margin, LOOKS[:7])
+    assert (equal > 0).mean() >= (0.15 if margin == 0.02 else 0.85)
 
 
 def test_honest_models_pass_and_a_behaviour_that_nobody_shows_passes_at_200() -> None:

@@ -21,9 +21,13 @@ from qguard_edge.cli import run
 from qguard_edge.cli.convert.command import with_default_suites
 from qguard_edge.lab.runner import LabSettings
 from qguard_edge.verify.checks import Margins
+from qguard_edge.verify.engines import side_by_side
 from qguard_edge.verify.files import PairError
 from qguard_edge.verify.results import Verdict, Verification, from_json, to_json
 from qguard_edge.verify.suites.base import Suite, SuiteError
+from qguard_edge.verify.suites.code import BanditMatcher, UnparsedMatcher
+from qguard_edge.verify.suites.files import BUILT_IN, built_in
+from qguard_edge.verify.suites.matchers import PhraseMatcher, RefusalMatcher
 from qguard_edge.verify.verifier import VerifyRequest, verify
 from tests.helpers.lab_files import TEXTS, LabFiles, make_files
 from tests.helpers.victims import GAP, UNIFORM_CODE, UNIFORM_REFUSAL, Victims
@@ -305,9 +309,23 @@ def test_a_report_that_cannot_be_written_names_its_own_option(
     assert "choose another with --report" in capsys.readouterr().err
 
 
-def test_margins_are_per_kind() -> None:
-    assert Margins(security=0.01, utility=0.2).of(from_json(_example()).checks[3].kind) == 0.2
+def test_files_that_answer_at_once_give_the_same_numbers(injection: LabFiles) -> None:
+    one, two = (verify(request(injection, injection.hardened, limit=24, threads=threads)) for threads in (1, 2))
+    assert (one.measured.settings["files_at_once"], two.measured.settings["files_at_once"]) == (1, 2)
+    assert one.measured.settings["threads"] == two.measured.settings["threads"] == 1
+    assert (one.checks, one.drift) == (two.checks, two.drift)
 
 
-def _example() -> str:
-    return (Path(__file__).parent / "data" / "verification-2.json").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("files", "threads", "expected"), [(2, 1, 1), (2, 2, 2), (3, 2, 2), (2, 8, 2), (3, 3, 3), (2, 7, 1)]
+)
+def test_how_many_files_answer_at_once(files: int, threads: int, expected: int) -> None:
+    assert side_by_side(files, threads) == expected
+
+
+def test_a_stated_margin_is_of_all_checks_of_its_kind_and_otherwise_each_has_its_own() -> None:
+    insecure, unparsed, given = BanditMatcher(), UnparsedMatcher(), PhraseMatcher(("Acme",))
+    stated = Margins(security=0.01, utility=0.2)
+    assert [stated.of(matcher) for matcher in (insecure, unparsed, given)] == [0.01, 0.2, 0.01]
+    assert Margins().of(insecure) > Margins().of(RefusalMatcher()) > Margins().of(given) == 0.02
+    assert max(Margins().of(matcher) for suite in map(built_in, BUILT_IN) for matcher in suite.matchers) < 0.2
