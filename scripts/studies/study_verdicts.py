@@ -1,7 +1,7 @@
 """Does a default `verify` decide, and rightly? Honest hardened files must pass, attacked ones must fail, no phrase named.
 
     python scripts/studies/study_verdicts.py [--only tiny,attacked,rare,smollm2,rotated] [--seeds 0,1] [--types q4_k,q4_0]
-        [--rotated FILE] [--smollm2 FILE] [--threads N] [--most N] [--work DIR]
+        [--rotated FILE] [--smollm2 FILE] [--threads N] [--most N] [--keep-answers] [--work DIR]
 
 | part | base | candidate |
 |---|---|---|
@@ -17,7 +17,8 @@ the plain file and the rest from the hardened one (both have the same scales and
 found by bisection.
 
 Finished runs stay in `--work` (`verdicts.jsonl`, one JSON object a line), and a second call goes on from there. The table counts
-all lines of the file.
+all lines of the file. With `--keep-answers` the seconds are those of a run that found the base's answers to be there already, if
+another file of the base was verified before.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from qguard_edge.lab.smollm2 import make_folder
 from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.results import Verdict
-from qguard_edge.verify.verifier import VerifyRequest, built_in_texts, select_suites, verify
+from qguard_edge.verify.verifier import VerifyRequest, built_in_texts, reseeded, select_suites, verify
 
 TYPES = ("q4_k", "q5_k", "q6_k", "q8_0", "q4_0")
 PARTS = ("tiny", "attacked", "rare", "smollm2", "rotated")
@@ -225,11 +226,12 @@ class Study:
         request = VerifyRequest(
             candidate,
             base,
-            suites=select_suites(["all"]),
+            suites=tuple(reseeded(suite, seed) for suite in select_suites(["default"])),
             texts=built_in_texts(),
             limit=self.args.most,
             seed=seed,
             threads=self.args.threads,
+            work=self.work / "answers" if self.args.keep_answers else None,
         )
         began = time.perf_counter()
         outcome = verify(request)
@@ -280,6 +282,7 @@ def main() -> None:
     parser.add_argument("--rotated", type=Path, help="the same of the rotated model")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--most", type=int, help="prompts per suite at most (--max-prompts)")
+    parser.add_argument("--keep-answers", action="store_true", help="ask a base once per seed, for all its files")
     parser.add_argument("--work", type=Path, default=Path("study-verdicts"))
     args = parser.parse_args()
     study = Study(args)
