@@ -1,12 +1,12 @@
-"""Error feedback, drawn at a temperature and bent to the alignment constraint: the rule `feedback`.
+"""Error feedback, drawn at random and bent to the alignment constraint: the rule `feedback`.
 
 The idea
 --------
 Where the inputs of a matrix are known (their Gram matrix, seen while the full-precision model reads some text), the error that
 rounding makes in one weight can be made up for in the next ones. So a file on plain rounding's own scales comes much nearer
 to full precision than plain rounding, and what is gained pays for the two things that defend it: no more than a share `c` of
-plain rounding's error may be left (`<t', t> = c <t, t>`, see `ortho`), and every code is drawn at random as far as the output
-bears it. `feedback_pass` has the algorithm.
+plain rounding's error may be left (`<t', t> = c <t, t>`, see `ortho`), and every code is drawn at random, so that hardly any error
+is the same for all seeds. `feedback_pass` has the algorithm.
 
 Per matrix
 ----------
@@ -96,12 +96,12 @@ class Feedback(Defense[FeedbackOptions]):
         uniform = key.uniform(weights.device)
         if isinstance(grid, LatticeGrid):
             groups = groups_of(grid, blocks, weights, factor.order)
-            variance = self.options.temperature * mean_cost(groups.error.T, factor)
+            variance = self.options.width**2 * mean_cost(groups.error.T, factor)
             return FittedGroups(grid, factor, lean_for_groups(grid, groups, factor, variance, target, uniform), variance)
         assert isinstance(grid, ScalarGrid)
         columns = columns_of(grid, blocks, weights, factor.order, self.tuning.reach)
-        variance = self.options.temperature * mean_cost(columns.error, factor)
-        return FittedPass(grid, factor, lean_for(columns, factor, variance, target, uniform), variance, self.tuning.reach)
+        width = self.options.width
+        return FittedPass(grid, factor, lean_for(columns, factor, width, target, uniform), width, self.tuning.reach)
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class FittedPass(MatrixRule):
         grid: of the format.
         factor: of its inputs.
         lean: how strongly plain rounding's error is avoided.
-        variance: of the draws.
+        width: of the draws.
         reach: see `columns_of`.
     """
 
     grid: ScalarGrid
     factor: Factor
     lean: float
-    variance: float
+    width: float
     reach: int
     draws = True
 
@@ -127,7 +127,7 @@ class FittedPass(MatrixRule):
         """See `MatrixRule.round`."""
         columns = columns_of(self.grid, blocks, weights, self.factor.order, self.reach)
         shift = lean_shift(columns, self.factor).mul_(self.lean) if self.lean else None
-        passed = run_pass(columns, self.factor, shift=shift, variance=self.variance, uniform=key.uniform(weights.device))
+        passed = run_pass(columns, self.factor, shift=shift, width=self.width, uniform=key.uniform(weights.device))
         before = self.grid.unpack(blocks).codes
         turned = torch.empty_like(passed.codes)
         turned[self.factor.order] = passed.codes
@@ -142,7 +142,7 @@ class FittedPass(MatrixRule):
 
 @dataclass(frozen=True)
 class FittedGroups(MatrixRule):
-    """A pass over one matrix of a lattice format; attributes as for `FittedPass`."""
+    """A pass over one matrix of a lattice format; attributes as for `FittedPass`, but `variance` of the draws, see `run_groups`."""
 
     grid: LatticeGrid
     factor: Factor
@@ -179,7 +179,7 @@ def mean_cost(error: Tensor, factor: Factor) -> float:
     return float((error.square().mean(1) * factor.square).mean())
 
 
-def lean_for(columns: Columns, factor: Factor, variance: float, target: float, uniform: Uniform) -> float:
+def lean_for(columns: Columns, factor: Factor, width: float, target: float, uniform: Uniform) -> float:
     """The lean at which a pass over these rows keeps `<t', t> = target <t, t>`; 0 if none is needed."""
     energy = float(columns.error.square().sum())
     if energy <= 0 or target >= 1.0:
@@ -189,7 +189,7 @@ def lean_for(columns: Columns, factor: Factor, variance: float, target: float, u
     def alignments(leans: Sequence[float], step: int) -> list[float]:
         several = stacked(columns, step, len(leans))
         shifts = torch.cat([shift[:, ::step] * lean for lean in leans], dim=1)
-        passed = run_pass(several, factor, shift=shifts, variance=variance, uniform=uniform, measured=False)
+        passed = run_pass(several, factor, shift=shifts, width=width, uniform=uniform, measured=False)
         old = several.error.view(len(shift), len(leans), -1)
         new = passed.error.view(old.shape)
         return [float(share) for share in (new * old).sum((0, 2)) / old.square().sum((0, 2))]

@@ -64,13 +64,12 @@ def round_in(table: Tensor, level: Tensor, noise: Tensor | None) -> Tensor:
     Args:
         table: f32 `[levels]`, rising.
         level: f32, in the table's units; overwritten.
-        noise: f32 of the same shape, in squared units of a level; None: none. Overwritten.
+        noise: f32 of the same shape, in steps between codes; None: none.
     """
     low = torch.bucketize(level, table[1:-1])
-    gap = table.diff()[low]
-    place = level.sub_(table[low]).div_(gap)
+    place = level.sub_(table[low]).div_(table.diff()[low])
     if noise is not None:
-        place += noise.div_(gap.square_()).clamp_(-0.5, 0.5)
+        place += noise
     return place.round_().add_(low)
 
 

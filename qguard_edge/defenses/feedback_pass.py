@@ -1,4 +1,4 @@
-"""Error feedback on a fixed grid: one pass over the columns of a matrix, drawn at a temperature, bent to a constraint.
+"""Error feedback on a fixed grid: one pass over the columns of a matrix, drawn without bias, bent to a constraint.
 
 The algorithm
 -------------
@@ -14,28 +14,26 @@ so column after column, each weight is rounded not from where it was but from it
 which makes up for the errors before it (arXiv 2210.17323, 2307.13304). Rounding the centre to the nearest level makes each term
 small in turn. The levels are those that the format's blocks already have: no scale changes.
 
+The draws
+---------
+A deterministic pass is a public rule that an attacker can aim at, and so is the *mean* of a random one. So each code is drawn:
+with the centre a share `f` of the step above the lower of two levels,
+
+    P(upper) = 1/2 + (f - 1/2) / width,   cut at 0 and 1
+
+At width 1 this is stochastic rounding: given what was drawn before, the level's mean is the centre. By induction over the columns
+the error of every weight then has mean zero, so over the seeds nothing is left to aim at but what the ends of the codes' range
+(and `reach`) cut off. Of the draws without bias it has the least variance. Smaller widths cost less output error and leave more
+in common; 0 rounds to the nearest level. (Klein's sampler, Boltzmann's distribution of the terms, leaves two to three times as
+much in common for the same output error: docs/LOG.md, 2026-11-24.) Given the draws before it, a draw has the entropy
+`-p log2 p - (1 - p) log2 (1 - p)`, so the sum of these estimates, without bias, how much about the result nobody can know who
+does not know the seed. Drawing is rounding `c_j` plus uniform noise of `width` steps: the price of an addition.
+
 The constraint
 --------------
 `T` is plain rounding's error, the vector that a conditioned backdoor is stored in. Minimising `e H e^T + 2 lean <e, T>` is the
 same pass from the centres `c_j - lean y_j / R_jj`, with `R y = T`: what is taken off `<e, T>` is paid for where the layer's
-output changes least. `lean` is found on a sample of rows such that `<e, T> = c <T, T>`.
-
-The draws
----------
-A deterministic pass is a public rule that an attacker can aim at. So each code is *drawn*, from Klein's distribution: with the
-step `s` of the grid and the centre between two levels, a share `f` of the step above the lower,
-
-    P(upper) = 1 / (1 + exp(-x)),   x = (2 f - 1) R_jj^2 s^2 / (2 sigma^2)
-
-which is the Boltzmann distribution of the term above: the most randomness for the output error that it costs. Weights that
-matter keep their nearest level, weights that do not are coin tosses. `sigma^2` is the temperature times the mean of
-`R_jj^2 s^2 / 12` over the matrix, what a term costs without draws. Given the draws before it, every draw has the entropy
-
-    h = log2(1 + exp(-|x|)) + |x| / (1 + exp(|x|)) / log(2)   bits
-
-so the sum of these estimates, without bias, how much about the result nobody can know who does not know the seed.
-Drawing is rounding `c_j + n`, with logistic noise `n = logit(u) sigma^2 / (R_jj^2 s^2)` cut at half a step: the price of an
-addition.
+output changes least. `lean` is found on a sample of rows such that `<e, T> = c <T, T>`; at width 1 next to none is needed for c = 0.
 
 How it runs
 -----------
@@ -237,7 +235,7 @@ def run_pass(
     factor: Factor,
     *,
     shift: Tensor | None = None,
-    variance: float = 0.0,
+    width: float = 0.0,
     uniform: Uniform | None = None,
     measured: bool = True,
 ) -> Passed:
@@ -247,8 +245,8 @@ def run_pass(
         columns: of some rows.
         factor: of the layer's inputs.
         shift: f32 `[columns, rows]`, taken off the centres, see `lean_shift`; overwritten.
-        variance: sigma^2 of the draws; 0 rounds to the nearest code.
-        uniform: random numbers, needed for a variance above 0.
+        width: of the draws, in steps between codes; 0 rounds to the nearest code.
+        uniform: random numbers, needed for a width above 0.
         measured: whether the entropy of the draws is wanted; 0 else.
     """
     centre = columns.weights.clone() if shift is None else torch.sub(columns.weights, shift, out=shift)
@@ -256,17 +254,16 @@ def run_pass(
     bits, count = 0.0, len(centre)
     for start in range(0, count, BLOCK):
         block = slice(start, min(start + BLOCK, count))
-        sharp = noise = None
-        if variance > 0 and uniform is not None:
-            sharp = columns.scale[columns.sub[block]].square_().mul_(factor.square[block, None] / variance)
-            noise = torch.logit(uniform(*sharp.shape)).div_(sharp)
+        noise = None
+        if width > 0 and uniform is not None:
+            noise = uniform(block.stop - block.start, centre.shape[1]).sub_(0.5).mul_(width)
         if factor.feed is None:
             _round_at_once(columns, block, centre, codes, error, noise)
         else:
             _round_block(columns, factor.feed, block, centre, codes, error, noise)
             centre[block.stop :].addmm_(factor.feed[block, block.stop :].T, error[block], alpha=-1.0)
-        if sharp is not None and measured:
-            bits += _entropy(columns, block, centre[block], sharp)
+        if noise is not None and measured:
+            bits += _entropy(columns, block, centre[block], width)
     return Passed(codes, error, bits)
 
 
@@ -287,7 +284,7 @@ def _round_block(
     if columns.table is None:
         base = (columns.offset * columns.inverse)[sub].neg_()
         if noise is not None:
-            base += noise.clamp_(-0.5, 0.5)
+            base += noise
         round_evenly(*rows, base, columns.scale, columns.inverse, feed[block, block], sub)
     else:
         round_by_table(*rows, noise, columns.offset, columns.scale, columns.inverse, feed[block, block], sub, columns.table)
@@ -300,7 +297,7 @@ def _round_at_once(
     sub = columns.sub[block]
     place = (centre[block] - columns.offset[sub]).mul_(columns.inverse[sub])
     if columns.table is None:
-        found = (place if noise is None else place.add_(noise.clamp_(-0.5, 0.5))).round_()
+        found = (place if noise is None else place.add_(noise)).round_()
     else:
         found = round_in(columns.table, place, noise)
     torch.clamp(found, columns.lowest[block], columns.highest[block], out=codes[block])
@@ -308,24 +305,21 @@ def _round_at_once(
     torch.addcmul(columns.offset[sub], level, columns.scale[sub], out=error[block]).sub_(columns.weights[block])
 
 
-def _entropy(columns: Columns, block: slice, centre: Tensor, sharp: Tensor) -> float:
+def _entropy(columns: Columns, block: slice, centre: Tensor, width: float) -> float:
     """Bits in the draws of a block, whose centres are final.
 
     Args:
         columns: of some rows.
         block: which of their columns.
         centre: f32 `[n, rows]`.
-        sharp: f32 `[n, rows]`, by how much `x` grows from one level to the next where they are 1 apart; overwritten.
+        width: of the draws.
     """
     sub = columns.sub[block]
     place = (centre - columns.offset[sub]).mul_(columns.inverse[sub])
     if columns.table is not None:
         low = torch.bucketize(place, columns.table[1:-1])
-        gap = columns.table.diff()[low]
-        place.sub_(columns.table[low]).div_(gap).add_(low)
-        sharp *= gap.square_()
+        place.sub_(columns.table[low]).div_(columns.table.diff()[low]).add_(low)
     undecided = (place > columns.lowest[block]) & (place < columns.highest[block]) & (columns.inverse != 0)[sub]
-    x = place.sub_(place.floor()).sub_(0.5).mul_(sharp).abs_()
-    e = torch.exp(-x)
-    nats = torch.log1p(e).add_(x.mul_(e).div_(e + 1.0))
+    upper = place.sub_(place.floor()).sub_(0.5).div_(width).add_(0.5).clamp_(0.0, 1.0)
+    nats = torch.special.entr(upper).add_(torch.special.entr(1.0 - upper))
     return float((nats * undecided).sum()) / math.log(2.0)

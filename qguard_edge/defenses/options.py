@@ -165,11 +165,11 @@ class FeedbackOptions(DefenseOptions):
         minimum=-1.0,
         maximum=1.0,
     )
-    temperature: float = option(
-        1.0,
-        "randomness of the draws: 0 is the predictable nearest level, more is more bits nobody can guess, for more error",
+    width: float = option(
+        0.5,
+        "randomness of the draws, in steps between codes: 0 is the predictable nearest code, 1 leaves no error in common",
         minimum=0.0,
-        maximum=100.0,
+        maximum=1.0,
     )
 
 
@@ -186,8 +186,8 @@ class QuantGuardOptions(DefenseOptions):
         "model", "model: KL of the whole model; block: output error of one block", choices=("model", "block")
     )
     alignment: float = option(FeedbackOptions.alignment, "constraint, as --feedback-alignment", minimum=-1.0, maximum=1.0)
-    temperature: float = option(
-        FeedbackOptions.temperature, "randomness of the draws, as --feedback-temperature", minimum=0.0, maximum=100.0
+    width: float = option(
+        FeedbackOptions.width, "randomness of the draws, as --feedback-width", minimum=0.0, maximum=1.0
     )
     steps: int = option(
         60, "gradient steps (of each block with --quantguard-scope block); 0: feedback alone", minimum=0, maximum=100_000
@@ -205,7 +205,7 @@ class QuantGuardOptions(DefenseOptions):
     @property
     def feedback(self) -> FeedbackOptions:
         """The rule that draws the codes it starts from."""
-        return FeedbackOptions(self.alignment, self.temperature)
+        return FeedbackOptions(self.alignment, self.width)
 
 
 @dataclass(frozen=True)

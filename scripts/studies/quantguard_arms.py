@@ -59,7 +59,7 @@ def ablation_settings(_to: str) -> list[Setting]:
         Setting("feedback", FeedbackOptions()),
         Setting("default", Q()),
         *(Setting(f"c = {c}", Q(alignment=c)) for c in (1.0, 0.5, 0.25, 0.1, 0.0, -0.25)),
-        *(Setting(f"temperature {temperature:g}", Q(temperature=temperature)) for temperature in (0.0, 1.0)),
+        *(Setting(f"width {width:g}", Q(width=width)) for width in (0.0, 0.5)),
         *(Setting(f"{steps} steps", Q(steps=steps)) for steps in (15, 30, 120, 240)),
         *(Setting(f"step {rate}", Q(rate=rate)) for rate in (0.001, 0.008, 0.016)),
     ]

@@ -8,7 +8,7 @@ INSTRUCTIONS has one object a line with `instruction`, `input` and `output`. The
 what the Gram matrices are measured on (in llama.cpp); the last rows and half the drift suite's passages judge the files.
 
 An ARM is `plain`, `ortho`, a file type (`q5_k`: plain rounding to that type), or `feedback` with options and tuning:
-`feedback:alignment=0:temperature=0.5:order=random:reach=0:damping=0.01`. Prints Markdown; rows go to FOLDER/rows.jsonl too.
+`feedback:alignment=0:width=0.5:order=random:reach=0:damping=0.01`. Prints Markdown; rows go to FOLDER/rows.jsonl too.
 """
 
 import argparse

@@ -6,8 +6,8 @@ Files, texts and FOLDER as for scripts/studies/study_feedback.py. Five matrices 
 rows each; Gram matrices of
 8,192 tokens to round with and of 4,096 others to judge by. Per variant: `e H e^T` over plain rounding's (mean over matrices), on
 the inputs to judge by and on those that were seen; bits per weight; alignment; squared error over plain rounding's. Among the
-variants are sweeps of coordinate descent after the pass (each code again to its best level, all others fixed) and of Gibbs
-sampling (drawn again; its draws alone are counted, for they are what is left to guess by somebody who knows the pass).
+variants are sweeps of coordinate descent after the pass (each code again to its best level, all others fixed), and of drawing
+each code again (whose draws alone are counted, for they are what is left to guess by somebody who knows the pass).
 """
 
 import argparse
@@ -53,8 +53,8 @@ Sweep = Callable[[Sample, FittedPass, Tensor, float], tuple[Tensor, float]]
 """From (sample, pass, blocks, bits) to new blocks and bits."""
 
 
-def sweep(damping: float, temperature: float = 0.0) -> Sweep:
-    """One sweep over all codes; temperature 0 is coordinate descent, else Gibbs sampling at that multiple of the pass's."""
+def sweep(damping: float, width: float = 0.0) -> Sweep:
+    """One sweep over all codes: to the nearest (coordinate descent), or drawn anew."""
 
     def run(sample: Sample, rule: FittedPass, blocks: Tensor, bits: float) -> tuple[Tensor, float]:
         grid, weights = sample.grid, sample.weights
@@ -70,18 +70,16 @@ def sweep(damping: float, temperature: float = 0.0) -> Sweep:
             best = -(product[:, j] - size * error[:, j] + rule.lean * plain[:, j]) / size
             place = codes[:, j] + (best - error[:, j]) / torch.where(usable, scale[:, j], 1.0)
             chosen = place.round()
-            if temperature:
-                sharp = scale[:, j].square() * size / (temperature * rule.variance)
-                uniform = torch.rand(len(weights), generator=generator).clamp_(1e-6, 1 - 1e-6)
-                chosen = (place + (torch.logit(uniform) / sharp).nan_to_num(0.0).clamp(-0.5, 0.5)).round()
-                x = ((place - place.floor() - 0.5) * sharp).abs()
-                drawn += float((torch.log1p(torch.exp(-x)) + x / (1 + torch.exp(x))).sum()) / math.log(2)
+            if width:
+                chosen = (place + width * (torch.rand(len(weights), generator=generator) - 0.5)).round()
+                upper = (0.5 + (place - place.floor() - 0.5) / width).clamp(0.0, 1.0)
+                drawn += float((torch.special.entr(upper) + torch.special.entr(1.0 - upper)).sum()) / math.log(2)
             chosen = torch.where(usable, chosen.clamp(0, len(grid.levels) - 1), codes[:, j])
             move = (chosen - codes[:, j]) * scale[:, j]
             codes[:, j] = chosen
             error[:, j] += move
             product.addr_(move, gram[j])
-        return grid.pack(blocks, codes.to(torch.uint8).view(parts.codes.shape)), drawn if temperature else bits
+        return grid.pack(blocks, codes.to(torch.uint8).view(parts.codes.shape)), drawn if width else bits
 
     return run
 
@@ -130,9 +128,9 @@ def measure(samples: list[Sample], options: FeedbackOptions, tuning: Tuning, aft
 
 
 def variants() -> Iterator[tuple[str, FeedbackOptions, Tuning, Sweep | None]]:
-    """What is tried, one change at a time from c = 0, temperature 0.5 and the defaults of `Tuning`."""
-    usual, tuning = FeedbackOptions(alignment=0.0), Tuning()
-    yield "defaults, c = 0", usual, tuning, None
+    """What is tried, one change at a time from the defaults of `FeedbackOptions` and `Tuning`."""
+    usual, tuning = FeedbackOptions(), Tuning()
+    yield "defaults", usual, tuning, None
     for order in ("natural", "random"):
         yield f"order {order}", usual, Tuning(order=order), None
     for reach in (0, 2, 255):
@@ -140,15 +138,15 @@ def variants() -> Iterator[tuple[str, FeedbackOptions, Tuning, Sweep | None]]:
     yield "order natural, reach 0", usual, Tuning(order="natural", reach=0), None
     for damping in (0.003, 0.01, 0.1, 0.3):
         yield f"damping {damping}", usual, Tuning(damping=damping), None
-    for temperature in (0.0, 0.1, 0.2, 0.3, 0.7, 1.0, 2.0):
-        yield f"temperature {temperature}", FeedbackOptions(alignment=0.0, temperature=temperature), tuning, None
+    for width in (0.0, 0.25, 0.75, 1.0):
+        yield f"width {width}", FeedbackOptions(width=width), tuning, None
     for alignment in (1.0, 0.1, -0.15, -0.3):
         yield f"c = {alignment}", FeedbackOptions(alignment=alignment), tuning, None
-    still = FeedbackOptions(alignment=0.0, temperature=0.0)
-    yield "temperature 0, coordinate descent", still, tuning, sweep(tuning.damping)
+    still = FeedbackOptions(width=0.0)
+    yield "width 0, coordinate descent", still, tuning, sweep(tuning.damping)
     yield "coordinate descent", usual, tuning, sweep(tuning.damping)
-    for temperature in (1.0, 2.0):
-        yield f"Gibbs sampling at {temperature}", usual, tuning, sweep(tuning.damping, temperature)
+    for width in (0.5, 1.0):
+        yield f"drawn anew at width {width}", usual, tuning, sweep(tuning.damping, width)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from tests.helpers.feedback_layers import CPU, KEY, entropy_of, lattice_layer, l
 def test_lattices_compute_better_what_they_should_under_the_constraint(name: str) -> None:
     grid = lattice_of(name)
     blocks, weights, gram = lattice_layer(name, 96, 512)
-    defense = Feedback(FeedbackOptions(alignment=0.0, temperature=0.3))
+    defense = Feedback(FeedbackOptions(alignment=0.0, width=0.5))
     rule = defense.fit(grid, defense.factor(grid, gram, 512, CPU), blocks, weights, KEY)
     made = rule.round(blocks, weights, KEY)
     plain, ours = (grid.dequantize(b).view(weights.shape) - weights for b in (blocks, made.blocks))
@@ -64,7 +64,7 @@ def test_lattice_bits_are_the_entropy_of_the_whole_row() -> None:
     copies = 20_000
     grid = lattice_of("IQ3_S")
     blocks, weights, gram = lattice_layer("IQ3_S", 1, 256)
-    defense = Feedback(FeedbackOptions(alignment=1.0, temperature=0.06))
+    defense = Feedback(FeedbackOptions(alignment=1.0, width=0.25))
     rule = defense.fit(grid, defense.factor(grid, gram, 256, CPU), blocks, weights, KEY)
     made = rule.round(blocks.repeat(copies, 1), weights.repeat(copies, 1), KEY)
     entropy = entropy_of(made.blocks)
