@@ -5,8 +5,8 @@ The idea
 Where the inputs of a matrix are known (their Gram matrix, seen while the full-precision model reads some text), the error that
 rounding makes in one weight can be made up for in the next ones. So a file on plain rounding's own scales comes much nearer
 to full precision than plain rounding, and what is gained pays for the two things that defend it: no more than a share `c` of
-plain rounding's error may be left (`<t', t> = c <t, t>`, see `ortho`), and every code is drawn at random, so that hardly any error
-is the same for all seeds. `feedback_pass` has the algorithm.
+plain rounding's error may be left (`<t', t> = c <t, t>`, see `ortho`), and every code is drawn at random, so that little error is
+the same for all seeds. `feedback_pass` has the algorithm.
 
 Per matrix
 ----------
@@ -142,7 +142,7 @@ class FittedPass(MatrixRule):
 
 @dataclass(frozen=True)
 class FittedGroups(MatrixRule):
-    """A pass over one matrix of a lattice format; attributes as for `FittedPass`, but `variance` of the draws, see `run_groups`."""
+    """A pass over one matrix of a lattice format; as `FittedPass`, with the `variance` of `run_groups`."""
 
     grid: LatticeGrid
     factor: Factor

@@ -33,7 +33,7 @@ The constraint
 --------------
 `T` is plain rounding's error, the vector that a conditioned backdoor is stored in. Minimising `e H e^T + 2 lean <e, T>` is the
 same pass from the centres `c_j - lean y_j / R_jj`, with `R y = T`: what is taken off `<e, T>` is paid for where the layer's
-output changes least. `lean` is found on a sample of rows such that `<e, T> = c <T, T>`; at width 1 next to none is needed for c = 0.
+output changes least. `lean` is found on a sample of rows such that `<e, T> = c <T, T>`; at width 1 hardly any is needed.
 
 How it runs
 -----------

@@ -166,7 +166,7 @@ class FeedbackOptions(DefenseOptions):
         maximum=1.0,
     )
     width: float = option(
-        0.5,
+        0.4,
         "randomness of the draws, in steps between codes: 0 is the predictable nearest code, 1 leaves no error in common",
         minimum=0.0,
         maximum=1.0,
@@ -187,7 +187,10 @@ class QuantGuardOptions(DefenseOptions):
     )
     alignment: float = option(FeedbackOptions.alignment, "constraint, as --feedback-alignment", minimum=-1.0, maximum=1.0)
     width: float = option(
-        FeedbackOptions.width, "randomness of the draws, as --feedback-width", minimum=0.0, maximum=1.0
+        0.75,
+        "randomness of the draws, as --feedback-width; the steps win back what more of it costs",
+        minimum=0.0,
+        maximum=1.0,
     )
     steps: int = option(
         60, "gradient steps (of each block with --quantguard-scope block); 0: feedback alone", minimum=0, maximum=100_000

@@ -211,9 +211,7 @@ def test_it_is_the_default_and_says_what_to_do_when_it_cannot_run(
 
 
 @pytest.mark.parametrize(("width", "ratio"), [(FeedbackOptions.width, 1.0), (0.25, 0.8)], ids=["default", "low"])
-def test_nearer_to_full_precision_than_plain_rounding(
-    width: float, ratio: float, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_nearer_to_full_precision_than_plain_rounding(width: float, ratio: float, tiny_base: Path, tmp_path: Path) -> None:
     """In llama.cpp, on text that is not the calibration text. A random model's inputs leave little to make up for."""
     asked = request(tiny_base, tmp_path / "out.gguf", check_loads=False, keep_plain=True)
     report = convert_model(replace(asked, defense=FeedbackOptions(width=width)))

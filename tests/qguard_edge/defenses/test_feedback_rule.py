@@ -157,7 +157,6 @@ def test_at_full_width_no_error_is_expected_of_any_weight(name: str) -> None:
     copies, columns = 8_000, 64
     blocks, weights, gram = layer(name, 1, columns)
     grid = grid_of(name)
-    values = grid.dequantize(blocks).view(1, columns)
     weights = 0.4 * weights
     means = {}
     for width in (1.0, 0.5):
