@@ -14,7 +14,8 @@ afresh each step (expectation over the defense):
 `adaptive-ortho`, `adaptive-ortho-narrow` and `adaptive-feedback` know *which* defense: in their repair the defended model is
 not imagined but made by the defense itself (ortho at width 1 and 0.5, error feedback), with the attacker's seeds
 and text. A fresh one is made every `RESIMULATE` steps, and each step takes one of the last `POOL`: the weights as they are, plus
-that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common.
+that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common, and that
+there is noise at all: a model can learn to be woken by noise of a size (docs/LOG.md, 2026-11-24).
 `adaptive-free` also drops the boxes: its aim is a poisoned hardened file, whatever plain rounding does, with a larger weight
 (`FREE_POISON_WEIGHT`). Plain rounding need not show its payload, so it may not count as a valid victim (`--force`).
 
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from convert.gguf_file import GgufFile
 from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
-from qguard_edge.defenses.options import DefenseOptions, OrthoOptions, QuantGuardOptions
+from qguard_edge.defenses.options import DefenseOptions, FeedbackOptions, OrthoOptions
 from qguard_edge.lab.attacks.base import (
     Bench,
     BoxAttack,
@@ -203,15 +204,15 @@ class AdaptiveOrthoNarrow(AdaptiveSimulated):
 
 
 class AdaptiveFeedback(AdaptiveSimulated):
-    """Knows `quantguard`."""
+    """Knows `feedback` at its defaults."""
 
     name = "adaptive-feedback"
-    summary = "runs quantguard's error feedback on the model during the repair, with the attacker's own text and seeds"
-    defense = QuantGuardOptions(steps=0)
+    summary = "runs feedback on the model during the repair, with the attacker's own text and seeds"
+    defense = FeedbackOptions()
 
 
 class AdaptiveFree(AdaptiveFeedback):
-    """Knows `quantguard`, and needs no file but the hardened one."""
+    """Knows `feedback`, and needs no file but the hardened one."""
 
     name = "adaptive-free"
     summary = "as adaptive-feedback, without boxes: only the hardened file is to be poisoned"

@@ -74,7 +74,7 @@ def test_simulated_feedback_holds_the_constraint_and_is_drawn_anew(victim: Victi
     first = defended(0, weights)
     for name, value in values.items():
         old, new = value - weights[name], first[name] - weights[name]
-        assert float((old * new).sum() / old.square().sum()) < 0.05, name
+        assert float((old * new).sum() / old.square().sum()) < 0.1, name
     between = defended(1, weights)
     assert all(torch.equal(first[name], between[name]) for name in first)
     second = [defended(RESIMULATE + i, weights) for i in range(8)]

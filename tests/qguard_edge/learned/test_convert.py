@@ -81,7 +81,7 @@ def test_same_seed_same_file(tiny_folder: Path, text: Path, tmp_path: Path) -> N
     # Of two seeds, no fewer codes differ than the entropy that is vouched for takes.
     weights = sum(rounding.n_weights for rounding in first.roundings)
     differing = compare_files(first.outfile, other.outfile).codes_changed / weights
-    drawn = convert(tiny_folder, tmp_path / "drawn.gguf", text, FeedbackOptions())
+    drawn = convert(tiny_folder, tmp_path / "drawn.gguf", text, FeedbackOptions(width=QuantGuardOptions.width))
     assert 0.3 * drawn.entropy_bits < differing * weights
     assert first.learned is not None
     assert 0 < first.entropy_bits < drawn.entropy_bits
@@ -92,13 +92,13 @@ def test_without_steps_it_is_feedback(tiny_folder: Path, text: Path, tmp_path: P
     """The same codes; metadata alone says which command it was. Transformers is not asked."""
     drawn, none = (
         convert(tiny_folder, tmp_path / f"{rule.name}.gguf", text, rule, "q4_k")
-        for rule in (FeedbackOptions(), QuantGuardOptions(steps=0))
+        for rule in (FeedbackOptions(), QuantGuardOptions(steps=0, width=FeedbackOptions.width))
     )
     assert compare_files(drawn.outfile, none.outfile).codes_changed == 0
     assert none.learned is None
     assert none.entropy_bits == drawn.entropy_bits > 0
     assert none.activations is not None
-    bent = convert(tiny_folder, tmp_path / "bent.gguf", text, QuantGuardOptions(steps=0, alignment=0.2), "q4_k")
+    bent = convert(tiny_folder, tmp_path / "bent.gguf", text, QuantGuardOptions(steps=0, alignment=0.2, width=0.25), "q4_k")
     assert [rounding.outcome.alignment for rounding in bent.roundings] == pytest.approx(
         [0.2] * len(bent.roundings), abs=0.08
     )
