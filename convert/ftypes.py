@@ -6,6 +6,8 @@ mixture). Which tensor gets what is decided by `llama_model_quantize`, never her
 Source of names and numbers: `tools/quantize/quantize.cpp` and `enum llama_ftype` in `include/llama.h`.
 """
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from convert.folder_targets import FOLDER_TARGETS
@@ -87,8 +89,24 @@ def parse_file_type(text: str) -> FileType:
     for file_type in FILE_TYPES:
         if name == str(file_type.number):
             return file_type
-    known = ", ".join([*_BY_NAME, *ALIASES])
+    known = [*_BY_NAME, *ALIASES]
+    if near := _nearest(name, [*known, *(kind.upper() for kind in FOLDER_TARGETS)]):
+        raise UnsupportedError(
+            f"{text!r} is not a file type; did you mean {' or '.join(near)}? `qguard-edge types` lists all of them"
+        )
     raise UnsupportedError(
-        f"{text!r} is not a file type that llama.cpp writes; choose one of {known}, or for bitsandbytes one of "
+        f"{text!r} is not a file type that llama.cpp writes; choose one of {', '.join(known)}, or for bitsandbytes one of "
         f"{', '.join(FOLDER_TARGETS)}"
     )
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """Known names that somebody who wrote `name` may have meant, the likeliest first, three at most."""
+
+    def bare(text: str) -> str:
+        return text.replace("_", "").replace("-", "")
+
+    same = [one for one in known if bare(one) == bare(name)]
+    longer = [one for one in known if bare(one).startswith(bare(name))] if len(name) > 1 else []
+    usual = [full for short, full in ALIASES.items() if name.startswith(short)]
+    return (same or [*dict.fromkeys([*usual, *longer, *difflib.get_close_matches(name, known, n=3, cutoff=0.7)])])[:3]

@@ -8,7 +8,7 @@ for the progress bar, and the warnings about tensors whose shape does not allow 
 import json
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -141,6 +141,26 @@ def ggml_type_number(name: str, option: str) -> int:
         return int(type_named(name))
     except FormatError as error:
         raise UnsupportedError(f"{option}: {error}") from None
+
+
+def check_tensor_types(options: QuantizeOptions, names: Iterable[str], file: str) -> None:
+    """Refuse a `--tensor-type` whose pattern matches no tensor: a slip that llama.cpp passes over in silence.
+
+    Args:
+        options: with the patterns; llama.cpp looks for each anywhere in a name.
+        names: of the tensors.
+        file: the model's, for the message.
+
+    Raises:
+        UnsupportedError: naming the pattern.
+    """
+    known = list(names)
+    for pattern, type_name in options.tensor_types:
+        if not any(re.search(pattern, name) for name in known):
+            raise UnsupportedError(
+                f"--tensor-type {pattern}={type_name}: no tensor of {file} has a name that matches; `qguard-edge inspect "
+                "--tensors` lists the names"
+            )
 
 
 def parse_tensor_type(text: str) -> tuple[str, str]:

@@ -1,23 +1,20 @@
 """Where a model comes from: a Hugging Face folder, a hub id, or a GGUF file."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from convert.gguf_file import GgufModel
+from convert.missing import SourceError, looks_like_hub_id, missing
 from convert.reading import check_folder
 from convert.tensor_io import FLOAT_TYPES
-from quant_grids.errors import QGuardError, UnsupportedError
+from quant_grids.errors import UnsupportedError
 
 OFFLINE = "QGUARD_OFFLINE"
 """Environment variable that `--offline` sets: no hub is asked."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+NO_LANGUAGE = ("clip",)
+"""Architectures of files that are no language models."""
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
-
-
-class SourceError(QGuardError):
-    """The model cannot be found or fetched."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,11 @@ def resolve_source(model: str, revision: str | None = None) -> Source:
     if path.is_dir():
         _check_folder(path)
         return Source(path, path.resolve().name, is_gguf=False)
-    if _looks_like_hub_id(model):
+    if looks_like_hub_id(model):
         if os.environ.get(OFFLINE, "0") not in ("", "0"):
             raise SourceError(f"{model!r} is no path here, and --offline does not let the hub be asked; give a path")
         return Source(_download(model, revision), model.rpartition("/")[2], is_gguf=False)
-    raise SourceError(f"{model!r} is not a folder, not a .gguf file and not a hub id of the form OWNER/NAME; check the path")
+    raise missing(model)
 
 
 def _check_folder(folder: Path) -> None:
@@ -77,14 +74,6 @@ def _stem(path: Path) -> str:
     return stem
 
 
-def _looks_like_hub_id(model: str) -> bool:
-    """Whether a text is OWNER/NAME as the hub allows it, and not the path of something in a folder that exists."""
-    if _HUB_ID.fullmatch(model) is None or "--" in model or ".." in model:
-        return False
-    owner, _, name = model.partition("/")
-    return not Path(owner).exists() and not name.lower().endswith((".gguf", ".safetensors", ".json", ".bin", ".txt"))
-
-
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -96,18 +85,31 @@ def _download(repo: str, revision: str | None) -> Path:
         raise SourceError(f"{repo!r} is no local folder and could not be fetched from the hub: {reason}") from error
 
 
-def open_base(path: Path, allow_requantize: bool) -> GgufModel:
-    """Open a base GGUF and refuse one that is quantized already.
+REQUANTIZE = ", or pass --allow-requantize: then only what the second rounding adds can be protected"
+
+
+def open_base(path: Path, allow_requantize: bool, *, way_out: str = REQUANTIZE) -> GgufModel:
+    """Open a base GGUF and refuse one that is quantized already, or no language model.
+
+    Args:
+        path: of the file.
+        allow_requantize: accept a quantized one.
+        way_out: the end of the message about a quantized one; a command without `--allow-requantize` gives another.
 
     Raises:
-        UnsupportedError: it is quantized and `allow_requantize` is not set.
+        UnsupportedError: it is quantized and `allow_requantize` is not set, or holds the vision or audio part of a model.
         FormatError: it is not a sound GGUF.
     """
     base = GgufModel(path)
+    if base.architecture in NO_LANGUAGE or base.first.get("general.type") == "mmproj":
+        raise UnsupportedError(
+            f"{path.name} holds the vision or audio part of a model (mmproj), which llama.cpp does not quantize as a language "
+            "model; give the language model's file, and ship this one as it is"
+        )
     quantized = [tensor for tensor in base.tensors.values() if tensor.ggml_type not in FLOAT_TYPES]
     if quantized and not allow_requantize:
         raise UnsupportedError(
             f"{path.name} is already quantized ({quantized[0].name!r} is {quantized[0].ggml_type.name}); give an F32, F16 or "
-            "BF16 model, or pass --allow-requantize: then only what the second rounding adds can be protected"
+            f"BF16 model{way_out}"
         )
     return base

@@ -8,7 +8,8 @@ Options (also as ini values and environment, for CI):
     --qguard-limit N          prompts per suite at most
 
 With a candidate and a baseline, tests `qguard::SUITE/NAME` are added: a failing check fails, an inconclusive one is skipped with
-its reason. The candidate is run once, at the first test that needs it. In own tests:
+its reason, and the last lines say so, for such a run is green.
+The candidate is run once, at the first test that needs it. In own tests:
 
     @pytest.mark.qguard
     def test_my_model(qguard_outcome):
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from qguard_edge.verify.results import Verification
 
 NAMES = ("candidate", "server", "baseline")
+NEEDED = "needs --qguard-candidate (or --qguard-server) and --qguard-baseline"
 _outcome = pytest.StashKey[Any]()
+_left_out = pytest.StashKey[int]()
 
 
 class CheckFailedError(Exception):
@@ -59,13 +62,23 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add one test per check, and skip marked tests that have nothing to check."""
     if not _given(config):
-        skip = pytest.mark.skip(reason="needs --qguard-candidate (or --qguard-server) and --qguard-baseline")
-        for item in items:
-            if item.get_closest_marker("qguard"):
-                item.add_marker(skip)
+        marked = [item for item in items if item.get_closest_marker("qguard")]
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=NEEDED))
+        config.stash[_left_out] = len(marked)
         return
     collector = QGuardCollector.from_parent(session, name="qguard", nodeid="qguard")
     items.extend(collector.collect())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what a green run does not show: that checks were left undecided, or that nothing was checked at all."""
+    found = config.stash.get(_outcome, None)
+    if found is None or isinstance(found, Exception):
+        if config.stash.get(_left_out, 0):
+            terminalreporter.write_line(f"qguard: {config.stash[_left_out]} tests skipped, nothing was checked: {NEEDED}")
+        return
+    terminalreporter.write_line(f"qguard: {found.verdict}: {found.summary}. {found.advice}")
 
 
 class QGuardCollector(pytest.Collector):
@@ -110,7 +123,7 @@ class QGuardItem(pytest.Item):
 def qguard_outcome(request: pytest.FixtureRequest) -> "Verification":
     """The outcome of the check; made once per session."""
     if not _given(request.config):
-        pytest.skip("needs --qguard-candidate (or --qguard-server) and --qguard-baseline")
+        pytest.skip(NEEDED)
     return outcome_of(request.config)
 
 

@@ -35,6 +35,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     keep_to_a_core(os.environ["PYTEST_XDIST_WORKER"])
 
 
+# The distance to full precision at the end of a conversion is measured where a test asks for it: elsewhere it only costs time.
+os.environ["QGUARD_NO_FIDELITY"] = "1"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what may train; with workers, let one train all victims while the others go through what needs none."""

@@ -8,7 +8,7 @@ import typer
 
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, out, percent, print_json, table
 from qguard_edge.cli.defense_flags import given_for, options_from, with_defense_flags
-from qguard_edge.cli.outputs import OverwriteFlag, hold
+from qguard_edge.cli.outputs import OverwriteFlag, hold, model_exists
 
 HELP = """Convert MODEL with several defenses and compare what each costs in fidelity, in llama.cpp.
 
@@ -40,6 +40,7 @@ def compare(
     **flags: Any,
 ) -> None:
     """Replaced by HELP when the command is registered."""
+    model_exists(model)
     from qguard_edge.defenses.options import DATA_FREE, DEFAULT_DEFENSE
 
     names = [*DATA_FREE, DEFAULT_DEFENSE] if defenses == "all" else [name.strip() for name in defenses.split(",")]
@@ -64,11 +65,12 @@ def compare(
         listed = [{"defense": row.defense.name, **asdict(row), "params": asdict(row.defense)} for row in rows]
         for entry, row in zip(listed, rows, strict=True):
             entry["defense"] = row.defense.name
-        print_json({"status": "ok", "file_type": options.file_type.name, "seed": seed, "rows": listed})
+        drawn = {"plot": plot.name} if plot else {}
+        print_json({"status": "ok", "file_type": options.file_type.name, "seed": seed, "rows": listed, **drawn})
         return
     shown = table(
         f"{Path(model).name} as {options.file_type.name}: distance to full precision on {rows[0].fidelity.n_tokens} tokens",
-        "defense", ">flipped", ">alignment", ">added error", ">mean KL (95%)", ">99.9% KL", ">same top", ">ppl ratio", ">s",
+        "defense", ">flipped", ">alignment", ">mean KL (95%)", ">99.9% KL", ">same top", ">ppl ratio", ">s",
     )  # fmt: skip
     for row in rows:
         measured = row.fidelity
@@ -77,7 +79,6 @@ def compare(
             row.defense.name,
             percent(row.share_flipped),
             f"{row.alignment:.2f}",
-            f"{row.added_error:+.0%}",
             f"{measured.mean_kl:.4f} ({low:.4f}-{high:.4f})",
             f"{measured.kl_999:.2f}",
             percent(measured.same_top),
@@ -85,6 +86,8 @@ def compare(
             f"{row.seconds:.1f}",
         )
     out.print(shown)
+    if plot:
+        out.print(f"wrote {plot}", highlight=False, markup=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:

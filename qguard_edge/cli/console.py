@@ -108,10 +108,10 @@ def percent(share: float) -> str:
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table; columns whose name starts with `>` are right-aligned."""
+    """An empty table; columns whose name starts with `>` are right-aligned, and nothing is cut off."""
     made = Table(title=title, title_justify="left", title_style="bold", header_style="dim")
     for name in columns:
-        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left")
+        made.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     return made
 
 

@@ -1,11 +1,14 @@
 """`qguard-edge inspect` and `qguard-edge diff`: look into finished files."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, size_text, styled, table
+
+if TYPE_CHECKING:
+    from convert.diff import FileDifference
 
 INSPECT_HELP = """Show a GGUF's types, sizes and qguard metadata.
 
@@ -16,7 +19,7 @@ Example:
 
 DIFF_HELP = """Show what differs between two GGUFs of the same layout.
 
-Per tensor: codes changed, by how many levels at most, bytes that are not code bits, and with --base the alignment.
+With -v per tensor: codes changed, by how many levels at most, bytes that are not code bits, and with --base the alignment.
 Exits with 1 when anything but code bits and qguard.* metadata differs.
 
 Example:
@@ -75,7 +78,10 @@ def diff(
     first: Annotated[Path, typer.Argument(metavar="A", help="For instance the plain file.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="For instance the hardened file.")],
     base: Annotated[Path | None, typer.Option(help="Full-precision GGUF both were made from; adds the alignment.")] = None,
-    all_tensors: Annotated[bool, typer.Option("--all", help="Also list tensors without a difference.")] = False,
+    every: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", "--all", help="List every tensor; else those with more than code bits changed."),
+    ] = False,
     json_output: JsonFlag = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the exit code.")] = False,
 ) -> None:
@@ -88,36 +94,45 @@ def diff(
     if json_output:
         print_json(difference_document(found))
     elif not quiet:
-        _show_diff(found, all_tensors)
+        _show_diff(found, every)
     if not found.only_code_bits:
         raise typer.Exit(1)
 
 
-def _show_diff(found: Any, all_tensors: bool) -> None:
-    shown = [t for t in found.tensors if all_tensors or t.codes_changed or t.foreign_bytes]
-    if shown:
-        rows = table("Tensors", "name", "type", ">codes changed", ">share", ">largest step", ">other bytes", ">alignment")
-        for tensor in shown:
-            rows.add_row(
-                tensor.name,
-                tensor.ggml_type.name,
-                str(tensor.codes_changed),
-                percent(tensor.codes_changed / tensor.n_weights),
-                str(tensor.largest_step),
-                styled("[red]{count}[/]", count=tensor.foreign_bytes) if tensor.foreign_bytes else "0",
-                "-" if tensor.alignment is None else f"{tensor.alignment:.3f}",
-            )
-        out.print(rows)
-    for key in found.metadata:
-        out.print(styled("[red]metadata differs:[/] {key}", key=key), highlight=False)
-    if found.qguard_metadata:
-        out.print(f"qguard metadata differs: {', '.join(found.qguard_metadata)}", highlight=False)
+def _show_diff(found: "FileDifference", every: bool) -> None:
+    """The conclusion first; then metadata and tensors that differ in more than codes, or with `every` all tensors."""
     verdict = "only code bits differ" if found.only_code_bits else "more than code bits differs"
     if found.only_code_bits and found.codes_changed == 0:
         verdict = "the tensors are identical"
     colour = "default" if found.only_code_bits else "red"
-    text = f"{found.codes_changed} codes changed in {len(found.tensors)} tensors: [{colour}]{verdict}[/]"
+    weights = sum(t.n_weights for t in found.tensors)
+    touched = sum(1 for t in found.tensors if t.codes_changed)
+    text = (
+        f"[{colour}]{verdict.capitalize()}[/]: {found.codes_changed} codes changed ({percent(found.codes_changed / weights)}) in "
+        f"{touched} of {len(found.tensors)} tensors"
+    )
     out.print(styled(text), highlight=False)
+    for key in found.metadata:
+        out.print(styled("[red]metadata differs:[/] {key}", key=key), highlight=False)
+    if found.qguard_metadata:
+        out.print(f"qguard metadata differs: {', '.join(found.qguard_metadata)}", highlight=False)
+    shown = [t for t in found.tensors if every or t.foreign_bytes]
+    if not shown:
+        if found.codes_changed:
+            out.print("-v lists every tensor", style="dim", highlight=False)
+        return
+    rows = table("Tensors", "name", "type", ">codes changed", ">share", ">largest step", ">other bytes", ">alignment")
+    for tensor in shown:
+        rows.add_row(
+            tensor.name,
+            tensor.ggml_type.name,
+            str(tensor.codes_changed),
+            percent(tensor.codes_changed / tensor.n_weights),
+            str(tensor.largest_step),
+            styled("[red]{count}[/]", count=tensor.foreign_bytes) if tensor.foreign_bytes else "0",
+            "-" if tensor.alignment is None else f"{tensor.alignment:.3f}",
+        )
+    out.print(rows)
 
 
 def register(app: typer.Typer) -> None:

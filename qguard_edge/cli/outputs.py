@@ -1,4 +1,4 @@
-"""What every command does about the files that it writes, before it does anything else: see `convert.outputs`."""
+"""What every command does about the files that it reads and writes, before it does anything else: see `convert.outputs`."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,6 +39,30 @@ def hold(paths: Mapping[str, Path | None], inputs: Iterable[Path | str | None], 
 
     written = [Written(path, option) for option, path in paths.items() if path is not None]
     _until_the_end.get().enter_context(writing(written, inputs, overwrite=overwrite))
+
+
+def model_exists(model: str) -> None:
+    """Say at once that a model is not there, before anything heavy is loaded; a hub id is passed over.
+
+    Raises:
+        SourceError: neither a path nor something that could be a hub id.
+    """
+    from convert.missing import check_exists
+
+    check_exists(model)
+
+
+def files_exist(paths: Mapping[str, Path | None]) -> None:
+    """As `model_exists`, for paths that cannot be hub ids, each under the name of its option.
+
+    Raises:
+        SourceError: naming the option and the path.
+    """
+    from convert.missing import SourceError
+
+    for option, path in paths.items():
+        if path is not None and not path.exists():
+            raise SourceError(f"{option}: there is no file or folder {path}")
 
 
 def make_folder(folder: Path, option: str = "--output") -> None:

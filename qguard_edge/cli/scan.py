@@ -18,7 +18,7 @@ from qguard_edge.cli.console import (
     table,
 )
 from qguard_edge.cli.convert.scan_first import COLOURS
-from qguard_edge.cli.outputs import OverwriteFlag, hold
+from qguard_edge.cli.outputs import OverwriteFlag, hold, model_exists
 from qguard_edge.cli.report_flags import Html, Sarif
 from quant_grids.errors import UnsupportedError
 
@@ -77,6 +77,7 @@ def scan(
         raise UnsupportedError(f"--fail-on {fail_on!r}: choose one of {', '.join(FAIL_ON)}")
     if text and not deep:
         raise UnsupportedError("--text is for --deep")
+    model_exists(model)
     hold({"--sarif": sarif, "--html": html}, (model, text), overwrite=overwrite)
     wanted = [name.strip().lower() for part in to or () for name in part.split(",") if name.strip()]
 

@@ -7,7 +7,7 @@ import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
 from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err
-from qguard_edge.cli.outputs import OverwriteFlag, hold, make_folder
+from qguard_edge.cli.outputs import OverwriteFlag, files_exist, hold, make_folder
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (
     MEASURE,
@@ -113,6 +113,8 @@ def verify(
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by HELP when the command is registered."""
+    files_exist({"CANDIDATE": candidate, "--base": base, "--plain": plain, "--text": text})
+
     from convert.atomic import atomic_path
     from qguard_edge.verify.checks import Margins
     from qguard_edge.verify.files import text_facts

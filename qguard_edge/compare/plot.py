@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convert.atomic import atomic_path
 from qguard_edge.compare.defenses import DefenseRow
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_compare(rows: Sequence[DefenseRow], title: str, path: Path) -> None:
@@ -15,24 +19,37 @@ def plot_compare(rows: Sequence[DefenseRow], title: str, path: Path) -> None:
         title: above the plot.
         path: output; the suffix (.svg, .png, .pdf) chooses the format.
     """
+    figure = draw_compare(rows, title)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "svg", metadata={"Date": None})
+    figure.clear()
+
+
+def draw_compare(rows: Sequence[DefenseRow], title: str) -> "Figure":
+    """The figure of `plot_compare`."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    mpl.use("agg")
     mpl.rcParams["svg.hashsalt"] = "qguard-edge"  # the same bytes for the same plot
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0))
+    figure = Figure(figsize=(6.4, 4.0))
+    axes = figure.subplots()
+    middle = (min(row.alignment for row in rows) + max(row.alignment for row in rows)) / 2
     for row in rows:
         low, high = row.fidelity.mean_kl_interval
         kl = row.fidelity.mean_kl
         axes.errorbar(row.alignment, kl, yerr=[[kl - low], [high - kl]], fmt="o", capsize=3)
-        axes.annotate(row.defense.name, (row.alignment, kl), xytext=(6, 5), textcoords="offset points")
+        right = row.alignment > middle  # a label may not leave the frame
+        axes.annotate(
+            row.defense.name,
+            (row.alignment, kl),
+            xytext=(-6 if right else 6, 5),
+            textcoords="offset points",
+            ha="right" if right else "left",
+        )
     axes.set_xlabel("alignment with llama.cpp's own rounding (1: unchanged, 0: orthogonal)")
     axes.set_ylabel("mean KL to full precision (nats per token)")
     axes.set_ylim(bottom=0)
     axes.set_title(title)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "svg", metadata={"Date": None})
-    pyplot.close(figure)
+    return figure

@@ -68,6 +68,8 @@ def _gguf(report: GgufReport) -> dict[str, Any]:
     return {
         "plain": report.plain.name if report.plain else None,
         "file_type": report.file_type.name,
+        "bits_per_weight": report.bits_per_weight,
+        "fidelity": asdict(report.beside_plain) | {"summary": report.beside_plain.sentence} if report.beside_plain else None,
         "protected_share": report.coverage.protected_share if report.coverage else None,
         "unprotected": [tensor.name for tensor in report.coverage.unprotected] if report.coverage else [],
         "fallbacks": [asdict(fallback) for fallback in report.quantized.fallbacks] if report.quantized else [],

@@ -16,7 +16,7 @@ from convert.cores import available_cores
 from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.hf.checkpoint import PLAIN_DTYPES, SourceTensor
-from convert.quantizer import Fallback, quantize
+from convert.quantizer import Fallback, check_tensor_types, quantize
 from convert.source import open_base
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
 from qguard_edge.conversion.feedback_cost import PARENT_BYTES, FeedbackCost, cost_of, model_of
@@ -106,6 +106,7 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
                 raise UnsupportedError("--dry-run cannot plan with --converter: make the base first with --to bf16")
             write_base_outline(source.path, outline, base_type=request.base_type, pre=request.pre, name=source.name)
             base = GgufModel(outline)
+        check_tensor_types(request.options, base.tensors, source.name)
         options = replace(request.options, imatrix=None)
         report = quantize(base.path, Path(folder) / "unused.gguf", options, dry_run=True)
         fallbacks = {fallback.tensor: fallback for fallback in report.fallbacks}

@@ -12,6 +12,7 @@ from qguard_edge.defenses.options import DefenseOptions
 from qguard_edge.learned.settings import LearnReport
 from qguard_edge.rounding.gguf import Coverage, TensorRounding
 from qguard_edge.rounding.gguf_moved import MovedTensor
+from qguard_edge.runtimes.fidelity import BesidePlain
 from qguard_edge.runtimes.load_check import LoadCheck
 from qguard_edge.verify.results import Verification
 from quant_grids import Outcome
@@ -70,6 +71,8 @@ class GgufReport(ConversionReport):
         coverage: which tensors were protected; None for a full-precision file.
         roundings: per protected tensor.
         quantized: what llama.cpp reported; None where it had nothing to do.
+        beside_plain: how near the file is to full precision, and plain rounding; None: not measured.
+        bits_per_weight: of all tensors of the file.
     """
 
     file_type: FileType
@@ -77,6 +80,8 @@ class GgufReport(ConversionReport):
     coverage: Coverage | None = None
     roundings: tuple[TensorRounding, ...] = ()
     quantized: QuantizeReport | None = None
+    beside_plain: BesidePlain | None = None
+    bits_per_weight: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

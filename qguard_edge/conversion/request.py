@@ -102,9 +102,12 @@ class GgufRequest(QuantizeRequest):
 
     Attributes:
         keep_plain: also keep llama.cpp's own file, as `NAME.plain.gguf`.
+        fidelity: measure how far the file and plain rounding are from full precision, in llama.cpp on a short built-in text,
+            where that costs little beside the conversion; not without the load check.
     """
 
     keep_plain: bool = False
+    fidelity: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

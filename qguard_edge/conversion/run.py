@@ -165,6 +165,8 @@ def _stages(
             progress.stage(f"Loading the {output.noun} in {output.runtime}", 0, "")
             with clock.stage("load check"):
                 job.loaded = output.load(made)
+        if job.loaded:
+            output.measure(job, made)
         verification, outfile = None, output.outfile
         if gate and output.rounds:
             with clock.stage("verify"):

@@ -10,6 +10,7 @@ Both models get the same token ids. Logits are kept for one text at a time.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.llama import LlamaModel
 from quant_grids.errors import QGuardError
 
+IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 DEFAULT_TEXT = Path(__file__).parents[1] / "data" / "calibration.txt"
 N_BOOTSTRAP = 2000
+TINY = 1e-12
+"""Nats; what a sum of KL is divided by at least."""
 LARGEST_TEXT = 1 << 28  # bytes
 
 
@@ -52,6 +56,39 @@ class Fidelity:
     perplexity_ratio: float
     n_tokens: int
     n_texts: int
+
+
+@dataclass(frozen=True)
+class BesidePlain:
+    """How far a hardened file is from full precision, and how far plain rounding is, on the same text.
+
+    Attributes:
+        hardened: of the hardened file.
+        plain: of llama.cpp's own.
+        factor: plain's mean KL over the hardened file's; above 1 the hardened file is nearer.
+        factor_interval: its 95% bootstrap interval, resampling texts.
+    """
+
+    hardened: Fidelity
+    plain: Fidelity
+    factor: float
+    factor_interval: tuple[float, float]
+
+    @property
+    def numbers(self) -> str:
+        """Both distances, in words."""
+        tokens = f"{self.plain.n_tokens} tokens of general text"
+        return f"mean KL to full precision {self.hardened.mean_kl:.4f}, plain {self.plain.mean_kl:.4f}, on {tokens}"
+
+    @property
+    def sentence(self) -> str:
+        """Whether hardening made the file better or worse, in one sentence."""
+        low, high = self.factor_interval
+        if low > 1:
+            return f"nearer to full precision than plain rounding, by a factor of {self.factor:.1f} ({self.numbers})"
+        if high < 1:
+            return f"further from full precision than plain rounding, by a factor of {1 / self.factor:.1f} ({self.numbers})"
+        return f"about as near to full precision as plain rounding ({self.numbers})"
 
 
 def read_texts(path: Path) -> list[str]:
@@ -118,20 +155,55 @@ def measure_fidelity(
     Raises:
         TextError: no text has two tokens.
     """
-    progress = progress or NoProgress()
-    parts = []
-    with (
-        LlamaModel(base, n_ctx=max_tokens, n_threads=threads or None) as full,
-        LlamaModel(candidate, n_ctx=max_tokens, n_threads=threads or None) as other,
-    ):
+    (parts,) = _positions(base, [candidate], texts, max_tokens, threads, progress or NoProgress())
+    return summarise(parts)
+
+
+def measure_beside_plain(
+    base: Path,
+    hardened: Path,
+    plain: Path,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> BesidePlain:
+    """Compare a hardened file and plain rounding with their base, on the same texts; arguments as for `measure_fidelity`."""
+    ours, theirs = _positions(base, [hardened, plain], texts, max_tokens, threads, progress or NoProgress())
+    numerator, denominator = (np.array([part.kl.sum() for part in parts]) for parts in (theirs, ours))
+    drawn = _resampled(len(ours), 0)
+    ratios = numerator[drawn].sum(1) / np.maximum(denominator[drawn].sum(1), TINY)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    factor = float(numerator.sum() / max(float(denominator.sum()), TINY))
+    return BesidePlain(summarise(ours), summarise(theirs), factor, (float(low), float(high)))
+
+
+def _positions(
+    base: Path, candidates: Sequence[Path], texts: Sequence[str], max_tokens: int, threads: int, progress: Progress
+) -> list[list[_Positions]]:
+    """Positions of every text, per candidate; the base runs once."""
+    parts: list[list[_Positions]] = [[] for _ in candidates]
+    with ExitStack() as stack:
+        full, *others = [
+            stack.enter_context(LlamaModel(path, n_ctx=max_tokens, n_threads=threads or None))
+            for path in (base, *candidates)
+        ]
         for text in texts:
             tokens = full.tokenize(text, add_special=True)[:max_tokens]
             if len(tokens) > 1:
-                parts.append(compare_distributions(full.logits(tokens[:-1]), other.logits(tokens[:-1]), tokens[1:]))
+                right = full.logits(tokens[:-1])
+                for found, other in zip(parts, others, strict=True):
+                    found.append(compare_distributions(right, other.logits(tokens[:-1]), tokens[1:]))
             progress.advance(1)
-    if not parts:
+    if not parts[0]:
         raise TextError("no text has two tokens or more; there is nothing to measure on")
-    return summarise(parts)
+    return parts
+
+
+def _resampled(n: int, seed: int) -> IntArray:
+    """Bootstrap samples of `n` texts: int64 `[N_BOOTSTRAP, n]`."""
+    return np.random.default_rng(seed).integers(0, n, (N_BOOTSTRAP, n))
 
 
 def summarise(parts: Sequence[_Positions], seed: int = 0) -> Fidelity:
@@ -139,7 +211,7 @@ def summarise(parts: Sequence[_Positions], seed: int = 0) -> Fidelity:
     kl = np.concatenate([part.kl for part in parts])
     sums = np.array([part.kl.sum() for part in parts])
     counts = np.array([len(part.kl) for part in parts])
-    drawn = np.random.default_rng(seed).integers(0, len(parts), (N_BOOTSTRAP, len(parts)))
+    drawn = _resampled(len(parts), seed)
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Fidelity(

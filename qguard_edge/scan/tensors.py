@@ -53,6 +53,9 @@ def is_matrix(tensor: TensorInfo) -> bool:
     return len(tensor.shape) >= 2 and tensor.columns >= 32 and tensor.rows > 1
 
 
+BEFORE = ": a scan looks at weights before they are rounded"
+
+
 @dataclass(frozen=True)
 class ScanModel:
     """What is scanned.
@@ -97,7 +100,7 @@ def open_model(source: Source, *, need_base: bool, progress: Progress) -> Iterat
         UnsupportedError: the GGUF is quantized, or the folder needs a base and cannot be converted.
     """
     if source.is_gguf:
-        yield from_base(open_base(source.path, allow_requantize=False), source.name, source.path)
+        yield from_base(open_base(source.path, allow_requantize=False, way_out=BEFORE), source.name, source.path)
         return
     checkpoint = Checkpoint.open(source.path)
     if not need_base and not _needs_conversion(source.path, checkpoint):

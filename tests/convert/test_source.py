@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from convert import source
-from convert.source import OFFLINE, SourceError, resolve_source
+from convert.missing import SourceError
+from convert.source import OFFLINE, resolve_source
 from qguard_edge.cli import run
 from qguard_edge.runtimes.hf import HfLoadError, load_hf_model
 
@@ -38,7 +39,7 @@ def test_a_hub_id_is_asked_for(model: str) -> None:
 )  # fmt: skip
 def test_what_looks_like_a_path_is_none(model: str) -> None:
     """A mistyped `models/x` went to the hub, and so told it the name."""
-    with pytest.raises(SourceError, match=r"not a hub id|neither a folder"):
+    with pytest.raises(SourceError, match=r"not a hub id|neither a folder|there is no file"):
         resolve_source(model)
 
 

@@ -77,6 +77,7 @@ def test_one_test_per_check(files: tuple[Path, Path, Path], tmp_path: Path) -> N
     # Four prompts are too few for a margin of 2 points; nine texts are enough for the drift.
     assert "2 passed, 1 skipped, 1 deselected" in done.stdout
     assert "inconclusive: 0 of 4 answers" in done.stdout
+    assert "qguard: inconclusive: no check fails, 1 of 2 are inconclusive: mine/phrases" in done.stdout
     cases = {case.get("name"): [child.tag for child in case] for case in Xml.parse(tmp_path / "out.xml").iter("testcase")}
     assert cases == {"test_mine": [], "mine/phrases": ["skipped"], "drift/mean-kl": []}
 
@@ -112,6 +113,7 @@ def test_without_a_candidate_marked_tests_are_skipped_and_nothing_heavy_is_impor
     done = run_pytest(files[2].parent, files[2], "-rs")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 1 skipped" in done.stdout
+    assert "qguard: 1 tests skipped, nothing was checked" in done.stdout
     assert "needs --qguard-candidate" in done.stdout
 
 

@@ -14,7 +14,7 @@ from qguard_edge.cli.convert.request import request_from, with_searched_strength
 from qguard_edge.cli.convert.scan_first import refusals, show_findings
 from qguard_edge.cli.convert.tables import show_dry_run, show_report
 from qguard_edge.cli.defense_flags import with_defense_flags
-from qguard_edge.cli.outputs import hold
+from qguard_edge.cli.outputs import hold, model_exists
 
 HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandbytes.
 
@@ -67,6 +67,7 @@ def with_default_suites(arguments: Sequence[str]) -> list[str]:
 @with_flags
 def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
     """Replaced by HELP when the command is registered."""
+    model_exists(flags.model)
     request = request_from(flags, defense_flags)
 
     from qguard_edge.conversion.request import FolderRequest, GgufRequest
@@ -76,7 +77,7 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
         from qguard_edge.conversion.dry_run import dry_run
 
         assert isinstance(request, GgufRequest | FolderRequest)
-        show_dry_run(dry_run(request), flags.json_output, flags.quiet)
+        show_dry_run(dry_run(request), flags.json_output, flags.quiet, flags.verbose)
         return
 
     from qguard_edge import api
@@ -100,7 +101,7 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
 
     deliver(
         api.to_document(report, scan=guard),
-        lambda: show_report(report),
+        lambda: show_report(report, flags.model, verbose=flags.verbose),
         report_file=flags.report_file,
         json_output=flags.json_output,
         quiet=flags.quiet,

@@ -88,6 +88,23 @@ class ConvertFlags:
     no_load_check: bool = flag(
         typer.Option("--no-load-check", help="Do not load the result before it gets its name."), False, panel=OUTPUT
     )
+    no_fidelity: bool = flag(
+        typer.Option(
+            "--no-fidelity",
+            envvar="QGUARD_NO_FIDELITY",
+            show_envvar=False,
+            help="Do not measure how near the file is to full precision, beside plain rounding.",
+        ),
+        False,
+        panel=OUTPUT,
+    )
+    verbose: bool = flag(
+        typer.Option(
+            "--verbose", "-v", help="Also show the table by type, times and the seed; with --dry-run every tensor."
+        ),
+        False,
+        panel=OUTPUT,
+    )
     json_output: bool = flag(typer.Option("--json", help="One JSON document on standard output."), False, panel=OUTPUT)
     report_file: Path | None = flag(
         typer.Option("--report", metavar="FILE", help="Also write the JSON document to this file."), panel=OUTPUT

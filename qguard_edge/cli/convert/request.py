@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qguard_edge.cli.convert.flags import ConvertFlags
+from qguard_edge.cli.convert.flags import GGUF, ConvertFlags
 from qguard_edge.cli.defense_flags import options_from
 from quant_grids.errors import UnsupportedError
 
@@ -54,6 +54,7 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         "pre": flags.pre,
         "converter": flags.converter,
         "keep_plain": flags.keep_plain,
+        "fidelity": flags.output == GGUF and not (flags.no_fidelity or flags.no_load_check),
     }
     given = {name: value for name, value in values.items() if value is not None and value is not False}
     return request_for(

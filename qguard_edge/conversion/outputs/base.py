@@ -168,6 +168,9 @@ class Output(ABC, Generic[Request, Report]):
     def load(self, made: Path) -> LoadCheck:
         """Load the output as a user would."""
 
+    def measure(self, job: Job, made: Path) -> None:
+        """Measure how near the output is to full precision, where that is asked for and costs little; by default not."""
+
     def compared_with(self) -> tuple[Path, Path]:
         """What `--verify` compares with: the base, and plain rounding (a folder: the base itself)."""
         return self.source.path, self.source.path

@@ -11,11 +11,12 @@ from convert.base_gguf import write_base
 from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.diff import compare_files
+from convert.disk import least_bytes, require_space
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
 from convert.imatrix_file import load_imatrix
 from convert.patch import GgufPatch
-from convert.quantizer import QuantizeReport, quantize
+from convert.quantizer import QuantizeReport, check_tensor_types, quantize
 from convert.source import open_base
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import (
@@ -25,6 +26,7 @@ from qguard_edge.conversion.activations import (
     see_activations,
     write_importance,
 )
+from qguard_edge.conversion.beside_plain import beside_plain, costs_little
 from qguard_edge.conversion.feedback_cost import expected_stages, model_of, reference
 from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
@@ -39,6 +41,7 @@ from qguard_edge.progress import Progress
 from qguard_edge.rounding.gguf import Coverage, TensorRounding, WalkOptions, coverage_of, harden, require_coverage
 from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
 from qguard_edge.runtimes.activations import LlamaGramSource
+from qguard_edge.runtimes.fidelity import BesidePlain
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.hf import load_hf_model
 from qguard_edge.runtimes.load_check import LoadCheck, load_check
@@ -71,6 +74,14 @@ class GgufFamily(Output[Made, Report]):
 
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: the input itself, or a GGUF written from the folder."""
+        warnings = self._open_base(work, progress)
+        options = self.request.options
+        check_tensor_types(options, self.base.tensors, self.source.name)
+        files = 2 if self.rounds else 1  # plain and the output stand side by side
+        require_space(work, files * least_bytes(options.file_type, self.base.n_weights), f"a {options.file_type.name} file")
+        return warnings
+
+    def _open_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         request = self.request
         if self.source.is_gguf:
             self.base = open_base(self.source.path, request.options.allow_requantize)
@@ -78,6 +89,9 @@ class GgufFamily(Output[Made, Report]):
                 return ("the input is already quantized: only what the second rounding adds is protected",)
             return ()
         path = work / "base.gguf"
+        if request.base_type is None:
+            weights = sum(file.stat().st_size for file in self.source.path.glob("*.safetensors"))
+            require_space(work, weights, "the base in full precision")
         warnings = write_base(
             self.source,
             path,
@@ -306,12 +320,30 @@ class HardenedGguf(GgufFamily[Made, Report]):
         return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of([made])}
 
 
+def bits_per_weight(file: GgufFile) -> float:
+    """Real bits per weight, over all tensors of a file."""
+    tensors = file.tensors.values()
+    return 8 * sum(tensor.n_bytes for tensor in tensors) / sum(tensor.n_weights for tensor in tensors)
+
+
 class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
     """See the module docstring."""
+
+    beside_plain: BesidePlain | None = None
+    not_measured = ""
 
     def files_beside(self, outfile: Path) -> tuple[Path, ...]:
         """See `Output.files_beside`."""
         return (plain_path(outfile),) if self.request.keep_plain else ()
+
+    def measure(self, job: Job, made: Path) -> None:
+        """See `Output.measure`."""
+        if self.request.fidelity and costs_little(job, self.base):
+            self.beside_plain, self.not_measured = beside_plain(job, self.base, made, self.plain.path, self.request.threads)
+
+    def late_warnings(self) -> list[str]:
+        """See `Output.late_warnings`."""
+        return [*super().late_warnings(), *([self.not_measured] if self.not_measured else [])]
 
     def name(self, made: Path, outfile: Path) -> None:
         """See `Output.name`."""
@@ -328,4 +360,6 @@ class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
             coverage=self.coverage,
             roundings=self.roundings,
             quantized=self.quantized,
+            beside_plain=self.beside_plain,
+            bits_per_weight=bits_per_weight(self.plain),
         )

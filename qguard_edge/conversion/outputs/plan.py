@@ -71,7 +71,7 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
 
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: base and plain are given."""
-        self.base = open_base(self.request.base, allow_requantize=False)
+        self.base = open_base(self.request.base, allow_requantize=False, way_out=" as --base")
         self.plain = GgufFile(self.request.plain)
         self.coverage = coverage_of(self.base, self.plain)
         require_coverage(self.coverage, self.request.allow_unprotected)

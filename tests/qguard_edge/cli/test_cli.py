@@ -43,10 +43,10 @@ def test_convert_inspect_diff(tiny_folder: Path, tiny_base: Path, tmp_path: Path
 
 
 def test_human_output_names_everything(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
-    done = cli("convert", tiny_base, "--to", "q4_k", cwd=tmp_path)
+    done = cli("convert", tiny_base, "--to", "q4_k", "-v", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"1\.00 -> [+-]?0\.0[0-4]", done.stdout)  # the seed is fresh
-    for words in ("Q4_K", "Q6_K", "added error", "seed", "llama.cpp loads it", "wrote"):
+    for words in ("Q4_K", "Q6_K", "bits per weight", "seed", "llama.cpp loads it", "wrote"):
         assert words in done.stdout
     assert "\x1b[" not in done.stdout + done.stderr  # no colours, no bars: not a terminal
 
@@ -108,7 +108,7 @@ def test_dry_run_writes_nothing(tiny_folder: Path, tmp_path: Path, cli: CommandL
     [
         (["convert", "{folder}", "--to", "q9"], "not a file type"),
         (["convert", "{folder}"], "--to"),
-        (["convert", "missing-model", "--to", "q4_k"], "not a folder"),
+        (["convert", "missing-model", "--to", "q4_k"], "there is no file or folder"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "magic"], "choose one of"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "ortho", "--ortho-target", "7"], "must lie between"),
         (["convert", "{folder}", "--to", "q4_k", "--defense", "ortho", "--ortho-group", "layer"], "row, block, tensor"),

@@ -11,11 +11,13 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions
 from qguard_edge.cli import run
+from qguard_edge.compare.defenses import DefenseRow
+from qguard_edge.compare.plot import draw_compare
 from qguard_edge.compare.qvec_search import search_strength
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
-from qguard_edge.defenses.options import NoneOptions, QVecOptions
-from qguard_edge.runtimes.fidelity import measure_fidelity
+from qguard_edge.defenses.options import NoneOptions, QuantGuardOptions, QVecOptions
+from qguard_edge.runtimes.fidelity import Fidelity, measure_fidelity
 
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "def add(a, b):\n    return a + b\n\nprint(add(1, 2))"]
 
@@ -46,8 +48,24 @@ def test_compare_command(tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert all(row["fidelity"]["mean_kl"] > 0 for row in rows.values())
     assert plot.read_text().startswith("<?xml")
     assert "<!-- feedback -->" in plot.read_text()
-    assert run([*arguments[:5], "none,flipguard", *arguments[6:]]) == 0
-    assert "flipguard" in capfd.readouterr().out
+    assert run([*arguments[:5], "none,flipguard", *arguments[6:], "--plot", str(tmp_path / "b.svg")]) == 0
+    said = capfd.readouterr().out
+    assert "flipguard" in said
+    assert f"wrote {tmp_path / 'b.svg'}" in said
+
+
+def test_no_label_leaves_the_frame() -> None:
+    fidelity = Fidelity(0.1, (0.09, 0.11), 0.1, 0.9, 1.0, 100, 2)
+    rows = [DefenseRow(NoneOptions(), alignment, 0.1, 0.1, fidelity, 1.0) for alignment in (1.0, 0.5, -0.15)]
+    rows.append(DefenseRow(QuantGuardOptions(), 1.0, 0.1, 0.1, fidelity, 1.0))
+    figure = draw_compare(rows, "t")
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    frame = axes.get_window_extent()
+    for label in axes.texts:
+        box = label.get_window_extent()
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
 
 
 def _request(base: Path, out: Path) -> GgufRequest:

@@ -15,8 +15,8 @@ from convert.atomic import OutputError
 from convert.diff import compare_files, qguard_metadata
 from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
+from convert.missing import SourceError
 from convert.quantizer import QuantizeOptions, quantize
-from convert.source import SourceError
 from qguard_edge.conversion.activations import activations_folder
 from qguard_edge.conversion.report import GgufReport
 from qguard_edge.conversion.request import GgufRequest
