@@ -59,7 +59,7 @@ def test_every_family_by_the_default_defense(case: Case, tmp_path: Path) -> None
     assert set(report.activations.unseen) <= {"token_embd.weight", "position_embd.weight"}
     for rounding in report.roundings:
         assert rounding.bits > 0, rounding.name
-        assert rounding.outcome.alignment < -0.1, rounding.name
+        assert rounding.outcome.alignment < 0.08, rounding.name
     assert report.plain is not None
     write_base_gguf(folder, tmp_path / "base.gguf")
     plain, hardened = (
