@@ -1,9 +1,9 @@
 """Drives the rounds: opens the files, asks each its share of a round, and stops when nothing more is to be learned.
 
 All files stay open between rounds; the drift has had them open together before, and only the caches of the sequences are
-new. As many of them answer at once as the engine says (`Engine.at_once`): each model has its share of the cores to itself, which
-is faster than all cores for one model after the other, because threads of one model wait for each other at every product. Two
-models on the *same* cores would slow each other down many times over.
+new. As many of them answer at once as the engine says (`Engine.at_once`): each model has its share of the cores to itself, so
+that no threads of one model wait for each other at every product. Two models on the *same* cores would slow each other down many
+times over.
 """
 
 import threading
