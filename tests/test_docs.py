@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from readme_picture import PICTURE, RESULTS, arms_of, distances, shares
 from typer.main import get_command
 
 from qguard_edge.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DESIGN = (ROOT / "docs" / "design.md").read_text()
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TELLING_OF_BEFORE = {"CHANGELOG.md", "docs/LOG.md"}
@@ -28,7 +30,7 @@ def block_after(text: str, heading: str) -> str:
 
 
 def tree_of(text: str) -> dict[str, str]:
-    """Paths in the README's tree, with what stands beside each, continued lines included."""
+    """Paths in the tree of docs/design.md, with what stands beside each, continued lines included."""
     found: dict[str, str] = {}
     parent = path = ""
     for line in block_after(text, "How it is built").splitlines():
@@ -52,8 +54,8 @@ def missing_paths(text: str) -> list[str]:
     return sorted({path for path in PATH.findall(text) if not (ROOT / path).exists()})
 
 
-def test_the_tree_in_the_readme_is_that_of_the_folders() -> None:
-    tree = tree_of(README)
+def test_the_tree_is_that_of_the_folders() -> None:
+    tree = tree_of(DESIGN)
     assert [name for name in tree if not (ROOT / name).exists()] == []
     layers = {f"qguard_edge/{path.parent.name}/" for path in (ROOT / "qguard_edge").glob("*/__init__.py")}
     assert {name for name in tree if name.startswith("qguard_edge/") and name.endswith("/")} - {"qguard_edge/"} == layers
@@ -61,15 +63,15 @@ def test_the_tree_in_the_readme_is_that_of_the_folders() -> None:
 
 
 def test_the_tree_names_every_folder_of_scripts_and_every_document() -> None:
-    tree = tree_of(README)
+    tree = tree_of(DESIGN)
     scripts = {path.parent.name + "/" for path in (ROOT / "scripts").glob("*/*.py")}
     assert set(re.findall(r"\b\w+/", tree["scripts/"])) == scripts
     documents = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert set(re.findall(r"[\w-]+\.md", tree["docs/"])) == documents
 
 
-def test_the_layers_in_the_readme_are_those_that_a_test_holds() -> None:
-    (line,) = re.findall(r"^quant_grids <- .*$", README, re.MULTILINE)
+def test_the_layers_that_are_drawn_are_those_that_a_test_holds() -> None:
+    (line,) = re.findall(r"^quant_grids <- .*$", DESIGN, re.MULTILINE)
     order = [group.split(", ") for group in line.split(" <- ")]
     place = {layer: rank for rank, group in enumerate(order) for layer in group}
     folders = {path.parent.name for path in (ROOT / "qguard_edge").glob("*/__init__.py")}
@@ -90,6 +92,19 @@ def commands() -> dict[str, Any]:
         found[name] = command
         waiting |= {f"{name} {inner}": below for inner, below in getattr(command, "commands", {}).items()}
     return found
+
+
+def test_the_readme_is_short_and_its_picture_is_that_of_the_result_files() -> None:
+    assert len(README.splitlines()) < 150
+    assert "](docs/first-picture.svg)" in README
+    for name in RESULTS.values():
+        for arm in arms_of(name).values():
+            assert arm["asr"]["n"] == 160
+    drawn = re.findall(r">([\d.]+%?)</text>", PICTURE.read_text())
+    expected = [f"{value:.0%}" for row in shares() for value in row] + [
+        f"{value:.3f}" for row in distances() for value in row
+    ]
+    assert [number for number in drawn if number.endswith("%") or len(number) == 5] == expected
 
 
 def test_every_command_stands_in_the_table_of_the_readme() -> None:
