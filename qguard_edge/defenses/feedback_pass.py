@@ -24,7 +24,7 @@ with the centre a share `f` of the step above the lower of two levels,
 At width 1 this is stochastic rounding: given what was drawn before, the level's mean is the centre. By induction over the columns
 the error of every weight then has mean zero, so over the seeds nothing is left to aim at but what the ends of the codes' range
 (and `reach`) cut off. Of the draws without bias it has the least variance. Smaller widths cost less output error and leave more
-in common; 0 rounds to the nearest level. (Klein's sampler, Boltzmann's distribution of the terms, leaves two to three times as
+in common; 0 rounds to the nearest level. (Klein's sampler, Boltzmann's distribution of the terms, leaves 1.5 to 3 times as
 much in common for the same output error: docs/LOG.md, 2026-11-24.) Given the draws before it, a draw has the entropy
 `-p log2 p - (1 - p) log2 (1 - p)`, so the sum of these estimates, without bias, how much about the result nobody can know who
 does not know the seed. Drawing is rounding `c_j` plus uniform noise of `width` steps: the price of an addition.
