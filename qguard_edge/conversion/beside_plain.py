@@ -5,7 +5,6 @@ from pathlib import Path
 from convert.gguf_file import GgufModel
 from qguard_edge.conversion.outputs.base import Job
 from qguard_edge.runtimes.fidelity import BesidePlain, measure_beside_plain
-from qguard_edge.verify.verifier import built_in_texts
 from quant_grids.errors import QGuardError
 
 SMALL = 500_000_000
@@ -25,6 +24,8 @@ def beside_plain(job: Job, base: GgufModel, made: Path, plain: Path, threads: in
     Returns:
         The distances, and a warning for people, or an empty text.
     """
+    from qguard_edge.verify.verifier import built_in_texts  # needs llama.cpp, which a plan does without
+
     texts = built_in_texts()[::EVERY]
     job.progress.stage("Measuring the distance to full precision", len(texts), "texts")
     with job.clock.stage("fidelity"):

@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from convert.reading import read_text
 from qguard_edge.progress import NoProgress, Progress
-from qguard_edge.runtimes.llama import LlamaModel
 from quant_grids.errors import QGuardError
 
 IntArray = npt.NDArray[np.int64]
@@ -184,6 +183,8 @@ def _positions(
 ) -> list[list[_Positions]]:
     """Positions of every text, per candidate; the base runs once."""
     parts: list[list[_Positions]] = [[] for _ in candidates]
+    from qguard_edge.runtimes.llama import LlamaModel  # whoever reads a report needs no llama.cpp
+
     with ExitStack() as stack:
         full, *others = [
             stack.enter_context(LlamaModel(path, n_ctx=max_tokens, n_threads=threads or None))

@@ -42,8 +42,10 @@ def test_file_type_numbers_are_llama_cpps() -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedError, match="Q4_K_M"):
+    with pytest.raises(UnsupportedError, match="did you mean Q6_K"):
         parse_file_type("q9_k")
+    with pytest.raises(UnsupportedError, match="Q4_K_M"):
+        parse_file_type("nothing like it")
 
 
 def test_report_and_progress(tiny_base: Path, tmp_path: Path) -> None:

@@ -30,5 +30,7 @@ def test_verify_writes_all_reports(tiny_base: Path, tmp_path: Path, monkeypatch:
 def test_a_report_that_cannot_be_written_is_refused_before_any_work(
     flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(["verify", "none.gguf", "--base", "none.gguf", flag, str(tmp_path / "no" / "where")]) == 2
+    none = tmp_path / "none.gguf"
+    none.write_bytes(b"GGUF")
+    assert run(["verify", str(none), "--base", str(none), flag, str(tmp_path / "no" / "where")]) == 2
     assert "does not exist" in " ".join(capsys.readouterr().err.split())

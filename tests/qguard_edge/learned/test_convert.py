@@ -166,7 +166,7 @@ def test_the_command_line(tiny_folder: Path, text: Path, tmp_path: Path, cli: Co
     assert len(document["learned"]["losses"]) == 2
     assert document["entropy_bits"] > 0
     assert str(text.parent) not in done.stdout
-    shown = cli(*command, "--overwrite", cwd=tmp_path)
+    shown = cli(*command, "--overwrite", "-v", cwd=tmp_path)
     assert "learned on 40 texts (calib.jsonl)" in shown.stdout
     planned = cli(*command, "--dry-run", "--overwrite", "--json", cwd=tmp_path)
     assert json.loads(planned.stdout)["memory_bytes"] > 300 << 20
