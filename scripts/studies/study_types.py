@@ -39,7 +39,7 @@ from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.grams import Grams, wanted_weights
 
-TYPES = "q4_k,q4_0,q6_k,q5_k,q8_0,q3_k_m,q2_k,iq4_xs,iq3_s,mxfp4"
+TYPES = "q4_k,q4_0,q6_k,q5_k,q8_0,q3_k_m,q2_k,iq4_xs,iq3_s"
 ARMS = ("plain", "plain, imatrix", "feedback", "feedback, imatrix")
 JUDGED = Judged(answers=40, answer_tokens=64, passage_tokens=48)
 
