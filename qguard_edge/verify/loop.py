@@ -98,6 +98,8 @@ class Loop:
     def run(self, margins: Margins, errors: Errors) -> str:
         """Ask until the end; why it ended, in one sentence."""
         with ExitStack() as stack:
+            # One pool for all rounds: a model's process ends with the thread that started it (`convert.child`).
+            pool = stack.enter_context(ThreadPoolExecutor(self.at_once))
             for asker in self.askers.values():
                 stack.enter_context(closing(asker))
             for number, end in enumerate(round_ends(self.budget.prompts), 1):
@@ -106,7 +108,7 @@ class Loop:
                     break
                 if number > 1 and self._seconds(active, end) > self.budget.left():
                     return "the time of --max-time is spent"
-                self._round(number, active, end)
+                self._round(number, active, end, pool)
                 with_look = self._look(active, margins, errors)
                 if with_look is not None and not self.budget.keep_going:
                     return f"{with_look} fails, so nothing more was asked (--keep-going asks on)"
@@ -133,10 +135,10 @@ class Loop:
         failed = (found.check.id for run in active for found in run.found if found.check.verdict is Verdict.FAIL)
         return next(failed, None)
 
-    def _round(self, number: int, active: Sequence[SuiteRun], end: int) -> None:
+    def _round(self, number: int, active: Sequence[SuiteRun], end: int, pool: ThreadPoolExecutor) -> None:
         """The next prompts of some suites, to every file."""
         parts = {run.suite.name: self._prepare(run, end) for run in active}
-        answers = self._answers(number, parts)
+        answers = self._answers(number, parts, pool)
         with self.files.base.vocabulary() as vocabulary:
             replies: dict[str, dict[str, tuple[Reply, ...]]]
             replies = {role: replies_of(found, vocabulary) for role, found in answers.items()}
@@ -146,7 +148,9 @@ class Loop:
             run.take(prompts, {role: found[run.suite.name] for role, found in replies.items()})
             run.reached = stop
 
-    def _answers(self, number: int, parts: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[Answer, ...]]]:
+    def _answers(
+        self, number: int, parts: Mapping[str, tuple[int, int]], pool: ThreadPoolExecutor
+    ) -> dict[str, dict[str, tuple[Answer, ...]]]:
         """Every file's answers to its parts of the suites, per role and suite."""
         total = sum(stop - start for start, stop in parts.values()) * self.how.samples
         if self.at_once == 1:
@@ -156,15 +160,14 @@ class Loop:
                 found[role] = self._answers_of(role, number, parts)
             return found
         self.progress.stage(f"Round {number}", total * len(self.askers), "answers")
-        with ThreadPoolExecutor(self.at_once) as pool:
-            running = {role: pool.submit(self._answers_of, role, number, parts) for role in self.askers}
-            try:
-                return {role: future.result() for role, future in running.items()}
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for asker in self.askers.values():  # ends their processes, and with them what the other threads wait for
-                    asker.close()
-                raise
+        running = {role: pool.submit(self._answers_of, role, number, parts) for role in self.askers}
+        try:
+            return {role: future.result() for role, future in running.items()}
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for asker in self.askers.values():  # ends their processes, and with them what the other threads wait for
+                asker.close()
+            raise
 
     def _answers_of(self, role: str, number: int, parts: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Answer, ...]]:
         """One file's answers. Called in a thread of its own, so it touches nothing of the other files."""
