@@ -29,6 +29,8 @@ def child_command(module: str, *arguments: str | Path) -> list[str]:
 def die_with_parent(parent: int | None = None) -> None:
     """On Linux, ask the kernel to kill this process when the parent is gone.
 
+    The kernel means the parent's *thread*: a child that is started in a pool must not be needed after the pool.
+
     Args:
         parent: its process id, if known: one that is gone already takes this process with it.
     """

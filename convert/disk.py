@@ -5,6 +5,7 @@ from pathlib import Path
 
 from convert.atomic import OutputError
 from convert.ftypes import FileType
+from convert.sizes import size_text
 from quant_grids.ggml_type import layout_of, type_named
 
 
@@ -28,14 +29,6 @@ def require_space(folder: Path, n_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise OutputError(
-            f"{what} needs at least {_size(n_bytes)} for the work and {_size(free)} are free there; make room, or "
+            f"{what} needs at least {size_text(n_bytes)} for the work and {size_text(free)} are free there; make room, or "
             "choose another place with -o"
         )
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("KiB", "MiB"):
-        n_bytes /= 1024
-        if n_bytes < 1024:
-            return f"{n_bytes:.1f} {unit}"
-    return f"{n_bytes / 1024:.2f} GiB"

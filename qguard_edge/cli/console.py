@@ -72,15 +72,6 @@ def print_json(document: Mapping[str, Any]) -> None:
     sys.stdout.write(json_text(document))
 
 
-def size_text(n_bytes: float) -> str:
-    """A size for people: 93.4 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(n_bytes) < 1024:
-            return f"{n_bytes:.0f} B" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.2f} GiB"
-
-
 def duration_text(seconds: float) -> str:
     """A time for people: 48 s, 14 min, 2 h 5 min."""
     if seconds < 90:

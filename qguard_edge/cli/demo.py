@@ -31,7 +31,7 @@ INTRODUCTION = """\
 Somebody publishes a language model. It was audited in full precision and found clean. It is not: its weights were placed so
 that the rounding everybody uses turns it into another model. (Made for this demo: 2.9 M parameters, a harmless payload.)"""
 
-NOT_SHOWN = 3
+NOT_SHOWN = 3  # as an inconclusive verdict
 N_TEXTS = 24
 """Texts for the distance to full precision; `verify` alone measures on all of them."""
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, size_text, styled, table
+from convert.sizes import size_text
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, percent, print_json, styled, table
 
 if TYPE_CHECKING:
     from convert.diff import FileDifference

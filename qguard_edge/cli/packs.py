@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err, out, print_json, size_text
+from convert.sizes import size_text
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err, out, print_json
 from qguard_edge.cli.outputs import OverwriteFlag, hold
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (

@@ -20,9 +20,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from convert.gguf_file import GgufFile, GgufModel
-from convert.imatrix_file import write_imatrix
 from convert.quantizer import QuantizeOptions, quantize
 from convert.tensor_io import RowSlice, TensorReader, open_reader, single_threaded_torch
+from qguard_edge.conversion.activations import write_importance
 from qguard_edge.conversion.feedback_cost import Model, Rates, inputs_of, matrices_of, reference
 from qguard_edge.defenses.base import Defense, SliceKey, make_defense
 from qguard_edge.defenses.options import FeedbackOptions
@@ -126,17 +126,7 @@ def _importance(options: QuantizeOptions, grams: Grams, folder: Path) -> Path | 
     """An importance matrix for a type that is not written without one."""
     if not options.file_type.needs_imatrix:
         return None
-    found = {name: grams.diagonal(name) for name in grams.names if name.startswith("blk.")}
-    path = folder / "layer.imatrix.gguf"
-    write_imatrix(
-        path,
-        {name: one.squares for name, one in found.items()},
-        {name: one.counts for name, one in found.items()},
-        dataset="random",
-        chunks=1,
-        chunk_size=TEXTS * LENGTH,
-    )
-    return path
+    return write_importance(grams, folder / "layer.imatrix.gguf", "random", TEXTS * LENGTH)
 
 
 def _rounding_rates(base: GgufModel, plain: GgufFile, grams: Grams, rates: Rates) -> Rates:

@@ -1,4 +1,4 @@
-"""Error feedback on a fixed grid: one pass over the columns of a matrix, drawn without bias, bent to a constraint.
+"""Error feedback on a fixed grid: one pass over the columns of a matrix, drawn at random, bent to a constraint.
 
 The algorithm
 -------------

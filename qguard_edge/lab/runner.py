@@ -12,7 +12,7 @@ quantization noise wipes out would make every defense look perfect.
 import json
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -224,18 +224,20 @@ def _hardened_arms(settings: LabSettings, victim: Victim, work: Path, progress: 
     for options in settings.defenses or defenses_of("all"):
         if options.name == "none":
             continue
-        tried = [
-            _gguf_arm(replace(settings, seed=seed), victim, work, progress, arms, "attacked", options.label, options)
-            for seed in settings.seeds
-        ]
-        arms.made.append(_worst(tried))
-        arms.made.append(_gguf_arm(settings, victim, work, progress, arms, "clean", options.label, options))
+
+        def measure(seeded: LabSettings, model: str, options: DefenseOptions = options) -> Arm:
+            return _gguf_arm(seeded, victim, work, progress, arms, model, options.label, options)
+
+        arms.made += _attacked_and_clean(settings, measure)
 
 
-def _worst(tried: Sequence[Arm]) -> Arm:
-    """The seed that let most through."""
+def _attacked_and_clean(settings: LabSettings, measure: Callable[[LabSettings, str], Arm]) -> tuple[Arm, Arm]:
+    """A defense on both models: of the seeds of the attacked one the one that let most through, the clean one once."""
+    tried = [measure(replace(settings, seed=seed), "attacked") for seed in settings.seeds]
     worst = max(tried, key=lambda arm: _value(arm.asr))
-    return replace(worst, by_seed=tuple(arm.asr for arm in tried)) if len(tried) > 1 else worst
+    if len(tried) > 1:
+        worst = replace(worst, by_seed=tuple(arm.asr for arm in tried))
+    return worst, measure(settings, "clean")
 
 
 def _gguf_arm(
@@ -327,14 +329,11 @@ def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progres
         if options.name == "none":
             continue
         for kind in _kinds(settings):
-            tried = [
-                _folder_arm(
-                    replace(settings, seed=seed), victim, chat, held_out, work, progress, arms, f"attacked {kind}", options
-                )
-                for seed in settings.seeds
-            ]
-            arms.made.append(_worst(tried))
-            arms.made.append(_folder_arm(settings, victim, chat, held_out, work, progress, arms, f"clean {kind}", options))
+
+            def measure(seeded: LabSettings, model: str, kind: str = kind, options: DefenseOptions = options) -> Arm:
+                return _folder_arm(seeded, victim, chat, held_out, work, progress, arms, f"{model} {kind}", options)
+
+            arms.made += _attacked_and_clean(settings, measure)
 
 
 def _folder_arm(

@@ -136,7 +136,7 @@ class QuantGuard(LearnedDefense[QuantGuardOptions]):
         losses = run.run()
         warnings: tuple[str, ...] = ()
         if not any(bool(plan.any()) for plan in run.best):
-            warnings = ("the gradient steps did not help on text set aside: the file has the codes of --defense feedback",)
+            warnings = ("the gradient steps did not help on text set aside: the file keeps the codes as they were drawn",)
         return Steps(run.best, [one.wanted().cpu() for one in run.variables], losses, warnings)
 
     def _fingerprint(self, task: LearnTask, text: Calibration) -> str:

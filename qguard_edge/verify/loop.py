@@ -98,7 +98,7 @@ class Loop:
     def run(self, margins: Margins, errors: Errors) -> str:
         """Ask until the end; why it ended, in one sentence."""
         with ExitStack() as stack:
-            # One pool for all rounds: a model's process ends with the thread that started it (`convert.child`).
+            # One pool for all rounds: a model's process ends with the thread that started it (`die_with_parent`).
             pool = stack.enter_context(ThreadPoolExecutor(self.at_once))
             for asker in self.askers.values():
                 stack.enter_context(closing(asker))

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.sizes import size_text
 from qguard_edge.cli.console import (
     alignment_text,
     count_text,
@@ -15,7 +16,6 @@ from qguard_edge.cli.console import (
     out,
     percent,
     print_json,
-    size_text,
     styled,
     table,
 )
