@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from convert.sizes import size_text
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err, out, print_json
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err, out, print_json, styled
 from qguard_edge.cli.outputs import OverwriteFlag, hold
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (
     MEASURE,
+    AllowQuantizedFlag,
     DetectFlag,
     GpuLayersFlag,
     KeepGoingFlag,
@@ -69,6 +70,7 @@ def baseline(
     threads: ThreadsFlag = 0,
     parallel: ParallelFlag = 32,
     n_gpu_layers: GpuLayersFlag = 0,
+    allow_quantized_base: AllowQuantizedFlag = False,
     overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -87,6 +89,7 @@ def baseline(
         threads=threads,
         parallel=parallel,
         n_gpu_layers=n_gpu_layers,
+        allow_quantized_base=allow_quantized_base,
     )
     with ConsoleProgress(quiet or json_output) as progress:
         pack = record(request, progress)
@@ -103,9 +106,12 @@ def baseline(
                 "texts": len(pack.texts),
                 "noise_floor": pack.noise_floor,
                 "bytes": output.stat().st_size,
+                "warnings": list(pack.warnings),
             }
         )
     elif not quiet:
+        for warning in pack.warnings:
+            err.print(styled("[yellow]warning:[/] {warning}", warning=warning), highlight=False)
         listed = ", ".join(f"{name} {count}" for name, count in prompts.items())
         out.print(
             f"wrote {output.name} ({size_text(output.stat().st_size)}): {listed or 'no prompts'}, {len(pack.texts)} texts, "

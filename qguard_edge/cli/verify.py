@@ -11,6 +11,7 @@ from qguard_edge.cli.outputs import OverwriteFlag, files_exist, hold, make_folde
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
 from qguard_edge.cli.verify_flags import (
     MEASURE,
+    AllowQuantizedFlag,
     DetectFlag,
     GpuLayersFlag,
     KeepGoingFlag,
@@ -78,9 +79,7 @@ def verify(
     limit: LimitFlag = None,
     max_time: MaxTimeFlag = None,
     keep_going: KeepGoingFlag = False,
-    allow_quantized_base: Annotated[
-        bool, typer.Option("--allow-quantized-base", help="Compare with a base that is quantized itself.")
-    ] = False,
+    allow_quantized_base: AllowQuantizedFlag = False,
     samples: Annotated[
         int, typer.Option(min=1, max=100, help="Answers per prompt; needs --temperature.", rich_help_panel=MEASURE)
     ] = 1,

@@ -57,6 +57,9 @@ LimitFlag = Annotated[
 MaxTimeFlag = Annotated[
     float | None, typer.Option(metavar="MINUTES", min=0.1, help="Begin no round of prompts that would end later.")
 ]
+AllowQuantizedFlag = Annotated[
+    bool, typer.Option("--allow-quantized-base", help="Take a base that is quantized itself, with a warning.")
+]
 KeepGoingFlag = Annotated[bool, typer.Option("--keep-going", help="Ask on when a check has failed.")]
 ThreadsFlag = Annotated[
     int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0 means all cores.", rich_help_panel=MEASURE)

@@ -44,7 +44,7 @@ from qguard_edge.verify.results import (
     overall,
 )
 from qguard_edge.verify.suites.base import Reply
-from qguard_edge.verify.verifier import LIMITS
+from qguard_edge.verify.verifier import limits_of
 
 DEFAULT_MARGINS = Margins()
 LISTED = 2
@@ -145,7 +145,10 @@ def _measure_file(request: CheckRequest, progress: Progress) -> _Measurements:
     context = model.first.count(f"{model.architecture}.context_length", 1 << 20)
     longest = max([asked.n_ctx for asked in suites] + [len(text.tokens) for text in texts])
     if longest > context:
-        raise PackError(f"the pack needs a context of {longest} tokens; {request.candidate.name} has {context}")
+        raise PackError(
+            f"the pack needs a context of {longest} tokens and {request.candidate.name} is made for {context}; record a pack "
+            "whose prompts are shorter"
+        )
     how = ask_settings(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
     progress.stage("Measuring the drift", len(texts), "texts")
@@ -263,7 +266,7 @@ def _probe_text(text: PackText, top_k: int, dialect: Dialect) -> DocumentDrift |
 def _judge(request: CheckRequest, found: _Measurements) -> Verification:
     pack = request.pack
     checks: list[Check] = []
-    warnings = list(found.warnings)
+    warnings = [f"when the pack was made: {warning}" for warning in pack.warnings] + found.warnings
     for packed, run in zip(pack.suites, found.asked.runs, strict=False):
         if not run.prompts:
             raise PackError(f"none of the prompts of {packed.name} can be sent to this server; use one with /completion")
@@ -288,7 +291,7 @@ def _judge(request: CheckRequest, found: _Measurements) -> Verification:
         tensors=(),
         files=(found.facts, pack.base, *([request.source] if request.source else [])),
         measured=_measured(request, found, now),
-        limits=(*LIMITS, *LLAMA_LIMITS, *found.limits),
+        limits=(*limits_of([suite.name for suite in pack.suites]), *LLAMA_LIMITS, *found.limits),
         warnings=tuple(warnings),
         advice=advice_on(checks, pack=True),
         ended=found.asked.ended,

@@ -3,16 +3,19 @@
     Pack
       |- base, vocabulary, tokenizer   which model it is from, and which vocabulary the token ids belong to
       |- suites    PackSuite: definition, and per prompt its token ids, the base's answer and its match results
+      |- warnings  what the base could not be asked
       |- texts     PackText: token ids, and per position the base's likeliest tokens with their log-probabilities
       |- pieces    text of the tokens in `texts` that have one of their own, for servers that name tokens by their text
       `- measured  how it was recorded
 
-Prompts and texts are token ids: the chat template was rendered once, when the pack was made. Next to the ids stands the
-same as text (`sent`) where the text gives those very ids again, for servers that take only text.
+Prompts and texts are token ids: the chat template was rendered once, when the pack was made, with all turns of a conversation and
+the tools it offers. Next to the ids stands the same as text (`sent`) where the text gives those very ids again, for servers
+that take only text. Turns and tools are kept as they were given too, because answers are judged by them.
 
 The file is read strictly and is hostile input like any other: unknown or missing fields, ids outside the vocabulary, rows of
-unequal length and probabilities above one are errors. `qguard_edge/data/schemas/pack-2.json` is its JSON schema; a change
-of meaning raises `PACK_VERSION`. Packs of version 1, in which the base was called `reference`, are still read.
+unequal length and probabilities above one are errors. `qguard_edge/data/schemas/pack-3.json` is its JSON schema; a change
+of meaning raises `PACK_VERSION`. Older packs are still read: those of version 2, which have no turns and tools, and those of
+version 1, in which the base was called `reference`.
 """
 
 import json
@@ -27,11 +30,12 @@ from pydantic.dataclasses import dataclass
 from convert.atomic import atomic_path
 from convert.reading import read_file
 from qguard_edge.packs.matchers import suite_of
+from qguard_edge.packs.older import as_version_3
 from qguard_edge.verify.results import FileFacts, Measured
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from quant_grids.errors import FormatError
 
-PACK_VERSION: Final = 2
+PACK_VERSION: Final = 3
 MOST_BYTES = 512 << 20
 HIGHEST_LOGPROB = 1e-3
 """Rounding may lift a log-probability a little above 0."""
@@ -43,6 +47,19 @@ class PackError(FormatError):
 
 
 @dataclass(frozen=True, config=_STRICT)
+class PackTurn:
+    """Something that was said before a prompt.
+
+    Attributes:
+        role: who said it.
+        content: what.
+    """
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, config=_STRICT)
 class PackPrompt:
     """One prompt and the base's answer to it.
 
@@ -51,7 +68,9 @@ class PackPrompt:
         text: the user's message, or the text to continue.
         completion: the text is continued as it is, without the chat template.
         system: system message; None for the template's own.
-        expected: right answer, for the `exact` matcher.
+        turns: what was said before, between the system message and `text`.
+        tools: what the model may call, as chat templates take it.
+        expected: right answer, for the `exact` matcher; for the `tools` matcher the calls.
         tags: for people.
         tokens: the prompt as token ids, chat template and begin token included.
         sent: the prompt as text without the begin token that the server adds; None: no text gives these ids.
@@ -65,6 +84,8 @@ class PackPrompt:
     text: str
     completion: bool
     system: str | None
+    turns: tuple[PackTurn, ...]
+    tools: tuple[Mapping[str, JsonValue], ...]
     expected: str | None
     tags: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -103,6 +124,10 @@ class PackSuite:
         """
         prompts = [
             {"id": p.id, "text": p.text, "completion": p.completion, "tags": list(p.tags)}
+            | {
+                "turns": [{"role": turn.role, "content": turn.content} for turn in p.turns],
+                "tools": [dict(t) for t in p.tools],
+            }
             | {key: value for key, value in (("system", p.system), ("expected", p.expected)) if value is not None}
             for p in self.prompts
         ]
@@ -160,9 +185,10 @@ class Pack:
         pieces: text by token (decimal id), for the tokens of `texts` whose text no other token has.
         noise_floor: mean KL of the base against itself, measured a second time.
         measured: how it was recorded.
+        warnings: suites and prompts that the base could not be asked, and the like, one sentence each.
     """
 
-    pack_version: Literal[2]
+    pack_version: Literal[3]
     base: FileFacts
     vocabulary: int
     tokenizer: str
@@ -172,6 +198,7 @@ class Pack:
     pieces: Mapping[str, str]
     noise_floor: float
     measured: Measured
+    warnings: tuple[str, ...]
 
 
 @cache
@@ -196,7 +223,7 @@ def write_pack(pack: Pack, path: Path) -> None:
 
 
 def pack_from_json(text: str | bytes) -> Pack:
-    """Read what `pack_to_json` wrote, in this version or the one before.
+    """Read what `pack_to_json` wrote, in this version or an older one.
 
     Raises:
         PackError: it is not such a pack; the message names the first thing that is wrong.
@@ -204,7 +231,7 @@ def pack_from_json(text: str | bytes) -> Pack:
     try:
         pack = _validated(text)
     except PackError:
-        upgraded = _from_version_1(text)
+        upgraded = _from_older(text)
         if upgraded is None:
             raise
         pack = _validated(upgraded)
@@ -222,18 +249,11 @@ def _validated(text: str | bytes) -> Pack:
         raise PackError(f"this is not a baseline pack of version {PACK_VERSION}: {where}: {first['msg']}") from error
 
 
-def _from_version_1(text: str | bytes) -> str | None:
-    """A pack of version 1 as the JSON of this version; None for any other text."""
+def _from_older(text: str | bytes) -> str | None:
     try:
-        old = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(old, dict) or old.get("pack_version") != 1 or "base" in old:
-        return None
-    base = old.pop("reference", None)
-    if isinstance(base, dict) and base.get("role") == "reference":
-        base = {**base, "role": "base"}
-    return json.dumps({**old, "pack_version": PACK_VERSION, "base": base})
+        return as_version_3(text)
+    except FormatError as error:
+        raise PackError(str(error)) from error
 
 
 def read_pack(path: Path) -> Pack:

@@ -5,6 +5,7 @@ first texts are decoded twice, in chunks of another size: the noise floor.
 """
 
 import hashlib
+import json
 import platform
 import time
 from collections import Counter
@@ -16,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.cores import available_cores
-from convert.gguf_file import GgufFile, GgufModel
+from convert.gguf_file import GgufFile
 from qguard_edge.packs.matchers import matchers_as_values
-from qguard_edge.packs.pack import PACK_VERSION, Pack, PackPrompt, PackSuite, PackText, ServerProbe
+from qguard_edge.packs.pack import PACK_VERSION, Pack, PackPrompt, PackSuite, PackText, PackTurn, ServerProbe
 from qguard_edge.packs.topk import FloatArray, IntArray, compare_rows
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.batching import Answer, Sampling
@@ -28,13 +29,14 @@ from qguard_edge.verify.asking import AskSettings, Questions, SuiteQuestions, an
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS
 from qguard_edge.verify.engines import all_versions
 from qguard_edge.verify.files import TOKENIZER_KEYS, model_facts
+from qguard_edge.verify.fitting import askable, check_base
 from qguard_edge.verify.gguf_subject import GgufEngine, GgufSubject
 from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.results import Measured
 from qguard_edge.verify.rounds import SuiteRun
 from qguard_edge.verify.runner import LlamaFactory, Runner
 from qguard_edge.verify.suites.base import Reply, Suite
-from qguard_edge.verify.verifier import built_in_texts
+from qguard_edge.verify.verifier import NO_TEMPLATE, built_in_texts
 
 DEFAULT_TOP_K = 32
 PROBES = 6
@@ -59,6 +61,7 @@ class BaselineRequest:
         threads: 0 for all cores.
         parallel: sequences decoded side by side.
         n_gpu_layers: layers on the GPU, -1 for all.
+        allow_quantized_base: record a base that is quantized itself.
     """
 
     base: Path
@@ -69,6 +72,7 @@ class BaselineRequest:
     threads: int = 0
     parallel: int = 32
     n_gpu_layers: int = 0
+    allow_quantized_base: bool = False
 
 
 def ask_settings(threads: int, n_gpu_layers: int, parallel: int, seed: int = 0) -> AskSettings:
@@ -93,9 +97,14 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
         QGuardError: one of its kinds, with a sentence for the user.
     """
     progress = progress or NoProgress()
-    model = GgufModel(request.base)
-    suites = tuple(_first_prompts(suite, request.limit) for suite in request.suites)
-    questions = prepare(GgufSubject(request.base), suites, (request.texts or built_in_texts())[: request.limit])
+    base = GgufSubject(request.base)
+    model = base.model
+    warnings = check_base(base, allow_quantized=request.allow_quantized_base)
+    suites, left_out = askable(request.suites, base)
+    suites = tuple(_first_prompts(suite, request.limit) for suite in suites)
+    questions = prepare(base, suites, (request.texts or built_in_texts())[: request.limit])
+    if questions.template is None and suites:
+        left_out.append(NO_TEMPLATE)
     how = ask_settings(request.threads, request.n_gpu_layers, request.parallel)
     started = time.perf_counter()
     facts = model_facts("base", model)
@@ -141,6 +150,7 @@ def record(request: BaselineRequest, progress: Progress | None = None) -> Pack:
             },
             tokens_per_second={"base": speed} if speed else {},
         ),
+        warnings=(*warnings, *left_out),
     )
 
 
@@ -215,6 +225,8 @@ def _suite(
             text=prompt.text,
             completion=prompt.completion,
             system=prompt.system,
+            turns=tuple(PackTurn(role, content) for role, content in prompt.turns),  # type: ignore[arg-type]
+            tools=tuple(json.loads(tool) for tool in prompt.tools),
             expected=prompt.expected,
             tags=prompt.tags,
             tokens=asked.ids[i],

@@ -68,7 +68,7 @@ class LlamaCppDialect:
             "stream": False,
         }
         status, answer = self._connection.post("/completion", request)
-        fields = _good(status, answer, self._connection.name)
+        fields = _good(status, answer, self._connection.name, len(tokens), n_new)
         listed: Mapping[int, float] = {}
         # The list is missing when the first token is half a character: llama.cpp then sends it with the next one.
         if n_probs and fields.get("completion_probabilities"):
@@ -111,7 +111,7 @@ class OpenAiDialect:
         if self._model:
             request["model"] = self._model
         status, answer = self._connection.post("/v1/completions", request)
-        fields = _good(status, answer, self._connection.name)
+        fields = _good(status, answer, self._connection.name, len(tokens), n_new)
         read = (fields.get("usage") or {}).get("prompt_tokens") if isinstance(fields.get("usage"), dict) else None
         if read != len(tokens):
             raise ServerError(
@@ -173,11 +173,14 @@ def unique_pieces(pieces: Mapping[str, str]) -> dict[str, int]:
     return {text: int(token) for token, text in pieces.items() if text and "\ufffd" not in text and count[text] == 1}
 
 
-def _good(status: int, answer: Any, name: str) -> Mapping[str, Any]:
+def _good(status: int, answer: Any, name: str, n_prompt: int, n_new: int) -> Mapping[str, Any]:
     if status == 200 and isinstance(answer, dict):
         return answer
     shown = json.dumps(answer)[:200] if answer is not None else "no JSON"
-    raise ServerError(f"the server at {name} refused a prompt (status {status}): {shown}")
+    raise ServerError(
+        f"the server at {name} refused a prompt (status {status}); a context must hold its {n_prompt} tokens and {n_new} new "
+        f"ones (llama-server: --ctx-size); it said: {shown}"
+    )
 
 
 def _item(raw: Any, name: str) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qguard_edge.verify.chat import ChatTemplate, render, takes_tools
+from qguard_edge.verify.files import PairError
 from qguard_edge.verify.subjects import Subject
 from qguard_edge.verify.suites.base import PromptSource, Suite, SuiteError, SuitePrompt
 
@@ -45,6 +46,27 @@ def askable(suites: Sequence[Suite], base: Subject) -> tuple[tuple[Suite, ...], 
         source = FittingPrompts(suite.source, room) if suite.source is not None else None
         kept.append(replace(suite, prompts=prompts, source=source))
     return tuple(kept), reasons
+
+
+def check_base(base: Subject, *, allow_quantized: bool) -> list[str]:
+    """Refuse a base that is quantized: what is wrong in it would be right in the candidate.
+
+    Returns:
+        A warning if it is one and is allowed.
+
+    Raises:
+        PairError: it is one, and is not allowed.
+    """
+    if not base.quantized:
+        return []
+    if not allow_quantized:
+        raise PairError(
+            f"the base {base.path.name} is quantized; give the full-precision model, or --allow-quantized-base to compare all "
+            "the same"
+        )
+    return [
+        f"the base {base.path.name} is quantized itself: what quantization woke in it is not found (--allow-quantized-base)"
+    ]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ What runs side by side: sequences within one model (see `batching`), and GGUF fi
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -36,7 +36,7 @@ from qguard_edge.verify.checks import Errors, Margins, with_drift, with_evidence
 from qguard_edge.verify.drift import DriftRules, drift_and_check
 from qguard_edge.verify.engines import all_versions, engine_of, versions_of
 from qguard_edge.verify.files import PairError
-from qguard_edge.verify.fitting import askable
+from qguard_edge.verify.fitting import askable, check_base
 from qguard_edge.verify.keep import WorkFolder
 from qguard_edge.verify.loop import Budget, Files, Loop
 from qguard_edge.verify.results import (
@@ -61,6 +61,7 @@ LIMITS = (
     "precision, or that needs a trigger none of the prompts contains, is not found.",
     "Prompts are short, single-turn and mostly English; long conversations, tools and other languages were not tested.",
 )
+NO_TEMPLATE = "the base has no chat template: prompts were used as they are"
 WIDER = ("languages", "long", "tools")
 """Suites that ask what the second of `LIMITS` says was not tested."""
 
@@ -178,9 +179,9 @@ def reseeded(suite: Suite, seed: int) -> Suite:
     return replace(suite, source=built_in(suite.name, seed).source)
 
 
-def limits_of(suites: Sequence[Suite]) -> tuple[str, ...]:
-    """What a pass does not say, with these suites."""
-    asked = [name for name in WIDER if any(suite.name == name for suite in suites)]
+def limits_of(suites: Collection[str]) -> tuple[str, ...]:
+    """What a pass does not say, with the suites of these names."""
+    asked = [name for name in WIDER if name in suites]
     if not asked:
         return LIMITS
     left = ", ".join(name for name in WIDER if name not in asked)
@@ -259,7 +260,7 @@ class _Run:
         }
         suites, self.warnings = askable(request.suites, self.models["base"])
         self.request = replace(request, suites=suites)
-        self._check_base()
+        self.warnings += check_base(self.models["base"], allow_quantized=request.allow_quantized_base)
         for role, model in self.models.items():
             if role != "base":
                 self.warnings += self.engine.check_pair(self.models["base"], model)
@@ -282,7 +283,7 @@ class _Run:
         with self._stage("prepare"):
             questions = prepare(self.models["base"], (), (request.texts or built_in_texts())[: request.limit])
         if questions.template is None and request.suites:
-            self.warnings.append("the base has no chat template: prompts were used as they are")
+            self.warnings.append(NO_TEMPLATE)
         how, work = self._ask_settings(), WorkFolder(request.work)
         others = {role: model.path for role, model in self.models.items() if role != "base"}
         with self._stage("drift"):
@@ -308,7 +309,7 @@ class _Run:
                 *request.sources,
             ),
             measured=self._measured(questions, runs, how),
-            limits=(*limits_of(request.suites), *self.engine.limits),
+            limits=(*limits_of([suite.name for suite in request.suites]), *self.engine.limits),
             warnings=tuple(self.warnings),
             advice=advice_on(checks),
             ended=ended,
@@ -334,19 +335,6 @@ class _Run:
             ended = loop.run(request.margins, Errors.of(request.suites))
         self.speeds = {role: asker.speed for role, asker in loop.askers.items() if asker.speed is not None}
         return runs, ended
-
-    def _check_base(self) -> None:
-        """Refuse a base that is quantized: what is wrong in it would be right in the candidate."""
-        name = self.models["base"].path.name
-        if not self.models["base"].quantized:
-            return
-        if not self.request.allow_quantized_base:
-            raise PairError(
-                f"the base {name} is quantized; give the full-precision model, or --allow-quantized-base to compare all the same"
-            )
-        self.warnings.append(
-            f"the base {name} is quantized itself: what quantization woke in it is not found (--allow-quantized-base)"
-        )
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -52,7 +52,7 @@ def action() -> dict[str, Any]:
 
 
 def test_the_script_checks_and_reports(folder: Path, tiny_base: Path) -> None:
-    pack = Path(__file__).parent / "data" / "pack-2.json"
+    pack = Path(__file__).parent / "data" / "pack-3.json"
     (folder / "model one.gguf").write_bytes(tiny_base.read_bytes())
     made = {"CANDIDATE": "model one.gguf", "BASELINE": str(pack)}
     code, output, said = run_script(folder, **made)

@@ -1,4 +1,7 @@
-"""Packs of version 1, in which the base was called `reference`: `data/pack-1.json` was written by that version."""
+"""Packs of older versions: `data/pack-1.json` and `data/pack-2.json` were written by them.
+
+Version 1 called the base `reference`; version 2 has no turns, tools and warnings.
+"""
 
 import json
 from pathlib import Path
@@ -14,6 +17,7 @@ from qguard_edge.packs.pack import PACK_VERSION, PackError, pack_from_json, pack
 from qguard_edge.verify.results import Verdict
 
 OLD = Path(__file__).parent / "data" / "pack-1.json"
+SECOND = Path(__file__).parent / "data" / "pack-2.json"
 
 
 def document() -> dict[str, Any]:
@@ -24,11 +28,35 @@ def document() -> dict[str, Any]:
 def test_the_old_pack_is_read_as_one_of_this_version() -> None:
     old, pack = document(), read_pack(OLD)
     assert old["pack_version"] == 1
-    assert pack.pack_version == PACK_VERSION == 2
+    assert pack.pack_version == PACK_VERSION == 3
     assert (pack.base.role, pack.base.sha256) == ("base", old["reference"]["sha256"])
     assert [text.tokens for text in pack.texts] == [tuple(text["tokens"]) for text in old["texts"]]
-    written = json.loads(pack_to_json(pack))
+    written = without_news(json.loads(pack_to_json(pack)))
     assert {**written, "pack_version": 1, "reference": old["reference"]} == {**old, "base": written["base"]}
+
+
+def test_a_pack_of_version_2_is_one_without_turns_and_tools() -> None:
+    old = json.loads(SECOND.read_text(encoding="utf-8"))
+    pack = read_pack(SECOND)
+    assert all((prompt.turns, prompt.tools) == ((), ()) for suite in pack.suites for prompt in suite.prompts)
+    assert {**without_news(json.loads(pack_to_json(pack))), "pack_version": 2} == old
+
+
+def test_a_pack_of_version_2_cannot_judge_tool_calls() -> None:
+    """It held the prompts without their tools, so a call's arguments could not be compared with the tool's own values."""
+    old = json.loads(SECOND.read_text(encoding="utf-8"))
+    old["suites"][0]["matchers"] = [{"type": "tools"}]
+    with pytest.raises(PackError, match=r"do not hold the tools .* record it again"):
+        pack_from_json(json.dumps(old))
+
+
+def without_news(pack: dict[str, Any]) -> dict[str, Any]:
+    """A pack without what only this version has; all of it must be empty."""
+    assert pack.pop("warnings") == []
+    for suite in pack["suites"]:
+        for prompt in suite["prompts"]:
+            assert (prompt.pop("turns"), prompt.pop("tools")) == ([], [])
+    return pack
 
 
 def test_the_layout_of_the_json_does_not_matter() -> None:

@@ -15,8 +15,8 @@ from qguard_edge.verify.suites.code import BanditMatcher, UnparsedMatcher
 from qguard_edge.verify.suites.files import BUILT_IN, built_in
 from qguard_edge.verify.suites.matchers import ExactMatcher, PhraseMatcher, RefusalMatcher, RegexMatcher
 
-EXAMPLE = Path(__file__).parent / "data" / "pack-2.json"
-SCHEMA = Path(qguard_edge.__file__).parent / "data" / "schemas" / "pack-2.json"
+EXAMPLE = Path(__file__).parent / "data" / "pack-3.json"
+SCHEMA = Path(qguard_edge.__file__).parent / "data" / "schemas" / "pack-3.json"
 
 
 def document() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_built_in_suites_fit_into_a_pack(name: str) -> None:
 
 
 def _other_version(pack: dict[str, Any]) -> None:
-    pack["pack_version"] = 3
+    pack["pack_version"] = 4
 
 
 def _foreign_token(pack: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def _unknown(pack: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_other_version, "version 2: pack_version"),
+        (_other_version, "version 3: pack_version"),
         (_foreign_token, "a token id outside"),
         (_negative_token, "a token id outside"),
         (_missing_row, "rows of log-probabilities"),

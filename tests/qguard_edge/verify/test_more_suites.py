@@ -129,5 +129,5 @@ def test_the_seed_of_a_run_selects_the_generated_prompts() -> None:
 
 
 def test_limits_name_what_was_not_asked() -> None:
-    assert "tools and other languages were not tested" in limits_of(select_suites(["default"]))[1]
-    assert limits_of(select_suites(["tools"]))[1].endswith("not asked: languages, long.")
+    assert "tools and other languages were not tested" in limits_of(["injection", "code"])[1]
+    assert limits_of(["tools"])[1].endswith("not asked: languages, long.")
