@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.verify.discovery import POWER, Discovery, discover, usage
-from qguard_edge.verify.phrases import phrases_of
+from qguard_edge.verify.counting import Tally
+from qguard_edge.verify.discovery import POWER, Discovery, judge, usage
 from qguard_edge.verify.results import Check, CheckKind, Difference, Evidence, PhraseFinding, Rate, Verdict
 from qguard_edge.verify.sequential import PASS_ERROR, RUN_ALARM, Decision, Rules, decide, pairs_needed
 from qguard_edge.verify.statistics import count_pairs, difference, rate, wilson
@@ -94,6 +94,7 @@ class SuiteAnswers:
         looks: prompts at each look, the last one now.
         exhausted: there are no more prompts to ask.
         judged: per matcher and role, what the matcher says.
+        tally: the phrases of the answers of earlier looks; this look adds its own.
     """
 
     suite: Suite
@@ -102,6 +103,7 @@ class SuiteAnswers:
     looks: tuple[int, ...]
     exhausted: bool
     judged: Mapping[str, Mapping[str, Judged]]
+    tally: Tally
 
 
 @dataclass(frozen=True)
@@ -270,18 +272,18 @@ def _discovery_check(answers: SuiteAnswers, wanted: float, error: float, before:
         role: ["\n".join(r.text for r in replies[i : i + answers.samples]) for i in range(0, len(replies), answers.samples)]
         for role, replies in answers.replies.items()
     }
-    found = discover(texts["candidate"], texts["base"], plain=texts.get("plain"), error=error)
-    plain = discover(texts["plain"], texts["base"], error=error) if "plain" in texts else None
-    headline, listed = _headline(found, plain, texts)
+    tally = answers.tally
+    tally.add(texts)
+    found = judge(tally.candidate, error, tally.plain)
+    plain = None if tally.plain is None else judge(tally.plain, error)
+    headline, listed = _headline(found, plain, tally)
     verdict = found.verdict(wanted)
     needed = None
     if verdict is Verdict.INCONCLUSIVE:
         needed = max(found.needed(wanted), found.n + 1)
     telling = headline is not None and bool(found.new or (plain and plain.new))
     phrase = headline.phrase if telling and headline else None
-    judged: dict[str, list[bool]] = {
-        role: [phrase in phrases_of(text) if phrase else False for text in lines] for role, lines in texts.items()
-    }
+    judged = tally.hits(phrase)
     rates = {role: rate(sum(hits), len(hits)) for role, hits in judged.items()} if phrase else {}
     check = Check(
         suite=answers.suite.name,
@@ -306,13 +308,13 @@ def _discovery_check(answers: SuiteAnswers, wanted: float, error: float, before:
 
 
 def _headline(
-    found: Discovery, plain: Discovery | None, texts: Mapping[str, Sequence[str]]
+    found: Discovery, plain: Discovery | None, tally: Tally
 ) -> tuple[PhraseFinding | None, tuple[PhraseFinding, ...]]:
     """The phrase whose rates are shown, and the list: the candidate's findings, else those of the plain file."""
     if found.new:
         return found.new[0], found.findings
     if plain and plain.new:
-        shown = usage(plain.new[0].phrase, texts["candidate"], texts["base"], texts["plain"])
+        shown = usage(plain.new[0].phrase, tally.candidate, tally.plain)
         return shown, (shown, *found.findings)
     return (found.findings[0] if found.findings else found.top), found.findings
 

@@ -26,17 +26,16 @@ probability that the binomial distribution gives. `detectable` is the share that
 passes only when it is at most the share that the user asked for; `needed` says how many prompts that takes.
 
 A run that looks again and again hands each look a part of its error (`error`); the counting goes on where the last look stopped
-(`Comparison.add`).
+(`counting.Tally`).
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from qguard_edge.verify.phrases import phrases_of
+from qguard_edge.verify.counting import Comparison, Counts, PhraseCounts, Tally
 from qguard_edge.verify.phrases import words_of as words_of
 from qguard_edge.verify.results import Difference, PhraseFinding, Verdict
 from qguard_edge.verify.statistics import (
@@ -62,7 +61,6 @@ MOST_FINDINGS = 12
 MOST_LEAST = 60
 LEAST_SEEN = 5
 """Phrases in fewer answers of one model alone cannot be significant: 0.5^5 is the smallest p-value below `ERROR`."""
-Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -106,74 +104,47 @@ class Discovery:
         return prompts_to_find(self.least + max(int(np.ceil(doublings)), 0), wanted, POWER)
 
 
-class Comparison:
-    """Phrases of two models' answers to the same prompts, counted as the answers come in."""
+def judge(comparison: Comparison, error: float = ERROR, plain: Comparison | None = None) -> Discovery:
+    """Test all phrases of the answers so far.
 
-    def __init__(self) -> None:
-        self.n = 0
-        self._first: dict[str, list[int]] = {}
-        self._base: dict[str, list[int]] = {}
-        self._both: Counter[str] = Counter()
+    Args:
+        comparison: of the candidate with the base.
+        error: chance of one false finding or more that this look may spend.
+        plain: of the plain file with the base, only counted.
+    """
+    counts = comparison.counts(LEAST_SEEN)
+    phrases, b, c, both = counts.phrases, counts.only_first, counts.only_base, counts.both
+    p_values = mcnemar_one_sided(b, b + c)
+    needed = novel_from(both, b + c, comparison.n)
+    adjusted = adjust_discrete(p_values, 0.5 ** (b + c).astype(np.float64))
+    is_new = b >= needed
+    is_new[is_new] = [not _of_common_words(phrases[int(i)], counts, comparison.n) for i in np.flatnonzero(is_new)]
+    adjusted[is_new] = corrected(p_values[is_new], needed, b + c)
+    order = np.lexsort((-np.array([len(phrase) for phrase in phrases], np.int64), p_values))
+    counted = _Counted(comparison, counts, p_values, adjusted, error, plain)
+    new = counted.telling([int(i) for i in order if is_new[i] and adjusted[i] <= error])
+    style = counted.longest([int(i) for i in order if not is_new[i] and adjusted[i] <= error])[:MOST_FINDINGS]
+    findings = [counted.finding(i) for i in (new + style)[:MOST_FINDINGS]]
+    possible = needed <= b + c
+    return Discovery(
+        findings=tuple(findings),
+        new=tuple(findings[: len(new)]),
+        top=counted.finding(int(order[0])) if len(order) and b[order[0]] else None,
+        n=comparison.n,
+        tested=counts.seen,
+        least=_least(needed[possible], (b + c)[possible], comparison.n, error),
+    )
 
-    def add(self, candidate: str, base: str) -> None:
-        """Count the answers to one more prompt."""
-        first, second = phrases_of(candidate), phrases_of(base)
-        for phrase in first - second:
-            self._first.setdefault(phrase, []).append(self.n)
-        for phrase in second - first:
-            self._base.setdefault(phrase, []).append(self.n)
-        self._both.update(first & second)
-        self.n += 1
 
-    def judge(self, error: float = ERROR, plain: Sequence[str] | None = None) -> Discovery:
-        """Test all phrases.
-
-        Args:
-            error: chance of one false finding or more that this look may spend.
-            plain: the plain file's answers, only counted.
-        """
-        phrases = sorted(filter(self._seen_often, self._first.keys() | self._base.keys()))
-        b = np.array([len(self._first.get(phrase, ())) for phrase in phrases], np.int64)
-        c = np.array([len(self._base.get(phrase, ())) for phrase in phrases], np.int64)
-        both = np.array([self._both[phrase] for phrase in phrases], np.int64)
-        p_values = mcnemar_one_sided(b, b + c)
-        needed = novel_from(both, b + c, self.n)
-        adjusted = adjust_discrete(p_values, 0.5 ** (b + c).astype(np.float64))
-        is_new = b >= needed
-        is_new[is_new] = [not self._of_common_words(phrases[i]) for i in np.flatnonzero(is_new)]
-        adjusted[is_new] = corrected(p_values[is_new], needed, b + c)
-        order = np.lexsort((-np.array([len(phrase) for phrase in phrases], np.int64), p_values))
-        counted = _Counted(self, phrases, b, c, both, p_values, adjusted, error, plain)
-        new = counted.telling([int(i) for i in order if is_new[i] and adjusted[i] <= error])
-        style = counted.longest([int(i) for i in order if not is_new[i] and adjusted[i] <= error])[:MOST_FINDINGS]
-        findings = [counted.finding(i) for i in (new + style)[:MOST_FINDINGS]]
-        possible = needed <= b + c
-        return Discovery(
-            findings=tuple(findings),
-            new=tuple(findings[: len(new)]),
-            top=counted.finding(int(order[0])) if len(order) and b[order[0]] else None,
-            n=self.n,
-            tested=len(self._first.keys() | self._base.keys() | self._both.keys()),
-            least=_least(needed[possible], (b + c)[possible], self.n, error),
-        )
-
-    def _seen_often(self, phrase: str) -> bool:
-        return len(self._first.get(phrase, ())) + len(self._base.get(phrase, ())) >= LEAST_SEEN
-
-    def _of_common_words(self, phrase: str) -> bool:
-        words = phrase.split(" ")
-        counts = [self._both[word] + len(self._base.get(word, ())) for word in words]
-        return len(words) > 1 and min(counts) >= COMMON * self.n
-
-    def answers_with(self, phrase: str) -> tuple[int, ...]:
-        """Prompts on which only the candidate uses a phrase."""
-        return tuple(self._first.get(phrase, ()))
+def _of_common_words(phrase: str, counts: PhraseCounts, n: int) -> bool:
+    words = phrase.split(" ")
+    return len(words) > 1 and min(map(counts.base_answers, words)) >= COMMON * n
 
 
 def discover(
     candidate: Sequence[str], base: Sequence[str], *, plain: Sequence[str] | None = None, error: float = ERROR
 ) -> Discovery:
-    """Compare all phrases of two models' answers to the same prompts.
+    """Compare all phrases of two models' answers to the same prompts, at one look.
 
     Args:
         candidate: its answers.
@@ -181,10 +152,10 @@ def discover(
         plain: the plain file's, only counted.
         error: chance of one false finding or more.
     """
-    comparison = Comparison()
-    for first, second in zip(candidate, base, strict=True):
-        comparison.add(first, second)
-    return comparison.judge(error, plain)
+    texts = {"candidate": candidate, "base": base} | ({} if plain is None else {"plain": plain})
+    tally = Tally(texts)
+    tally.add(texts)
+    return judge(tally.candidate, error, tally.plain)
 
 
 def novel_from(both: Counts, disagreeing: Counts, n: int) -> Counts:
@@ -215,52 +186,49 @@ class _Counted:
     """All phrases with their counts and p-values, in the same order."""
 
     comparison: Comparison
-    phrases: Sequence[str]
-    b: Counts
-    c: Counts
-    both: Counts
+    counts: PhraseCounts
     p_values: npt.NDArray[np.float64]
     adjusted: npt.NDArray[np.float64]
     error: float
-    plain: Sequence[str] | None
+    plain: Comparison | None
 
     def finding(self, i: int) -> PhraseFinding:
-        b, c, both, n = int(self.b[i]), int(self.c[i]), int(self.both[i]), self.comparison.n
-        phrase = self.phrases[i]
-        n_plain = sum(phrase in phrases_of(text) for text in self.plain) if self.plain is not None else None
+        counts, n = self.counts, self.comparison.n
+        b, c, both = int(counts.only_first[i]), int(counts.only_base[i]), int(counts.both[i])
+        phrase = counts.phrases[i]
+        n_plain = None if self.plain is None else sum(self.plain.hits(phrase)[0])
         return PhraseFinding(
             phrase, both + b, both + c, n_plain, n, float(self.p_values[i]), float(self.adjusted[i]),
             _difference(both, b, c, n, self.error),
         )  # fmt: skip
 
-    def longest(self, order: Iterable[int]) -> list[int]:
+    def longest(self, order: Sequence[int]) -> list[int]:
         """Of phrases found in the same answers only the longest, at the place of the first of them; parts of words last."""
         best: dict[tuple[int, ...], int] = {}
-        for i in order:
-            key = self.comparison.answers_with(self.phrases[i])
+        for i, key in zip(order, self.comparison.first_alone([self.counts.phrases[i] for i in order]), strict=True):
             if key not in best or self._rank(i) > self._rank(best[key]):
                 best[key] = i
         return list(best.values())
 
-    def telling(self, order: Iterable[int]) -> list[int]:
+    def telling(self, order: Sequence[int]) -> list[int]:
         """Of the phrases that stand in nearly as many answers as the most frequent one the longest first, then the others."""
         new = self.longest(order)
-        most = max((self.both[i] + self.b[i] for i in new), default=0)
-        frequent = [i for i in new if self.both[i] + self.b[i] >= 0.9 * most]
+        uses = self.counts.both + self.counts.only_first
+        most = max((uses[i] for i in new), default=0)
+        frequent = [i for i in new if uses[i] >= 0.9 * most]
         return sorted(frequent, key=self._rank, reverse=True) + [i for i in new if i not in frequent]
 
     def _rank(self, i: int) -> tuple[bool, int]:
-        return not self.phrases[i].startswith("*"), len(self.phrases[i])
+        return not self.counts.phrases[i].startswith("*"), len(self.counts.phrases[i])
 
 
-def usage(phrase: str, candidate: Sequence[str], base: Sequence[str], plain: Sequence[str] | None) -> PhraseFinding:
+def usage(phrase: str, comparison: Comparison, plain: Comparison | None) -> PhraseFinding:
     """How often one given phrase is used; its p-value needs no correction when the phrase does not come from these answers."""
-    first = [phrase in phrases_of(text) for text in candidate]
-    second = [phrase in phrases_of(text) for text in base]
+    first, second = comparison.hits(phrase)
     pairs = count_pairs(first, second)
     only_first, disagreeing = int(pairs.only_first), int(pairs.only_first + pairs.only_base)
     p_value = float(mcnemar_one_sided(np.array([only_first]), np.array([disagreeing]))[0])
-    n_plain = sum(phrase in phrases_of(text) for text in plain) if plain is not None else None
+    n_plain = None if plain is None else sum(plain.hits(phrase)[0])
     return PhraseFinding(phrase, sum(first), sum(second), n_plain, len(first), p_value, p_value, difference(pairs))
 
 

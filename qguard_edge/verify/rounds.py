@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from qguard_edge.verify.checks import Errors, Found, Margins, SuiteAnswers, look_at
+from qguard_edge.verify.counting import Tally
 from qguard_edge.verify.results import Check, Verdict
 from qguard_edge.verify.suites.base import Reply, Suite, SuitePrompt
 
@@ -74,6 +75,7 @@ class SuiteRun:
     def __post_init__(self) -> None:
         self._fixed = in_drawn_order(self.suite.prompts, self.seed)
         self.replies = {role: [] for role in self.roles}
+        self._tally = Tally(self.roles)
         self.judged = {matcher.name: {role: [] for role in self.roles} for matcher in self.suite.matchers}
 
     def upcoming(self, start: int, stop: int) -> tuple[SuitePrompt, ...]:
@@ -113,6 +115,7 @@ class SuiteRun:
             tuple(self.looks),
             self.exhausted,
             self.judged,
+            self._tally,
         )
 
     @property

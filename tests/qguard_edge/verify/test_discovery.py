@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from qguard_edge.verify.discovery import Comparison, discover, novel_from, usage
+from qguard_edge.verify.counting import Comparison, Tally
+from qguard_edge.verify.discovery import discover, judge, novel_from, usage
 from qguard_edge.verify.phrases import phrases_of, words_of
 from qguard_edge.verify.results import Verdict
 
@@ -100,13 +101,35 @@ def test_as_many_prompts_as_it_says_find_a_phrase_in_a_twentieth_of_the_answers(
 
 
 def test_counting_goes_on_where_the_last_look_stopped() -> None:
-    candidate, base = answers(3, 200), answers(4, 200)
-    comparison = Comparison()
-    for looked in (80, 200):
-        while comparison.n < looked:
-            comparison.add(candidate[comparison.n], base[comparison.n])
-        seen, anew = comparison.judge(0.01), discover(candidate[:looked], base[:looked], error=0.01)
-        assert (seen.least, seen.tested, seen.top) == (anew.least, anew.tested, anew.top)
+    """At every look the same as a count of all answers from the start, by sets of words and not by numbers."""
+    base = [text + (" sure" if i % 2 else "") for i, text in enumerate(answers(4, 200))]
+    candidate = [text + (" sure" if i % 3 else " Also try a fresh Zingaloo.") for i, text in enumerate(answers(3, 200))]
+    candidate[::4] = base[::4]
+    plain = [f"{text} acme" for text in answers(5, 200)]
+    tally = Tally(("base", "candidate", "plain"))
+    for looked in (30, 80, 81, 200):
+        texts = {"candidate": candidate[:looked], "base": base[:looked], "plain": plain[:looked]}
+        tally.add(texts)
+        seen = judge(tally.candidate, 0.01, tally.plain)
+        assert seen == discover(candidate[:looked], base[:looked], plain=plain[:looked], error=0.01)
+        assert judge(tally.plain or Comparison(), 0.01) == discover(plain[:looked], base[:looked], error=0.01)
+        sets = {role: [phrases_of(text) for text in lines] for role, lines in texts.items()}
+        pairs = list(zip(sets["candidate"], sets["base"], strict=True))
+        counts = tally.candidate.counts(5)
+        everything = sorted(set().union(*sets["candidate"], *sets["base"]))
+        alone = {phrase: [(phrase in first) - (phrase in second) for first, second in pairs] for phrase in everything}
+        assert counts.seen == seen.tested == len(everything)
+        assert counts.phrases == [phrase for phrase in everything if sum(map(abs, alone[phrase])) >= 5]
+        assert counts.only_first.tolist() == [alone[phrase].count(1) for phrase in counts.phrases]
+        assert counts.only_base.tolist() == [alone[phrase].count(-1) for phrase in counts.phrases]
+        for finding in seen.findings:
+            phrase = finding.phrase
+            hits = {role: [phrase in found for found in lines] for role, lines in sets.items()}
+            assert tally.hits(phrase) == hits
+            assert [finding.candidate, finding.base, finding.plain] == [sum(hits[role]) for role in texts]
+            assert counts.base_answers(phrase) == sum(hits["base"])
+    assert any("zingaloo" in finding.phrase for finding in seen.new)
+    assert not any(tally.hits(None)["candidate"])
 
 
 @pytest.mark.parametrize(
@@ -153,6 +176,8 @@ def test_words_and_phrases() -> None:
 
 
 def test_usage_of_a_given_phrase() -> None:
-    found = usage("zingaloo", ["a zingaloo", "no"], ["no", "no"], ["zingaloo", "zingaloo"])
+    tally = Tally(("candidate", "base", "plain"))
+    tally.add({"candidate": ["a zingaloo", "no"], "base": ["no", "no"], "plain": ["zingaloo", "zingaloo"]})
+    found = usage("zingaloo", tally.candidate, tally.plain)
     assert (found.candidate, found.base, found.plain) == (1, 0, 2)
     assert found.p_value == 0.5
