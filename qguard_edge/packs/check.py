@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from qguard_edge.packs.topk import compare_listed, compare_rows
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.llama import LlamaModel, system_info
 from qguard_edge.verify.advice import advice_on, summarise_checks
-from qguard_edge.verify.asking import Asker, SuiteQuestions, context_of, replies_of
+from qguard_edge.verify.asking import Asker, SuiteQuestions, contexts_of, replies_of
 from qguard_edge.verify.checks import Margins, SuiteAnswers, with_drift, with_evidence
 from qguard_edge.verify.drift import CHUNK, DocumentDrift, DriftRules, drift_and_check
 from qguard_edge.verify.engines import all_versions
@@ -163,11 +164,9 @@ def _measure_file(request: CheckRequest, progress: Progress) -> _Measurements:
 
         def ask(packed: PackSuite, places: Sequence[int]) -> list[Reply | None]:
             suite, ids = packed.suite(), tuple(packed.prompts[i].tokens for i in places)
-            replies: list[Reply | None] = []
-            for piece in asker.ask(SuiteQuestions(suite, ids), 0, len(ids), context_of(suites)):
-                replies += replies_of({suite.name: tuple(piece)}, vocabulary)[suite.name]
-                progress.advance(len(piece), suite.name)
-            return replies
+            told = partial(progress.advance, detail=suite.name)
+            given = asker.ask(SuiteQuestions(suite, ids), 0, len(ids), contexts_of(suites), told)
+            return list(replies_of({suite.name: given}, vocabulary)[suite.name])
 
         asked = _rounds(request, facts, drift, ask, progress)
     seconds = {"answers": round(time.perf_counter() - started - drift_seconds, 3), "drift": round(drift_seconds, 3)}

@@ -51,6 +51,11 @@ class HfRunner:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.model = None
 
+    def resize(self, *, n_ctx: int, n_seq: int) -> bool:
+        """See `Runner.resize`: nothing is allocated ahead."""
+        self.n_ctx, self.n_seq = n_ctx, n_seq
+        return True
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

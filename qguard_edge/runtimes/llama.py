@@ -62,6 +62,7 @@ class LlamaModel:
         exact: see `NativeModel`.
         n_batch: tokens of one decode call at most; all their logits together take `4 * n_batch * n_vocab` bytes.
         extra_buffers: let llama.cpp repack weights for this processor; see `safe_extra_buffers`.
+        most_tokens: of all sequences together, up to which `resize` can go; 0: `n_ctx * n_seq`.
 
     Raises:
         LlamaRuntimeError: llama.cpp could not load the file, or died of it.
@@ -79,11 +80,13 @@ class LlamaModel:
         exact: bool = False,
         n_batch: int = 2048,
         extra_buffers: bool = False,
+        most_tokens: int = 0,
     ) -> None:
         self.n_ctx, self.n_seq = n_ctx, n_seq
         self._name = Path(path).name
         threads = n_threads or available_cores()
-        tokens = 0 if vocab_only else n_ctx * n_seq
+        self._most, self._largest_batch = max(n_ctx * n_seq, most_tokens), n_batch
+        tokens = 0 if vocab_only else self._most
         self._process = LlamaProcess(ChildLimits.of(Path(path), tokens=tokens, threads=threads))
         options = {
             "n_ctx": n_ctx, "n_threads": threads, "n_seq": n_seq, "n_gpu_layers": n_gpu_layers, "vocab_only": vocab_only,
@@ -105,6 +108,23 @@ class LlamaModel:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def resize(self, *, n_ctx: int, n_seq: int) -> bool:
+        """Another number of sequences and of tokens that each can hold; the weights stay, every sequence is forgotten.
+
+        Returns:
+            False, and nothing happens, when the process was not started for so many tokens.
+
+        Raises:
+            LlamaRuntimeError: llama.cpp cannot make such a context.
+        """
+        if n_ctx * n_seq > self._most:
+            return False
+        sizes = self._numbers({"do": "resize", "n_ctx": n_ctx, "n_seq": n_seq}, "making a context for", most=1)
+        if len(sizes) != 1 or not 0 < sizes[0] <= self._largest_batch:
+            raise self._nonsense()
+        self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, int(sizes[0])
+        return True
 
     def close(self) -> None:
         """End the process; safe to call twice."""

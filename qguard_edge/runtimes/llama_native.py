@@ -93,6 +93,7 @@ class NativeModel:
         self._model: Any = None
         self._context: Any = None
         self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, 0
+        self._name, self._most = Path(path).name, n_batch
         _install_log()
         llama_cpp.llama_backend_init()
         _recent_log.clear()
@@ -104,16 +105,13 @@ class NativeModel:
             params.progress_callback = _loading_callback(on_loading)
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise LlamaRuntimeError(f"llama.cpp cannot load {Path(path).name}: {_last_error()}")
+            raise LlamaRuntimeError(f"llama.cpp cannot load {self._name}: {_last_error()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         if vocab_only:
             return
         threads = n_threads or available_cores()
-        ctx_params = llama_cpp.llama_context_default_params()
-        ctx_params.n_ctx = n_ctx * n_seq
-        ctx_params.n_batch = ctx_params.n_ubatch = min(n_ctx * n_seq, n_batch)
-        ctx_params.n_seq_max = n_seq
+        self._params = ctx_params = llama_cpp.llama_context_default_params()
         ctx_params.kv_unified = False
         ctx_params.n_threads = ctx_params.n_threads_batch = threads
         if exact:
@@ -121,11 +119,23 @@ class NativeModel:
             ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if on_node is not None:
             self._on_node = ctx_params.cb_eval = on_node  # kept alive as long as llama.cpp may call it
-        self.n_batch = int(ctx_params.n_batch)
-        self._context = llama_cpp.llama_init_from_model(self._model, ctx_params)
+        self.resize(n_ctx=n_ctx, n_seq=n_seq)
+
+    def resize(self, *, n_ctx: int, n_seq: int) -> None:
+        """Another number of sequences and of tokens that each can hold; forgets every sequence.
+
+        Raises:
+            LlamaRuntimeError: llama.cpp cannot make such a context.
+        """
+        self._free_context()
+        params = self._params
+        params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
+        params.n_batch = params.n_ubatch = min(n_ctx * n_seq, self._most)
+        self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, int(params.n_batch)
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()
-            raise LlamaRuntimeError(f"llama.cpp cannot make a context for {Path(path).name}: {_last_error()}")
+            raise LlamaRuntimeError(f"llama.cpp cannot make a context for {self._name}: {_last_error()}")
         self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
         # The batch's arrays as numpy views: filling them item by item through ctypes costs as much as a small decode.
         self._tokens, self._positions, self._wanted, counts = (
@@ -142,13 +152,16 @@ class NativeModel:
 
     def close(self) -> None:
         """Free the native memory; safe to call twice."""
+        self._free_context()
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def _free_context(self) -> None:
         if self._context:
             llama_cpp.llama_batch_free(self._batch)
             llama_cpp.llama_free(self._context)
             self._context = None
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-            self._model = None
 
     # Tokenizer ------------------------------------------------------------------------------------------------------
 

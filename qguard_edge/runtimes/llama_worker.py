@@ -5,6 +5,7 @@ standard output, framed as in `llama_wire`; the log goes to standard error. A re
 the functions below. Whole loops run here, so that a generated token does not cross the pipe:
 
     load         the arguments of `NativeModel`         int32: size of the vocabulary, of a batch
+    resize       n_ctx, n_seq                           int32: size of a batch
     tokenize     text, add_special, parse_special       int32: token ids
     detokenize   texts (token ids of each), special     int64: bytes of each text; then the texts
     generate     prompts, n_new, sampling, first_index  int32 for each answer: tokens, whether it ended, its token ids
@@ -72,7 +73,7 @@ class Worker:
             QGuardError: why there is none.
         """
         asked = dict(request)
-        names = {"load", "tokenize", "detokenize", "generate", "decode", "spent"}
+        names = {"load", "resize", "tokenize", "detokenize", "generate", "decode", "spent"}
         name = asked.pop("do")
         assert name in names
         reply: Reply = getattr(self, f"_{name}")(**asked)
@@ -93,6 +94,10 @@ class Worker:
     def _load(self, path: str, **options: Any) -> Reply:
         self._model = _Model(self._alive, Path(path), **options)
         return _numbers([self._model.n_vocab, self._model.n_batch])
+
+    def _resize(self, n_ctx: int, n_seq: int) -> Reply:
+        self.model.resize(n_ctx=n_ctx, n_seq=n_seq)
+        return _numbers([self.model.n_batch])
 
     def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> Reply:
         return _numbers(self.model.tokenize(text, add_special=add_special, parse_special=parse_special))

@@ -4,7 +4,7 @@ The token ids are prepared from the *base* alone: its chat template, its tokeniz
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from qguard_edge.runtimes.batching import SCHEDULE, Answer, Sampling
 from qguard_edge.verify.chat import ChatTemplate, render
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
 from qguard_edge.verify.keep import WorkFolder, key_of
-from qguard_edge.verify.runner import Runner, RunnerFactory
+from qguard_edge.verify.runner import Runner, RunnerFactory, sequences
 from qguard_edge.verify.subjects import Subject, TextTokenizer
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
@@ -24,8 +24,14 @@ PIECE = 96
 """Prompts that are answered and kept together: three fillings of the default 32 sequences."""
 LONGEST_DOCUMENT = 512
 ROUND_TO = 64
+SHORT = 512
+"""Tokens of a prompt and its answer up to which all are answered together."""
 BATCH = 512
 """Tokens per call when answers are generated; larger ones cost memory for logits and bring no speed."""
+
+
+Contexts = Mapping[int, int]
+"""Tokens that a sequence must hold, per group of prompts."""
 
 
 @dataclass(frozen=True)
@@ -158,22 +164,34 @@ class Asker:
         self._model: Runner | None = None
         self._n_ctx = 0
 
-    def ask(self, asked: SuiteQuestions, start: int, stop: int, n_ctx: int) -> Iterator[list[Answer]]:
-        """Answers to prompts `start` to `stop` of a suite, piece by piece; `samples` for each prompt.
+    def ask(
+        self, asked: SuiteQuestions, start: int, stop: int, contexts: Contexts, told: Callable[[int], None] = lambda _: None
+    ) -> tuple[Answer, ...]:
+        """Answers to prompts `start` to `stop` of a suite; `samples` for each prompt.
+
+        Prompts of similar length are answered together, the short ones first, each group in a context of its own size.
 
         Args:
             asked: the suite.
             start: first prompt.
             stop: behind the last one.
-            n_ctx: tokens that a sequence holds; another number loads the file again.
+            contexts: see `contexts_of`.
+            told: called with the number of answers of each piece.
         """
         samples, new = self.how.samples, asked.suite.new_tokens
-        wanted = [ids for ids in asked.ids[start:stop] for _ in range(samples)]
-        for at in range(0, len(wanted), PIECE):
-            part, first = wanted[at : at + PIECE], start * samples + at
-            key = self.how.key(model=self.sha256, prompts=part, new=new, start=first, n_ctx=n_ctx)
-            make = partial(self._make, part, new, first, n_ctx)
-            yield self.work.answers(key, make, count=len(part), longest=new)
+        groups = [group_of(len(ids) + new) for ids in asked.ids[:stop]]
+        answers: dict[int, Answer] = {}
+        for group in sorted(set(groups[start:])):
+            n_ctx, before = contexts[group], groups[:start].count(group)
+            places = [i * samples + s for i in range(start, stop) if groups[i] == group for s in range(samples)]
+            for at in range(0, len(places), PIECE):
+                part = places[at : at + PIECE]
+                prompts, first = [asked.ids[place // samples] for place in part], before * samples + at
+                key = self.how.key(model=self.sha256, prompts=prompts, new=new, start=first, n_ctx=n_ctx)
+                make = partial(self._make, prompts, new, first, n_ctx)
+                answers |= zip(part, self.work.answers(key, make, count=len(part), longest=new), strict=True)
+                told(len(part))
+        return tuple(answers[place] for place in range(start * samples, stop * samples))
 
     def _make(self, part: Sequence[Sequence[int]], new: int, first: int, n_ctx: int) -> list[Answer]:
         model = self._open(n_ctx)
@@ -184,11 +202,13 @@ class Asker:
         return made
 
     def _open(self, n_ctx: int) -> Runner:
-        if self._model is None or n_ctx != self._n_ctx:
+        n_seq = sequences(n_ctx, self.how.parallel)
+        if self._model is None or (n_ctx != self._n_ctx and not self._model.resize(n_ctx=n_ctx, n_seq=n_seq)):
             self.close()
             how = self.how
             opened = how.factory.open(self.path, n_ctx=n_ctx, n_seq=how.parallel, n_batch=BATCH, role=self.role)
-            self._model, self._n_ctx = self._stack.enter_context(opened), n_ctx
+            self._model = self._stack.enter_context(opened)
+        self._n_ctx = n_ctx
         return self._model
 
     def close(self) -> None:
@@ -202,9 +222,20 @@ class Asker:
         return round(self.tokens / self.seconds, 1) if self.seconds else None
 
 
-def context_of(suites: Sequence[SuiteQuestions]) -> int:
-    """Tokens that a sequence must hold for every prompt."""
-    return -(-max(asked.n_ctx for asked in suites) // ROUND_TO) * ROUND_TO
+def group_of(tokens: int) -> int:
+    """The group of sequences of similar length that one of so many tokens belongs to: the power of two above it, 512 at least."""
+    return max(SHORT, 1 << (tokens - 1).bit_length())
+
+
+def contexts_of(suites: Sequence[SuiteQuestions]) -> Contexts:
+    """Tokens that a sequence must hold in each group of prompts."""
+    longest: dict[int, int] = {}
+    for asked in suites:
+        for ids in asked.ids:
+            tokens = len(ids) + asked.suite.new_tokens
+            group = group_of(tokens)
+            longest[group] = max(longest.get(group, 0), tokens)
+    return {group: -(-tokens // ROUND_TO) * ROUND_TO for group, tokens in longest.items()}
 
 
 def answers_of(
@@ -217,16 +248,13 @@ def answers_of(
     """
     suites = questions.suites
     progress.stage(f"Answers of the {role}", sum(len(asked.ids) for asked in suites) * how.samples, "answers")
-    n_ctx = context_of(suites)
+    contexts = contexts_of(suites)
     found: dict[str, tuple[Answer, ...]] = {}
     asker = Asker(path, sha256, role, how, work)
     with closing(asker):
         for asked in suites:
-            answers: list[Answer] = []
-            for part in asker.ask(asked, 0, len(asked.ids), n_ctx):
-                answers += part
-                progress.advance(len(part), asked.suite.name)
-            found[asked.suite.name] = tuple(answers)
+            told = partial(progress.advance, detail=asked.suite.name)
+            found[asked.suite.name] = asker.ask(asked, 0, len(asked.ids), contexts, told)
     return found, asker.speed
 
 

@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from qguard_edge.progress import Progress
 from qguard_edge.runtimes.batching import Answer
-from qguard_edge.verify.asking import Asker, AskSettings, SuiteQuestions, context_of, questions_of, replies_of
+from qguard_edge.verify.asking import Asker, AskSettings, Contexts, SuiteQuestions, contexts_of, questions_of, replies_of
 from qguard_edge.verify.chat import ChatTemplate
 from qguard_edge.verify.checks import Errors, Margins
 from qguard_edge.verify.keep import WorkFolder
@@ -92,7 +93,7 @@ class Loop:
         self.at_once = min(how.at_once, len(self.askers))
         self.cost: dict[str, dict[str, float]] = {run.suite.name: {} for run in runs}
         """Seconds per prompt of each suite and file."""
-        self.n_ctx = 0
+        self.contexts: Contexts = {}
         self._telling = threading.Lock()
 
     def run(self, margins: Margins, errors: Errors) -> str:
@@ -173,17 +174,17 @@ class Loop:
         """One file's answers. Called in a thread of its own, so it touches nothing of the other files."""
         found = {}
         for name, (start, stop) in parts.items():
-            began, given = time.perf_counter(), list[Answer]()
-            for piece in self.askers[role].ask(self.questions[name], start, stop, self.n_ctx):
-                given += piece
-                with self._telling:
-                    self.progress.advance(len(piece), f"{name}, the {role}")
-            found[name] = tuple(given)
+            began, told = time.perf_counter(), partial(self._tell, f"{name}, the {role}")
+            found[name] = self.askers[role].ask(self.questions[name], start, stop, self.contexts, told)
             self.cost[name][role] = (time.perf_counter() - began) / max(stop - start, 1)
         if number == 1 and role == "base":
             with self._telling:
                 self._forecast()
         return found
+
+    def _tell(self, doing: str, answers: int) -> None:
+        with self._telling:
+            self.progress.advance(answers, doing)
 
     def _prepare(self, run: SuiteRun, end: int) -> tuple[int, int]:
         """Which prompts of a suite come next; turns them into token ids where that has not been done."""
@@ -196,7 +197,7 @@ class Loop:
                 (added,) = questions_of(self.files.base, [replace(run.suite, prompts=upcoming)], self.files.template)
                 suite = replace(run.suite, prompts=(*(known.suite.prompts if known else ()), *upcoming))
                 self.questions[name] = SuiteQuestions(suite, (*(known.ids if known else ()), *added.ids))
-        self.n_ctx = max(self.n_ctx, context_of(list(self.questions.values())))
+        self.contexts = contexts_of(list(self.questions.values()))
         return start, min(end, len(self.questions[name].ids))
 
     # Time -------------------------------------------------------------------------------------------------------------

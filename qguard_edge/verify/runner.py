@@ -32,6 +32,9 @@ class Runner(Protocol):
     ) -> list[Answer]:
         """Answer prompts given as token ids; see `qguard_edge.runtimes.batching.generate`."""
 
+    def resize(self, *, n_ctx: int, n_seq: int) -> bool:
+        """Hold `n_seq` sequences of `n_ctx` tokens from now on; False: it cannot, and must be opened anew."""
+
     def logits_chunks(self, tokens: Sequence[int]) -> Iterator[FloatArray]:
         """Next-token logits f32 `[<= chunk, n_vocab]` after every position of one text, chunk by chunk.
 
@@ -64,6 +67,11 @@ def sequences(n_ctx: int, wanted: int) -> int:
     return wanted if n_ctx <= LONG_CONTEXT else max(1, min(wanted, MOST_TOKENS // n_ctx))
 
 
+def most_tokens(wanted: int) -> int:
+    """Tokens that all sequences together hold at most, whatever the lengths of the prompts (short of one above `MOST_TOKENS`)."""
+    return max(wanted * LONG_CONTEXT, MOST_TOKENS)
+
+
 @dataclass(frozen=True)
 class LlamaFactory:
     """How llama.cpp loads models, each in a process of its own; a `RunnerFactory`.
@@ -88,6 +96,7 @@ class LlamaFactory:
             n_gpu_layers=self.n_gpu_layers,
             n_batch=n_batch,
             extra_buffers=self.extra_buffers,
+            most_tokens=most_tokens(n_seq) if n_seq > 1 else 0,
         )
 
     def describe(self) -> dict[str, Any]:

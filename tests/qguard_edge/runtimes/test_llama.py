@@ -54,6 +54,22 @@ def test_the_numbers_are_those_in_process(tiny_base: Path) -> None:
     assert workers() == []
 
 
+def test_another_context_on_the_same_weights_is_that_of_a_file_loaded_anew(tiny_base: Path) -> None:
+    prompts = [[5, 9, 30 + i, 7, 8] for i in range(7)]
+    with LlamaModel(tiny_base, n_ctx=32, n_threads=1, n_seq=4, n_batch=64, most_tokens=600) as model:
+        model.generate(prompts, 6)
+        for n_ctx, n_seq in ((200, 3), (16, 2), (32, 4)):
+            assert model.resize(n_ctx=n_ctx, n_seq=n_seq)
+            with LlamaModel(tiny_base, n_ctx=n_ctx, n_threads=1, n_seq=n_seq, n_batch=64) as anew:
+                assert (model.n_ctx, model.n_seq, model.n_batch) == (n_ctx, n_seq, anew.n_batch)
+                assert model.generate(prompts, 6) == anew.generate(prompts, 6)
+                assert model.logits(prompts[0]).tobytes() == anew.logits(prompts[0]).tobytes()
+        with pytest.raises(LlamaRuntimeError, match="33 tokens do not fit a context of 32"):
+            model.logits([5] * 33)
+        assert not model.resize(n_ctx=601, n_seq=1)  # beyond what the process was started for: nothing happened
+        assert (model.n_ctx, len(model.generate(prompts, 6))) == (32, 7)
+
+
 def test_what_is_asked_wrongly_is_an_error_and_not_the_end(tiny_base: Path) -> None:
     with LlamaModel(tiny_base, n_ctx=16, n_threads=1) as model:
         with pytest.raises(LlamaRuntimeError, match="17 tokens do not fit a context of 16"):
