@@ -1,9 +1,10 @@
 # Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler, cmake and a package registry.
-.PHONY: help demo test test-quick test-slow lint fuzz bench clean
+.PHONY: help demo docs test test-quick test-slow lint fuzz bench clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := $(VENV)-docs
 # A process per core, each kept to its own (tests/conftest.py), a test file at a time.
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
@@ -14,6 +15,7 @@ help:
 	@echo "make test-slow  the longer studies"
 	@echo "make fuzz       hostile files, servers and moments against the commands, an hour; MINUTES=N, SEED=N"
 	@echo "make lint       ruff and mypy only"
+	@echo "make docs       the documentation as a site, in build/site"
 	@echo "make bench      benchmarks (tables on standard output)"
 
 $(READY): pyproject.toml scripts/setup_env.sh
@@ -22,6 +24,13 @@ $(READY): pyproject.toml scripts/setup_env.sh
 
 demo: $(READY)
 	@$(BIN)/python scripts/demo.py
+
+$(DOCS)/.ready: pyproject.toml scripts/setup_env.sh
+	PYTHON="$(PYTHON)" bash scripts/setup_env.sh $(DOCS) docs
+	@touch $(DOCS)/.ready
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,4 +56,4 @@ bench: $(READY)
 	$(BIN)/python scripts/bench/bench_convert.py
 
 clean:
-	rm -rf $(VENV) demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

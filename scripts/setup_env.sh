@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make the virtual environment. Usage, at the root of the repository: scripts/setup_env.sh VENV_FOLDER
+# Make the virtual environment. Usage, at the root of the repository: scripts/setup_env.sh VENV_FOLDER [docs]
 #
+# With `docs` it holds what builds the documentation alone: neither torch nor llama.cpp, nor this project.
 # llama-cpp-python comes as source and takes minutes to build, for the processor it is built on. The wheel is kept in
 # ~/.cache/qguard-edge/wheels, in a folder named after the processor's features, and used again when they match.
 # Which versions are wanted stands in pyproject.toml alone.
@@ -26,6 +27,12 @@ found = [requirement for requirement in listed if requirement.startswith(word)]
 print("\n".join(found) if found else sys.exit(f"error: pyproject.toml lists no {word} in {path}"))
 PYTHON
 }
+if [ "${2:-}" = docs ]; then
+    wanted project.optional-dependencies.docs "" > "$venv/docs.txt"
+    wanted project.dependencies typer >> "$venv/docs.txt"
+    pip install -q -r "$venv/docs.txt"
+    exit
+fi
 torch=$(wanted tool.qguard-edge.install-first torch)
 llama=$(wanted project.dependencies llama-cpp-python)
 

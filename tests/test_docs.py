@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_pages import anchor
 from readme_picture import PICTURE, RESULTS, arms_of, distances, shares
 from typer.main import get_command
 
@@ -14,7 +15,7 @@ from qguard_edge.cli import app
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DESIGN = (ROOT / "docs" / "design.md").read_text()
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TELLING_OF_BEFORE = {"CHANGELOG.md", "docs/LOG.md"}
 """Documents that name what is no more."""
@@ -68,6 +69,8 @@ def test_the_tree_names_every_folder_of_scripts_and_every_document() -> None:
     assert set(re.findall(r"\b\w+/", tree["scripts/"])) == scripts
     documents = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert set(re.findall(r"[\w-]+\.md", tree["docs/"])) == documents
+    folders = {path.parent.name + "/" for path in (ROOT / "docs").glob("*/*.md")}
+    assert set(re.findall(r"\b\w+/", tree["docs/"])) == folders | {"examples/"}
 
 
 def test_the_layers_that_are_drawn_are_those_that_a_test_holds() -> None:
@@ -134,11 +137,6 @@ def test_scripts_are_named_where_they_are() -> None:
 def test_a_missing_path_is_found() -> None:
     text = "`qguard_edge/pipeline.py`, scripts/study_scan.py, see convert/diff.py and https://x.org/docs/none.md"
     assert missing_paths(text) == ["qguard_edge/pipeline.py", "scripts/study_scan.py"]
-
-
-def anchor(heading: str) -> str:
-    """The name that GitHub gives a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("name", NAMES)
