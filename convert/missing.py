@@ -1,6 +1,7 @@
-"""Is the model that the user named there at all? Asked before anything heavy is loaded, so nothing here is."""
+"""Is the model that the user named there at all, and llama.cpp? Asked before anything heavy is loaded, so nothing here is."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from quant_grids.errors import QGuardError
@@ -10,6 +11,26 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 
 class SourceError(QGuardError):
     """The model cannot be found or fetched."""
+
+
+LLAMA_MISSING = (
+    "llama.cpp is missing (the Python package llama-cpp-python): with a C and C++ compiler and cmake at hand, `pip install "
+    "llama-cpp-python` builds it in some four minutes; docs/howto/install.md says what to do without a compiler"
+)
+
+
+class LlamaMissingError(QGuardError):
+    """llama-cpp-python is not installed."""
+
+
+def require_llama() -> None:
+    """Say at once that llama.cpp is missing; it is not loaded for that.
+
+    Raises:
+        LlamaMissingError: it is.
+    """
+    if find_spec("llama_cpp") is None:
+        raise LlamaMissingError(LLAMA_MISSING)
 
 
 def check_exists(model: str) -> None:

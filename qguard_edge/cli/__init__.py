@@ -115,8 +115,17 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             err.print_exception()
-        return _fail(f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback)", arguments)
+        return _fail(_unexpected(error), arguments)
     return 0
+
+
+def _unexpected(error: Exception) -> str:
+    """What is said of an error that no command expects; llama.cpp may be missing, since it takes a compiler to install it."""
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "llama_cpp":
+        from convert.missing import LLAMA_MISSING
+
+        return LLAMA_MISSING
+    return f"internal error: {type(error).__name__}: {error} (run with --debug for the traceback)"
 
 
 def _end_now(stop: StoppedError, arguments: list[str]) -> None:

@@ -68,7 +68,7 @@ class ConvertFlags:
         typer.Option(
             metavar="[SUITES]",
             help="Verify the result before it gets its name: injection, refusal, code (separated by commas), drift or all; "
-            "alone: all. With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
+            "alone: the first three. With a failing verdict the file is written as NAME.rejected.gguf and the exit code is 1.",
         ),
         only=(GGUF, FLOAT, FOLDER, MOVED_FOLDER),
     )

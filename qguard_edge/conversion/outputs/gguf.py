@@ -15,6 +15,7 @@ from convert.disk import least_bytes, require_space
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
 from convert.imatrix_file import load_imatrix
+from convert.missing import require_llama
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeReport, check_tensor_types, quantize
 from convert.source import open_base
@@ -145,6 +146,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
 
     def open(self) -> None:
         """See `Output.open`."""
+        require_llama()
         super().open()
         if self.request.options.imatrix:
             load_imatrix(self.request.options.imatrix)  # a broken one is an error now, not after minutes
