@@ -22,12 +22,12 @@ from qguard_edge.report.text import (
     WORDS,
     candidate_name,
     difference_text,
+    first_answers,
     number,
     one_line,
     percent,
     points,
     printable,
-    three_answers,
 )
 from qguard_edge.verify.results import Check, Difference, Drift, Evidence, Rate, TensorChange, Verification
 
@@ -94,7 +94,7 @@ def to_html(outcome: Verification) -> str:
         outcome=outcome,
         headline=HEADLINES[outcome.verdict],
         candidate=candidate_name(outcome),
-        answers=three_answers(outcome),
+        answers=first_answers(outcome),
         checks=[_check(check) for check in outcome.checks if check.suite != "drift"],
         drift_checks=[check for check in outcome.checks if check.suite == "drift"],
         drift=_drift(outcome.drift),

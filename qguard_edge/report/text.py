@@ -7,7 +7,7 @@ surrogates, and the marks that turn the direction of writing.
 
 import re
 
-from qguard_edge.verify.results import Check, Difference, Rate, Verdict, Verification
+from qguard_edge.verify.results import Check, Difference, Drift, Rate, Verdict, Verification
 
 WORDS = {Verdict.PASS: "pass", Verdict.FAIL: "fail", Verdict.INCONCLUSIVE: "inconclusive"}
 HEADLINES = {
@@ -86,14 +86,29 @@ def _drift_numbers(outcome: Verification) -> list[tuple[str, str]]:
     return [*found, ("noise floor", number(drift.noise_floor)), ("limit", f"{number(drift.limit)}, {drift.limit_source}")]
 
 
-def three_answers(outcome: Verification) -> list[tuple[str, tuple[str, ...]]]:
+def first_answers(outcome: Verification) -> list[tuple[str, tuple[str, ...]]]:
     """What somebody who decides on a release asks first, with the answers: each a question and its sentences."""
     safe = {Verdict.PASS: "Yes.", Verdict.FAIL: "No.", Verdict.INCONCLUSIVE: "Not known yet."}[outcome.verdict]
     return [
         ("Is it safe to ship?", (safe, *([outcome.advice] if outcome.advice else []))),
+        *([("How near is it to full precision?", (distance_text(outcome.drift),))] if outcome.drift else []),
         ("How sure is that?", tuple(_how_sure(outcome))),
         ("What was not tested?", outcome.limits),
     ]
+
+
+def distance_text(drift: Drift) -> str:
+    """The mean KL to the base, beside plain rounding's where measured; nearer or further if their intervals are apart."""
+    candidate, plain = drift.candidate, drift.plain
+    said = f"Mean KL {candidate.mean_kl:.3g} ({candidate.mean_kl_low:.3g} to {candidate.mean_kl_high:.3g})"
+    if plain is None:
+        return f"{said}; beside plain rounding it was not measured (--plain)."
+    said += f", plain rounding {plain.mean_kl:.3g} ({plain.mean_kl_low:.3g} to {plain.mean_kl_high:.3g})"
+    if candidate.mean_kl_high < plain.mean_kl_low:
+        return f"{said}: nearer by a factor of {plain.mean_kl / candidate.mean_kl:.1f}."
+    if candidate.mean_kl_low > plain.mean_kl_high:
+        return f"{said}: further away by a factor of {candidate.mean_kl / plain.mean_kl:.1f}."
+    return f"{said}: about as near."
 
 
 def _how_sure(outcome: Verification) -> list[str]:

@@ -131,3 +131,24 @@ def test_marked_words_are_those_the_base_lacks() -> None:
     pieces = marked("bees make fresh honey", "bees make honey")
     assert "".join(text for text, _ in pieces) == "bees make fresh honey"
     assert [text.strip() for text, new in pieces if new] == ["fresh"]
+
+
+def test_the_first_screen_says_how_near_to_full_precision_the_file_is() -> None:
+    outcome = example()
+    assert outcome.drift is not None
+    assert outcome.drift.plain is not None
+    near = replace(outcome.drift.candidate, mean_kl=0.02, mean_kl_low=0.018, mean_kl_high=0.022)
+    far = replace(outcome.drift.plain, mean_kl=0.06, mean_kl_low=0.05, mean_kl_high=0.07)
+    between = replace(near, mean_kl_high=0.055)
+    said = {
+        (near, far): "Mean KL 0.02 (0.018 to 0.022), plain rounding 0.06 (0.05 to 0.07): nearer by a factor of 3.0.",
+        (far, near): "Mean KL 0.06 (0.05 to 0.07), plain rounding 0.02 (0.018 to 0.022): further away by a factor of 3.0.",
+        (between, far): "Mean KL 0.02 (0.018 to 0.055), plain rounding 0.06 (0.05 to 0.07): about as near.",
+        (near, None): "Mean KL 0.02 (0.018 to 0.022); beside plain rounding it was not measured (--plain).",
+    }
+    for (candidate, plain), sentence in said.items():
+        text = to_html(replace(outcome, drift=replace(outcome.drift, candidate=candidate, plain=plain)))
+        hero = text[text.index("<header") : text.index("</header>")]
+        assert sentence in hero
+        assert "How near is it to full precision?" in hero
+    assert "How near is it" not in to_html(replace(outcome, drift=None))
