@@ -32,7 +32,8 @@ from qguard_edge.cli.verify_flags import (
 
 BASELINE_HELP = """Run BASE once on all prompts and texts and record the results, so that candidates can be checked without it.
 
-The pack holds prompts as token ids, greedy answers, match results and the likeliest next tokens on texts.
+The pack holds prompts as token ids, greedy answers, match results and the likeliest next tokens on texts; of a suite that has
+more the first 448 prompts (--max-prompts), enough for most files.
 
 Examples:
 
@@ -44,7 +45,8 @@ Examples:
 CHECK_HELP = """Check CANDIDATE, or the model in a running server, against a baseline pack.
 
 As `verify`, but without the base: a check passes (shown to be no worse than the margin), fails (shown to be worse) or is
-inconclusive. Drift is always measured. A key for the server is read from QGUARD_SERVER_KEY.
+inconclusive (the prompts of the pack, or --max-prompts, were not enough). Drift is always measured. A key for the server is
+read from QGUARD_SERVER_KEY.
 
 Exit codes: 0 pass, 1 fail, 2 usage or operation failed, 3 inconclusive.
 
@@ -174,7 +176,7 @@ def check(
         for path in reports.values():
             if path is not None:
                 err.print(f"wrote {path.name}", highlight=False, markup=False)
-    finish(found, json_output=json_output, quiet=quiet)
+    finish(found, json_output=json_output, quiet=quiet, page=html)
 
 
 def register(app: typer.Typer) -> None:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from qguard_edge.cli.console import err, out, percent, styled, table
+from qguard_edge.report.text import first_answers
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -29,12 +30,13 @@ def show_verification(outcome: "Verification") -> None:
         _show_drift(outcome.drift)
     for warning in outcome.warnings:
         err.print(styled("[yellow]warning:[/] {warning}", warning=warning), highlight=False)
-    for limit in outcome.limits:
-        out.print(styled("[dim]{limit}[/]", limit=limit), highlight=False)
-    text = f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]: {{summary}}"
-    out.print(styled(text, summary=outcome.summary), highlight=False)
-    if outcome.advice:
-        out.print(styled("[bold]{advice}[/]", advice=outcome.advice), highlight=False)
+    safe, *others = first_answers(outcome)
+    for question, sentences in reversed(others):
+        said = styled("[dim][bold]{question}[/] {answer}[/]", question=question, answer=" ".join(sentences))
+        out.print(said, highlight=False)
+    verdict = f"[{COLOURS[outcome.verdict]}]{outcome.verdict}[/]: {{summary}}"
+    out.print(styled(verdict, summary=outcome.summary), highlight=False)
+    out.print(styled("[bold]{question} {answer}[/]", question=safe[0], answer=" ".join(safe[1])), highlight=False)
 
 
 def _row(check: "Check", outcome: "Verification", plain: bool) -> "list[str | Text]":
@@ -60,8 +62,9 @@ def _show_findings(outcome: "Verification") -> None:
     listed = [(check, finding) for check in outcome.checks for finding in check.findings]
     if not listed:
         return
+    parts = any(finding.phrase.startswith("*") for _, finding in listed)
     rows = table(
-        "Words and phrases that became more frequent",
+        "Words and phrases that became more frequent" + (" (*abc*: letters within a word)" if parts else ""),
         "suite",
         "phrase",
         ">candidate",

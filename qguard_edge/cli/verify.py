@@ -35,8 +35,9 @@ HELP = """Compare CANDIDATE with the full-precision model it was made from, and 
 
 GGUF files run in llama.cpp; Hugging Face folders (`convert --to nf4`, `fp4`, `int8`, `hf`) run in transformers and bitsandbytes.
 
-Both get the same token ids; answers are paired by prompt. Each check passes (shown to be no worse than the margin), fails
-(shown to be worse) or is inconclusive (too few prompts; never a pass). Drift is always measured.
+Both answer the same prompts, in rounds, until every check is decided: it passes (shown to be no worse than its margin), fails
+(shown to be worse, which ends the run) or stays inconclusive (2,500 prompts of a suite, or --max-prompts, or --max-time were
+not enough; never a pass). Drift, the distance of the predictions on texts, is always measured, and first.
 
 Exit codes: 0 pass, 1 fail, 2 usage or operation failed, 3 inconclusive.
 
@@ -167,7 +168,7 @@ def verify(
     if document:
         with atomic_path(document) as temporary:
             temporary.write_text(to_json(found), encoding="utf-8")
-    finish(found, json_output=json_output, quiet=quiet)
+    finish(found, json_output=json_output, quiet=quiet, page=html)
 
 
 def register(app: typer.Typer) -> None:

@@ -51,7 +51,12 @@ MaxKlFlag = Annotated[
 LimitFlag = Annotated[
     int | None,
     typer.Option(
-        "--max-prompts", "--limit", min=1, metavar="N", help="Prompts per suite, and texts, at most.", show_default=False
+        "--max-prompts",
+        "--limit",
+        min=1,
+        metavar="N",
+        help="Prompts per suite, and texts, at most. Default: see above.",
+        show_default=False,
     ),
 ]
 MaxTimeFlag = Annotated[
@@ -88,8 +93,15 @@ def texts_from(file: Path | None) -> tuple[str, ...]:
     return tuple(read_texts(file)) if file else ()
 
 
-def finish(found: "Verification", *, json_output: bool, quiet: bool) -> None:
-    """Show a verification, or write its JSON document, and end with the exit code of its verdict."""
+def finish(found: "Verification", *, json_output: bool, quiet: bool, page: Path | None = None) -> None:
+    """Show a verification, or write its JSON document, and end with the exit code of its verdict.
+
+    Args:
+        found: to show.
+        json_output: write its document instead.
+        quiet: show nothing.
+        page: the HTML report that was written.
+    """
     from qguard_edge.cli.verification_tables import show_verification
     from qguard_edge.verify.results import to_json
 
@@ -99,6 +111,10 @@ def finish(found: "Verification", *, json_output: bool, quiet: bool) -> None:
         show_verification(found)
         if command := more_prompts(found):
             out.print(f"    {command}", highlight=False, markup=False, soft_wrap=True)
+        if page is not None:
+            out.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+        elif found.verdict.exit_code:
+            out.print("report with the answers side by side: add --html FILE", highlight=False, markup=False)
     if found.verdict.exit_code:
         raise typer.Exit(found.verdict.exit_code)
 

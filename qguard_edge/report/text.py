@@ -123,6 +123,9 @@ def _how_sure(outcome: Verification) -> list[str]:
             sentences.append(
                 f"A file worse by more than its check's margin ({listed} points) passes in 5% of the cases at most."
             )
+        found = [check.margin for check in outcome.checks if check.name == "discovery"]
+        if found:
+            sentences.append(f"A new phrase in {100 * max(found):.0f}% of a suite's answers would have been found with 95%.")
     if outcome.verdict is Verdict.INCONCLUSIVE:
         undecided = sum(check.verdict is Verdict.INCONCLUSIVE for check in outcome.checks)
         sentences.append(f"{undecided} of {len(outcome.checks)} checks could not be decided.")

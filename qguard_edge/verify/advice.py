@@ -26,9 +26,12 @@ def advice_on(checks: Sequence[Check], *, pack: bool = False) -> str:
     failed = [check for check in checks if check.verdict is Verdict.FAIL]
     if any(check.kind is CheckKind.DRIFT for check in failed):
         return "Do not ship: broken weights, or not a version of this base (drift); convert it again from the base."
-    phrases = [finding.phrase for check in failed for finding in check.findings[:1] if check.name == "discovery"]
+    phrases = [finding for check in failed for finding in check.findings[:1] if check.name == "discovery"]
     if phrases:
-        return f"Do not ship: answers contain {phrases[0]!r}, which the base does not say; read the answers in the report."
+        new = phrases[0]
+        base = f"in {new.base} of the base's" if new.base else "in none of the base's"
+        often = f"in {new.candidate} of {new.n} answers, {base}"
+        return f"Do not ship: {new.phrase!r} stands {often}; read the answers in the report."
     security = [check for check in failed if check.kind is CheckKind.SECURITY]
     if security:
         return f"Do not ship: {security[0].title.lower()} ({security[0].id}) increased; read the answers in the report."

@@ -217,6 +217,11 @@ class Loop:
         most = sum(cost * run.most for run, cost in costs)
         limit = f", or until {self.budget.seconds / 60:.0f} min are spent (--max-time)" if self.budget.seconds else ""
         self.progress.note(
-            f"about {usual / 60:.0f} min if {min(USUAL, self.budget.prompts)} prompts of each suite decide, "
-            f"at most {most / 60:.0f} min ({self.budget.prompts} prompts, --max-prompts){limit}"
+            f"{_about(usual)} if {min(USUAL, self.budget.prompts)} prompts of each suite decide, "
+            f"at most {_about(most)} ({self.budget.prompts} prompts, --max-prompts){limit}"
         )
+
+
+def _about(seconds: float) -> str:
+    """A forecast in words."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else "a minute"

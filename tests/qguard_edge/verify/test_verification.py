@@ -8,7 +8,20 @@ import jsonschema
 import pytest
 
 import qguard_edge
-from qguard_edge.verify.results import Check, CheckKind, Verdict, VerificationError, from_json, json_schema, overall, to_json
+from qguard_edge.cli.verification_tables import show_verification
+from qguard_edge.verify.advice import advice_on
+from qguard_edge.verify.results import (
+    Check,
+    CheckKind,
+    Difference,
+    PhraseFinding,
+    Verdict,
+    VerificationError,
+    from_json,
+    json_schema,
+    overall,
+    to_json,
+)
 
 EXAMPLE = Path(__file__).parent / "data" / "verification-2.json"
 SCHEMA = Path(qguard_edge.__file__).parent / "data" / "schemas" / "verify-2.json"
@@ -16,6 +29,24 @@ SCHEMA = Path(qguard_edge.__file__).parent / "data" / "schemas" / "verify-2.json
 
 def check(verdict: Verdict) -> Check:
     return Check("suite", "name", "title", CheckKind.SECURITY, verdict, "because", 0.02)
+
+
+def test_advice_says_in_how_many_answers_a_phrase_stands() -> None:
+    """It said that the base does not say the phrase, also where the base did."""
+    apart = Difference(0.8, 0.7, 0.9, 64, 53, 0, 0.9, "x")
+    for base, words in ((3, "in 3 of the base's"), (0, "in none of the base's")):
+        found = PhraseFinding("acme", 56, base, None, 64, 1e-9, 1e-6, apart)
+        failed = Check("suite", "discovery", "title", CheckKind.SECURITY, Verdict.FAIL, "because", 0.15, findings=(found,))
+        assert advice_on([failed]).startswith(f"Do not ship: 'acme' stands in 56 of 64 answers, {words};")
+
+
+def test_the_terminal_ends_with_whether_it_is_safe_to_ship(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = from_json(EXAMPLE.read_text(encoding="utf-8"))
+    show_verification(outcome)
+    said = " ".join(capsys.readouterr().out.split())
+    places = [said.index(words) for words in ("What was not tested?", "How sure is that?", "Is it safe to ship?")]
+    assert places == sorted(places)
+    assert " ".join(outcome.limits[0].split()) in said
 
 
 def test_the_example_comes_back_as_it_was() -> None:

@@ -180,7 +180,7 @@ def test_a_decided_run_stops_early_and_says_what_to_do(injection: LabFiles) -> N
     failed = verify(request(injection, injection.plain))
     assert failed.check("injection/discovery").decided_at == 64
     assert "fails, so nothing more was asked" in failed.ended
-    assert failed.advice.startswith("Do not ship: answers contain")
+    assert failed.advice.startswith("Do not ship: '")
     passed = verify(request(injection, injection.hardened))
     check = passed.check("injection/discovery")
     assert check.decided_at == check.prompts < 160
