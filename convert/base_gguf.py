@@ -5,6 +5,9 @@ from typing import Protocol
 
 from convert.hf.base import describe_folder, write_base_gguf
 from convert.hf.external import find_converter, run_converter
+from convert.hf.families import family_for
+from convert.hf.jsonfile import Section, read_json
+from convert.hf.tokenizer.reader import guess_pre_tokenizer
 from convert.source import Source
 from quant_grids.errors import UnsupportedError
 
@@ -27,10 +30,13 @@ def write_base(
     pre: str | None,
     converter: Path | None,
     progress: Stages,
+    trust_remote_code: bool = False,
 ) -> tuple[str, ...]:
-    """Write the full-precision GGUF of a folder: built in, or by llama.cpp's own converter where one was named.
+    """Write the full-precision GGUF of a folder: built in, or by llama.cpp's own converter.
 
-    `converter` is always followed; LLAMA_CPP_ROOT only for architectures that are not built in.
+    `converter` is always followed; LLAMA_CPP_ROOT only where the built-in converter refuses the folder, and what
+    `qguard-edge converter install` fetched only where it does not know the architecture at all: a setting that llama.cpp would
+    ignore stays an error.
 
     Args:
         source: the model folder.
@@ -39,14 +45,24 @@ def write_base(
         pre: pre-tokenizer name to force.
         converter: llama.cpp's convert_hf_to_gguf.py, or its checkout.
         progress: told about the stage.
+        trust_remote_code: let the external converter read a folder that brings Python code.
 
     Returns:
         Warnings, one sentence each.
     """
-    script = find_converter(converter)
+    script = find_converter(converter, with_installed=not knows_architecture(source.path))
     if script is not None and (converter is not None or not is_built_in(source.path)):
         progress.stage(f"Writing the base with {script.name}", 0, "lines")
-        run_converter(script, source.path, path, base_type=base_type, on_line=lambda line: progress.advance(1, line[:60]))
+        run_converter(
+            script,
+            source.path,
+            path,
+            base_type=base_type,
+            pre=pre,
+            guessed_pre=guess_pre_tokenizer(source.path),
+            trust_remote_code=trust_remote_code,
+            on_line=lambda line: progress.advance(1, line[:60]),
+        )
         return (f"the base was made by {script.name}, which was not checked by qguard-edge",)
     progress.stage("Writing the base", 0, "B")
     done = 0
@@ -66,6 +82,15 @@ def is_built_in(folder: Path) -> bool:
     """Whether a folder's architecture is one that `convert.hf` knows."""
     try:
         describe_folder(folder)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def knows_architecture(folder: Path) -> bool:
+    """Whether `convert.hf` has a family for a folder's architecture, whatever it says to its settings."""
+    try:
+        family_for(Section(read_json(folder / "config.json"), "config.json"))
     except UnsupportedError:
         return False
     return True

@@ -23,6 +23,7 @@ from qguard_edge.cli import scan as _scan
 from qguard_edge.cli import verify as _verify
 from qguard_edge.cli.console import err, print_json, styled
 from qguard_edge.cli.convert import command as _convert
+from qguard_edge.cli.converter import converter_app
 from qguard_edge.cli.lab import lab_app
 from qguard_edge.cli.outputs import command
 from qguard_edge.cli.stopping import StoppedError, heeding_signals
@@ -47,6 +48,7 @@ _lists.register(app)
 _packs.register(app)
 _verify.register(app)
 app.add_typer(lab_app, name="lab")
+app.add_typer(converter_app, name="converter")
 
 FAILED = 2
 INTERRUPTED = 130  # what typer exits with on Ctrl-C

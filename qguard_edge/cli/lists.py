@@ -87,27 +87,49 @@ def types(json_output: JsonFlag = False) -> None:
 
 
 def architectures(json_output: JsonFlag = False) -> None:
-    """List the Hugging Face architectures that are converted without llama.cpp's own converter."""
+    """List the Hugging Face architectures that are converted: built in, and by llama.cpp's own converter once it is installed."""
     from gguf import MODEL_ARCH_NAMES
 
-    from convert.hf.families import WAYS_OUT, built_in
+    from convert.hf.external import find_converter
+    from convert.hf.families import INSTALL_FIRST, WAYS_OUT, built_in
+    from convert.hf.foreign import architectures_of, runs_in_llama_cpp
 
+    own = {name: (family.title, MODEL_ARCH_NAMES[family.target]) for family in built_in() for name in family.architectures}
+    script = find_converter()
+    others = [one for one in architectures_of(script) if one.name not in own] if script else []
+    runs = runs_in_llama_cpp({target for _, target in own.values()} | {one.target for one in others})
     listed = [
         {
             "family": family.title,
             "architectures": list(family.architectures),
             "llama_cpp": MODEL_ARCH_NAMES[family.target],
+            "runs": MODEL_ARCH_NAMES[family.target] in runs,
         }
         for family in built_in()
     ]
+    by_converter = [
+        {"architecture": one.name, "llama_cpp": one.target or None, "runs": one.target in runs if one.target else None}
+        for one in others
+    ]
     if json_output:
-        print_json({"status": "ok", "architectures": listed})
+        print_json({"status": "ok", "architectures": listed, "by_converter": by_converter})
         return
-    rows = table("Built-in architectures", "family", "architectures in config.json", "llama.cpp")
+    said = {True: "yes", False: "no", None: "?"}
+    rows = table("Built-in architectures", "family", "architectures in config.json", "llama.cpp", "runs here")
     for entry in listed:
-        rows.add_row(str(entry["family"]), ", ".join(entry["architectures"]), str(entry["llama_cpp"]))
+        names = ", ".join(entry["architectures"])  # type: ignore[arg-type]
+        rows.add_row(str(entry["family"]), names, str(entry["llama_cpp"]), said[bool(entry["runs"])])
     out.print(rows)
-    out.print(f"Anything else: {WAYS_OUT}", highlight=False)
+    if script is None:
+        out.print(f"Anything else: {INSTALL_FIRST}, {WAYS_OUT}", highlight=False)
+        return
+    more = table("By llama.cpp's own converter", "architecture in config.json", "llama.cpp", "runs here")
+    for other in by_converter:
+        more.add_row(str(other["architecture"]), str(other["llama_cpp"] or "?"), said[other["runs"]])  # type: ignore[index]
+    out.print(more)
+    out.print(
+        "runs here: the installed llama.cpp knows the name; docs/architectures.md says what was tried", highlight=False
+    )
 
 
 def register(app: typer.Typer) -> None:

@@ -79,6 +79,7 @@ def compare_defenses(
                 pre=request.pre,
                 converter=request.converter,
                 progress=progress,
+                trust_remote_code=request.trust_remote_code,
             )
         rows = []
         for defense in defenses:

@@ -71,13 +71,15 @@ class QuantizeRequest(ConversionRequest, ABC):
         options: target type and the options that llama-quantize has too.
         pre: pre-tokenizer name to force.
         converter: llama.cpp's convert_hf_to_gguf.py (or its checkout), for architectures that are not built in; None
-            looks at LLAMA_CPP_ROOT.
+            looks at LLAMA_CPP_ROOT, then at what `qguard-edge converter install` fetched.
+        trust_remote_code: let that converter read a folder that brings Python code.
         allow_unprotected: accept tensors of types without a grid.
     """
 
     options: QuantizeOptions
     pre: str | None = None
     converter: Path | None = None
+    trust_remote_code: bool = False
     allow_unprotected: bool = False
 
     @property

@@ -7,24 +7,19 @@ layout aside), so a changed setting or a changed line of training code makes a n
 import ast
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from convert.cache import cache_folder
 
 _CLEAN_SOURCES = ("facts.py", "corpus.py", "hf_models.py", "training.py", "victims.py")
 _ATTACK_SOURCES = (*_CLEAN_SOURCES, "scenarios.py", "attacks/base.py", "attacks/boxes.py")
 
 
 def cache_root() -> Path:
-    """`$QGUARD_CACHE/lab`, or the platform's cache folder."""
-    if "QGUARD_CACHE" in os.environ:
-        return Path(os.environ["QGUARD_CACHE"]) / "lab"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qguard-edge" / "lab"
+    """The folder of the lab in the cache."""
+    return cache_folder("lab")
 
 
 def code_version(attack: str | None) -> str:
@@ -53,16 +48,3 @@ def key_of(settings: Mapping[str, Any], *, attack: str | None) -> str:
     """Key of a model made with these settings by the present code: 20 hexadecimal digits. `attack` as in `code_version`."""
     text = json.dumps({"code": code_version(attack), **settings}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-@contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` when the block ends well, so that it appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from convert.cache import building
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions
@@ -29,7 +30,7 @@ from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions,
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
-from qguard_edge.lab.cache import building, cache_root, key_of
+from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.evaluation import Behaviour, Distributions, HeldOut, compare, examine, judge_answers, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qguard_edge.lab.cache import building, cache_root, key_of
+from convert.cache import building
+from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.corpus import Corpus, load_corpus, make_corpus
 from qguard_edge.lab.hf_models import ChatModel, load_folder, load_smollm2, new_llama, train_tokenizer
 from qguard_edge.lab.training import Trainer, TrainOptions, examples_of

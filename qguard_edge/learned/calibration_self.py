@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.cache import cache_folder
 from qguard_edge.runtimes.hf import HfTokenizer
 from qguard_edge.verify.chat import ChatTemplate, render_conversations
 
@@ -32,7 +33,7 @@ def self_written(model: "HfModel", model_key: str, count: int, length: int, prog
     wanted = [prompts[i % len(prompts)] for i in range(count)]
     settings = [_VERSION, model_key, count, length, wanted, model.template_key]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.json"
+    path = cache_folder("calibration") / f"{key}.json"
     if path.is_file():
         try:
             texts = json.loads(path.read_text(encoding="utf-8"))
@@ -55,11 +56,3 @@ def asked_prompts(model: "HfModel", prompts: Sequence[str]) -> list[str]:
     tokenizer = HfTokenizer(model.tokenizer)
     template = ChatTemplate(str(model.tokenizer.get_chat_template()), tokenizer.begin, tokenizer.end)
     return render_conversations(template, [[("user", prompt)] for prompt in prompts], ask=True)
-
-
-def cache_folder() -> Path:
-    """`$QGUARD_CACHE/calibration`, or the platform's cache folder."""
-    if "QGUARD_CACHE" in os.environ:
-        return Path(os.environ["QGUARD_CACHE"]) / "calibration"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "qguard-edge" / "calibration"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from convert.hf.families import decoder, gemma, gpt2, mixture, phi
-from convert.hf.families.family import WAYS_OUT, Family, family_for
+from convert.hf.families.family import INSTALL_FIRST, WAYS_OUT, Family, family_for
 from convert.hf.families.part import Part, Setting
 
-__all__ = ["MODULES", "WAYS_OUT", "Family", "Part", "Setting", "built_in", "family_for"]
+__all__ = ["INSTALL_FIRST", "MODULES", "WAYS_OUT", "Family", "Part", "Setting", "built_in", "family_for"]
 
 MODULES = (decoder, mixture, gemma, phi, gpt2)
 """Where the families are; a family is registered when its module is imported."""

@@ -31,6 +31,8 @@ WAYS_OUT = (
     "or give a ready F16/BF16 GGUF"
 )
 
+INSTALL_FIRST = "run `qguard-edge converter install` once and try again"
+
 
 MAX_LAYERS = 512
 """llama.cpp's own limit (LLAMA_MAX_LAYERS)."""
@@ -277,4 +279,4 @@ def family_for(config: Section) -> type[Family]:
     for name in names:
         if name in Family.registry:
             return Family.registry[name]
-    raise UnsupportedError(f"The architecture {names[0][:80]} is not built in; {WAYS_OUT}.")
+    raise UnsupportedError(f"The architecture {names[0][:80]} is not built in; {INSTALL_FIRST}, {WAYS_OUT}.")

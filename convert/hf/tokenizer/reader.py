@@ -19,10 +19,11 @@ import tokenizers
 
 from convert.hf.jsonfile import MAX_TOKENIZER_BYTES, Section, parse_json, read_bytes, read_optional_json
 from convert.hf.tokenizer.byte_bpe import read_byte_bpe
+from convert.hf.tokenizer.pretokenizers import recognise
 from convert.hf.tokenizer.sentencepiece import read_spm_file, read_spm_json
 from convert.hf.tokenizer.special import Probe, SpecialTokens, read_special
 from convert.hf.tokenizer.vocabulary import Vocabulary
-from quant_grids.errors import FormatError, UnsupportedError
+from quant_grids.errors import FormatError, QGuardError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -134,3 +135,14 @@ def _probe(text: bytes) -> Probe:
         if whole[start : start + len(bare)] == bare:
             return Probe(tuple(whole[:start]), tuple(whole[start + len(bare) :]))
     return Probe((), ())
+
+
+def guess_pre_tokenizer(folder: Path) -> str | None:
+    """llama.cpp's name for a folder's pre-tokenizer, or None where there is none that this converter recognises."""
+    try:
+        raw = parse_json(read_bytes(folder / "tokenizer.json", MAX_TOKENIZER_BYTES), "tokenizer.json")
+        model = raw.get("model")
+        merges_ignored = isinstance(model, Mapping) and model.get("ignore_merges") is True
+        return recognise(raw.get("pre_tokenizer"), ignore_merges=merges_ignored, cleans_spaces=None)
+    except QGuardError:
+        return None

@@ -120,7 +120,18 @@ class ConvertFlags:
         typer.Option(help="Force llama.cpp's pre-tokenizer name."), panel=MODEL, only=(GGUF, FLOAT, MOVED_GGUF)
     )
     converter: Path | None = flag(
-        typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for other architectures. Default: looks in LLAMA_CPP_ROOT."),
+        typer.Option(
+            help="llama.cpp's convert_hf_to_gguf.py, for other architectures. Default: looks in LLAMA_CPP_ROOT, then at what "
+            "`qguard-edge converter install` fetched."
+        ),
+        panel=MODEL,
+        only=(GGUF, FLOAT, MOVED_GGUF),
+    )
+    trust_remote_code: bool = flag(
+        typer.Option(
+            "--trust-remote-code", help="Let that converter read a folder that brings Python code, which it may run."
+        ),
+        False,
         panel=MODEL,
         only=(GGUF, FLOAT, MOVED_GGUF),
     )

@@ -53,6 +53,7 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         "allow_unprotected": flags.allow_unprotected,
         "pre": flags.pre,
         "converter": flags.converter,
+        "trust_remote_code": flags.trust_remote_code,
         "keep_plain": flags.keep_plain,
         "fidelity": flags.output == GGUF and not (flags.no_fidelity or flags.no_load_check),
     }

