@@ -75,7 +75,7 @@ def run_autoround(python: str, folder: Path, base: Path, to: str, work: Path, th
         "model": str(folder),
         "out": str(work / "autoround"),
         "text": str(text),
-        "to": to,
+        "to": parse_file_type(to).name.lower(),
         "steps": STEPS,
         "samples": len(rows),
         "seqlen": options.seqlen - 8,  # it drops shorter texts, and the borders of tokens move

@@ -1,6 +1,6 @@
 """AutoRound beside plain rounding and quantguard: same model, type, text, samples and steps; fidelity, ASR, time and memory.
 
-Run: python -m venv VENV && VENV/bin/pip install auto-round sentencepiece
+Run: python -m venv VENV && VENV/bin/pip install auto-round sentencepiece gguf
      python scripts/studies/compare_autoround.py --python VENV/bin/python --study smollm2 --to q4_0 --out docs/quantguard
      python scripts/studies/compare_autoround.py --python VENV/bin/python --study uniform:q4_0 --out docs/quantguard
 
