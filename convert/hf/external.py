@@ -41,7 +41,7 @@ class ConverterError(QGuardError):
 
 
 @dataclass(frozen=True)
-class Limits:
+class ConverterLimits:
     """What the converter may take.
 
     Attributes:
@@ -53,7 +53,7 @@ class Limits:
     memory: int
 
     @classmethod
-    def for_folder(cls, folder: Path) -> Limits:
+    def for_folder(cls, folder: Path) -> ConverterLimits:
         """Ten minutes and one more per GiB; 16 GiB and three times the weights."""
         weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return cls(600 + 60 * (weights >> 30), (16 << 30) + 3 * weights)
@@ -132,7 +132,7 @@ def run_converter(
     pre: str | None = None,
     guessed_pre: str | None = None,
     trust_remote_code: bool = False,
-    limits: Limits | None = None,
+    limits: ConverterLimits | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
     """Makes a base GGUF with llama.cpp's converter.
@@ -156,7 +156,7 @@ def run_converter(
     if base_type is not None and base_type not in BASE_TYPES:
         raise UnsupportedError(f"The base type must be one of {', '.join(BASE_TYPES)}, not {base_type!r:.40}.")
     check_trusted(folder, trust_remote_code=trust_remote_code)
-    limits = limits or Limits.for_folder(folder)
+    limits = limits or ConverterLimits.for_folder(folder)
     bounds = [str(limits.memory), str(limits.seconds * (os.cpu_count() or 1)), pre or guessed_pre or "", "1" if pre else "0"]
     arguments = [str(folder), "--outfile", str(outfile), "--outtype", base_type or _own_type(folder)]
     if _lost_its_draft_head(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from convert.gguf_file import GgufModel
-from convert.hf.external import ROOT_VARIABLE, ConverterError, Limits, find_converter, run_converter
+from convert.hf.external import ROOT_VARIABLE, ConverterError, ConverterLimits, find_converter, run_converter
 from convert.hf.installed import SCRIPT
 from quant_grids.errors import FormatError, UnsupportedError
 from tests.helpers.hf_models import CASES, make_model, save_model
@@ -179,7 +179,7 @@ for reach in (lambda: socket.create_connection(("127.0.0.1", PORT), 5), lambda: 
 def test_time_and_memory_are_limited(tmp_path: Path) -> None:
     path = script(tmp_path, "import time\ntime.sleep(60)")
     with pytest.raises(ConverterError, match="did not finish within 1 s"):
-        run_converter(path, model_in(tmp_path), tmp_path / "b.gguf", limits=Limits(1, 4 << 30))
+        run_converter(path, model_in(tmp_path), tmp_path / "b.gguf", limits=ConverterLimits(1, 4 << 30))
     path = script(tmp_path, "data = bytearray(6 << 30)")
     with pytest.raises(ConverterError, match="MemoryError"):
-        run_converter(path, model_in(tmp_path), tmp_path / "b.gguf", limits=Limits(60, 4 << 30))
+        run_converter(path, model_in(tmp_path), tmp_path / "b.gguf", limits=ConverterLimits(60, 4 << 30))
