@@ -93,6 +93,14 @@ class Coverage:
         return done / (done + sum(tensor.n_weights for tensor in self.unprotected)) if done else 0.0
 
 
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without ones at its end, which llama.cpp leaves out (a shared expert's gate: [n, 1])."""
+    kept = list(shape)
+    while len(kept) > 1 and kept[-1] == 1:
+        kept.pop()
+    return tuple(kept)
+
+
 def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
     """Sort the plain file's tensors by what a defense can do for them.
 
@@ -102,7 +110,7 @@ def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
     protected, unprotected, untouched = [], [], []
     for tensor in plain.tensors.values():
         source = base.tensors.get(tensor.name)
-        if source is None or source.shape != tensor.shape:
+        if source is None or _without_ones(source.shape) != _without_ones(tensor.shape):
             found = "is not in" if source is None else f"has the shape {list(source.shape)} in"
             raise FormatError(f"{tensor.name!r} of {plain.path.name} {found} {base.path.name}: these do not belong together")
         if tensor.ggml_type in FLOAT_TYPES or tensor.ggml_type == source.ggml_type:

@@ -78,6 +78,7 @@ def run_one(toy: Toy, work: Path) -> dict[str, Any]:
 
 def reason_of(error: str) -> str:
     """The telling end of an error, for a table."""
+    error = re.sub(r"(?<![\w.])/(?:[\w.-]+/)+", "", error)  # folders of this machine
     text = re.sub(r"\s+", " ", error.replace("|", "/").replace("<", "").replace(">", ""))
     found = re.findall(r"(\w*(?:Error|Exception|error)\b.*)", text)
     last = re.split(r" / (?=\w+Error)", text)[-1] if "Error" in text.rpartition(" / ")[2] else (found[0] if found else text)
@@ -105,7 +106,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "error" in row:
             lines.append(f"| {row['family']} | `{row['architecture']}` | {row['step']} | {reason_of(row['error'])} |")
-    return "\n".join([f"{len(good)} of {len(rows)} hold.", "", *lines])
+    missing = [toy.family for toy in TOYS if toy.family not in {row["family"] for row in rows}]
+    untried = f" Not run with the present settings: {', '.join(missing)}." if missing else ""
+    return "\n".join([f"{len(good)} of {len(rows)} hold.{untried}", "", *lines])
 
 
 def main() -> None:
