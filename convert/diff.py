@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from convert.gguf_file import GgufFile, GgufModel, TensorInfo
+from convert.gguf_file import GgufFile, GgufModel, TensorInfo, same_shape
 from convert.patch import PREFIX
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from quant_grids import GRIDS
@@ -178,7 +178,7 @@ class _SliceDifference:
 def _compare_tensor(
     reader: TensorReader, pool: ThreadPoolExecutor, a: TensorInfo, b: TensorInfo, base: TensorInfo | None
 ) -> TensorDifference:
-    if base is not None and base.shape != a.shape:
+    if base is not None and not same_shape(base.shape, a.shape):
         raise FormatError(f"{a.name!r} has the shape {list(base.shape)} in {base.path.name} and {list(a.shape)} here")
     parts = list(pool.map(lambda part: _compare_slice(reader, a, b, base, part), row_slices(a)))
     energy = sum(part.energy for part in parts)

@@ -402,6 +402,14 @@ def _storage_type(number: int, where: str) -> GgmlType:
     return ggml_type
 
 
+def same_shape(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes, in ggml's order, differ in nothing but ones at their ends.
+
+    llama.cpp leaves those out when it writes a tensor: a shared expert's gate of [n, 1] comes back as [n].
+    """
+    return all(a == b for a, b in itertools.zip_longest(one, other, fillvalue=1))
+
+
 def stored_bytes(ggml_type: GgmlType, shape: Sequence[int], where: str) -> int:
     """Stored size of a tensor in bytes, computed with Python integers (no wrap-around).
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from convert.child import resident_bytes
 from convert.cores import available_cores
-from convert.gguf_file import GgufFile, GgufModel, TensorInfo
+from convert.gguf_file import GgufFile, GgufModel, TensorInfo, same_shape
 from convert.imatrix_file import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.defenses.base import Defense, Inputs, SliceKey
@@ -93,14 +93,6 @@ class Coverage:
         return done / (done + sum(tensor.n_weights for tensor in self.unprotected)) if done else 0.0
 
 
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without ones at its end, which llama.cpp leaves out (a shared expert's gate: [n, 1])."""
-    kept = list(shape)
-    while len(kept) > 1 and kept[-1] == 1:
-        kept.pop()
-    return tuple(kept)
-
-
 def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
     """Sort the plain file's tensors by what a defense can do for them.
 
@@ -110,7 +102,7 @@ def coverage_of(base: GgufModel, plain: GgufFile) -> Coverage:
     protected, unprotected, untouched = [], [], []
     for tensor in plain.tensors.values():
         source = base.tensors.get(tensor.name)
-        if source is None or _without_ones(source.shape) != _without_ones(tensor.shape):
+        if source is None or not same_shape(source.shape, tensor.shape):
             found = "is not in" if source is None else f"has the shape {list(source.shape)} in"
             raise FormatError(f"{tensor.name!r} of {plain.path.name} {found} {base.path.name}: these do not belong together")
         if tensor.ggml_type in FLOAT_TYPES or tensor.ggml_type == source.ggml_type:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
 
@@ -14,6 +15,7 @@ def copy_gguf(
     architecture: str = "",
     shard_tensors: int = 0,
     fields: Mapping[str, str | int] | None = None,
+    more: Mapping[str, npt.NDArray[np.float32]] | None = None,
 ) -> list[Path]:
     """Write the same tensors and settings again.
 
@@ -23,6 +25,7 @@ def copy_gguf(
         architecture: another one, with the same tensors and settings; empty: the same.
         shard_tensors: tensors of a shard; 0: one file.
         fields: that the copy has in place of the source's, or beside them: texts, and whole numbers as uint32.
+        more: tensors that only the copy has.
 
     Returns:
         What was written, in order.
@@ -40,6 +43,8 @@ def copy_gguf(
         writer.add_key_value(name, value, GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT32)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf import GGUFReader
 
@@ -48,6 +49,15 @@ def plain(base: Path, out: Path, to: str) -> Path:
 def convert(what: GgufRequest) -> GgufReport:
     """Without the load check, which has a test of its own."""
     return convert_model(replace(what, check_loads=False))
+
+
+def test_a_matrix_of_one_row_loses_that_one_in_llama_cpps_file(tiny_base: Path, tmp_path: Path) -> None:
+    gate = np.ones((1, 256), np.float32)
+    [base] = copy_gguf(tiny_base, tmp_path / "base.gguf", more={"blk.0.ffn_gate_inp_shexp.weight": gate})
+    made = convert(request(base, tmp_path / "out.gguf"))
+    assert GgufFile(base).tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (256, 1)
+    assert GgufFile(made.outfile).tensors["blk.0.ffn_gate_inp_shexp.weight"].shape == (256,)
+    assert compare_files(plain(base, tmp_path / "plain.gguf", "q4_k"), made.outfile, base=base).only_code_bits
 
 
 @pytest.mark.parametrize("to", TYPES)
