@@ -77,12 +77,11 @@ def run_one(toy: Toy, work: Path) -> dict[str, Any]:
 
 
 def reason_of(error: str) -> str:
-    """The telling end of an error, for a table."""
+    """The telling line of an error, for a table."""
     error = re.sub(r"(?<![\w.])/(?:[\w.-]+/)+", "", error)  # folders of this machine
-    text = re.sub(r"\s+", " ", error.replace("|", "/").replace("<", "").replace(">", ""))
-    found = re.findall(r"(\w*(?:Error|Exception|error)\b.*)", text)
-    last = re.split(r" / (?=\w+Error)", text)[-1] if "Error" in text.rpartition(" / ")[2] else (found[0] if found else text)
-    return last[-200:].strip()
+    lines = re.split(r" / |\|", re.sub(r"\s+", " ", error.replace("<|", "").replace("|>", "")))
+    telling = [line for line in lines if re.search(r"error loading model:|[A-Z]\w*Error\b|ERROR:", line)] or lines
+    return re.sub(r".*(error loading model|ERROR:[\w-]+): ?", "", telling[-1]).strip()[:200]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
