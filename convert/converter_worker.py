@@ -33,7 +33,7 @@ def leave_network() -> None:
                 Path("/proc/self/setgroups").write_text("deny")
                 Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
                 Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-            die_with_parent()
+            die_with_parent()  # again: a new user namespace makes the kernel forget it
 
     def refuse(event: str, _arguments: tuple[Any, ...]) -> None:
         if event in _REFUSED:

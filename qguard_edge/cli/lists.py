@@ -94,18 +94,14 @@ def architectures(json_output: JsonFlag = False) -> None:
     from convert.hf.families import INSTALL_FIRST, WAYS_OUT, built_in
     from convert.hf.foreign import architectures_of, runs_in_llama_cpp
 
-    own = {name: (family.title, MODEL_ARCH_NAMES[family.target]) for family in built_in() for name in family.architectures}
+    families = {family: MODEL_ARCH_NAMES[family.target] for family in built_in()}
+    own = {name for family in families for name in family.architectures}
     script = find_converter()
     others = [one for one in architectures_of(script) if one.name not in own] if script else []
-    runs = runs_in_llama_cpp({target for _, target in own.values()} | {one.target for one in others})
+    runs = runs_in_llama_cpp({*families.values(), *(one.target for one in others)})
     listed = [
-        {
-            "family": family.title,
-            "architectures": list(family.architectures),
-            "llama_cpp": MODEL_ARCH_NAMES[family.target],
-            "runs": MODEL_ARCH_NAMES[family.target] in runs,
-        }
-        for family in built_in()
+        {"family": family.title, "architectures": list(family.architectures), "llama_cpp": name, "runs": name in runs}
+        for family, name in families.items()
     ]
     by_converter = [
         {"architecture": one.name, "llama_cpp": one.target or None, "runs": one.target in runs if one.target else None}
@@ -114,18 +110,17 @@ def architectures(json_output: JsonFlag = False) -> None:
     if json_output:
         print_json({"status": "ok", "architectures": listed, "by_converter": by_converter})
         return
-    said = {True: "yes", False: "no", None: "?"}
+    said = {True: "yes", False: "no"}
     rows = table("Built-in architectures", "family", "architectures in config.json", "llama.cpp", "runs here")
-    for entry in listed:
-        names = ", ".join(entry["architectures"])  # type: ignore[arg-type]
-        rows.add_row(str(entry["family"]), names, str(entry["llama_cpp"]), said[bool(entry["runs"])])
+    for family, name in families.items():
+        rows.add_row(family.title, ", ".join(family.architectures), name, said[name in runs])
     out.print(rows)
     if script is None:
         out.print(f"Anything else: {INSTALL_FIRST}, {WAYS_OUT}", highlight=False)
         return
     more = table("By llama.cpp's own converter", "architecture in config.json", "llama.cpp", "runs here")
-    for other in by_converter:
-        more.add_row(str(other["architecture"]), str(other["llama_cpp"] or "?"), said[other["runs"]])  # type: ignore[index]
+    for other in others:
+        more.add_row(other.name, other.target or "?", said[other.target in runs] if other.target else "?")
     out.print(more)
     out.print(
         "runs here: the installed llama.cpp knows the name; docs/architectures.md says what was tried", highlight=False
