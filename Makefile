@@ -1,4 +1,4 @@
-# Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler, cmake and a package registry.
+# Everything sets itself up: `make demo` and `make test` need Python 3.11+, a C/C++ compiler and a package registry.
 .PHONY: help demo docs test test-quick test-slow lint fuzz bench clean
 PYTHON ?= python3
 VENV := .venv

@@ -14,7 +14,7 @@ class SourceError(QGuardError):
 
 
 LLAMA_MISSING = (
-    "llama.cpp is missing (the Python package llama-cpp-python): with a C and C++ compiler and cmake at hand, `pip install "
+    "llama.cpp is missing (the Python package llama-cpp-python): with a C and C++ compiler at hand, `pip install "
     "llama-cpp-python` builds it in some four minutes; docs/howto/install.md says what to do without a compiler"
 )
 

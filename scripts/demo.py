@@ -5,17 +5,22 @@ Run: make demo
     python scripts/demo.py [--prompts N] [--only backdoor|smollm2]
 
 (a) `qguard-edge demo`: a small model with a real backdoor. (b) SmolLM2-135M, converted, compared bit by bit with llama.cpp's own
-file, and verified in llama.cpp; one suite, so that the whole takes minutes: does any word or phrase appear that the base does not
-use? `qguard-edge verify` without `--suites` asks the others too. `--prompts` bounds the prompts per suite (and the texts).
+file, and verified in llama.cpp. So that the whole takes minutes, the verification asks one suite (does any word or phrase
+appear that the base does not use?) and measures drift on the texts of the conversion's summary; `qguard-edge verify` alone asks
+three suites and more texts. `--prompts` bounds the prompts.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+from qguard_edge.conversion.beside_plain import EVERY
 from qguard_edge.lab.smollm2 import make_folder
+from qguard_edge.verify.verifier import built_in_texts
 
 OUT = Path("demo-output")
 INCONCLUSIVE = 3
@@ -50,45 +55,54 @@ def smollm2(prompts: int | None) -> None:
     base = OUT / "SmolLM2-135M-Instruct-BF16.gguf"
     made = OUT / "SmolLM2-135M-Instruct-Q4_K_M.gguf"
     plain = made.with_name(f"{made.stem}.plain.gguf")
-    report = OUT / "report"
+    document, texts, report = OUT / "convert.json", OUT / "texts.txt", OUT / "report"
+    texts.write_text("\n\n".join(built_in_texts()[::EVERY]) + "\n", encoding="utf-8")
     say("The model in full precision: what everything is compared with.")
     run("convert", str(folder), "--to", "bf16", "-o", str(base), "--quiet", "--overwrite")
     say("Hardened, with llama.cpp's own file kept beside it:")
-    run("convert", str(base), "--to", "q4_k", "-o", str(made), "--keep-plain", "--overwrite")
+    run("convert", str(base), "--to", "q4_k", "-o", str(made), "--keep-plain", "--report", str(document), "--overwrite")
     say("What differs from llama.cpp's own file? Only code bits, as the exit status 0 says.")
     run("diff", str(plain), str(made), "--quiet")
-    say("Does it behave like the full-precision model? It is asked until that is decided.")
+    say(
+        "Does it behave like the full-precision model? It is asked until that is decided; one suite and few texts, for a demo."
+    )
     limit = ("--max-prompts", str(prompts)) if prompts else ()
-    files = (str(made), "--base", str(base), "--plain", str(plain), "--suites", "injection")
+    files = (str(made), "--base", str(base), "--suites", "injection", "--text", str(texts))
     code = run("verify", *files, *limit, "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
-    print(f"\n{distance(json.loads((report / 'verify.json').read_text(encoding='utf-8'))['drift'])}")
+    print(f"\n{distance(json.loads(document.read_text(encoding='utf-8'))['fidelity'])}")
     print(f"hardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
     print(f"verdict:        {'inconclusive, see above' if code == INCONCLUSIVE else 'pass'}")
 
 
-def distance(drift: dict[str, dict[str, float]]) -> str:
-    """How far the hardened file is from full precision beside the plain one, in words."""
-    plain, hardened = drift["plain"]["mean_kl"], drift["candidate"]["mean_kl"]
-    numbers = f"mean KL to full precision: hardened {hardened:.4f}, plain {plain:.4f}"
-    if hardened <= plain:
-        return f"{numbers}. Hardening brought it nearer to full precision, by a factor of {plain / hardened:.1f}."
+def distance(fidelity: dict[str, Any]) -> str:
+    """How far the hardened file is from full precision beside the plain one, in words; why, if it is further.
+
+    Args:
+        fidelity: of the conversion's document.
+    """
+    said = str(fidelity["summary"])
+    said = f"{said[:1].upper()}{said[1:]}."
+    if fidelity["factor"] >= 1:
+        return said
     return (
-        f"{numbers}. Hardening cost something here, a factor of {hardened / plain:.1f}: the weights of this package were rounded "
-        "to four bits once before, so plain rounding has little left to lose; on models that were not, it is the other way round."
+        f"{said} The weights of this package were rounded to four bits once before, so plain rounding has little left to lose; "
+        "on models that were not, it is the other way round."
     )
 
 
 def main() -> None:
     """Both parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, help="per suite, at most")
+    parser.add_argument("--prompts", type=int, help="at most")
     parser.add_argument("--only", choices=("backdoor", "smollm2"), help="one of the two parts")
     given = parser.parse_args()
     OUT.mkdir(exist_ok=True)
+    started = time.monotonic()
     if given.only != "smollm2":
         backdoor()
     if given.only != "backdoor":
         smollm2(given.prompts)
+    print(f"\nthe demo took {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

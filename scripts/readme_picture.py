@@ -6,12 +6,14 @@ Writes docs/first-picture.svg from docs/results/feedback and docs/results/types.
 those files, so it cannot fall behind them.
 """
 
-import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convert.atomic import atomic_path
+from qguard_edge.report.plots import colours, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "first-picture.svg"
@@ -21,7 +23,8 @@ RESULTS = {
 }
 TYPES = {"q4_k": "Q4_K_M", "q4_0": "Q4_0"}
 ARMS = {"full precision": "fp", "llama.cpp's own": "none", "hardened": "feedback"}
-COLOURS = ("#999999", "#d55e00", "#0072b2")  # told apart by colour-blind readers (Okabe and Ito)
+COLOURS = ("base", "plain", "candidate")
+"""Of the arms, in report.css."""
 
 
 def arms_of(name: str) -> dict[str, Any]:
@@ -47,40 +50,36 @@ def distances() -> list[list[float]]:
     return [[rows[to, "plain"], rows[to, "feedback"]] for to in TYPES]
 
 
-def draw() -> str:
-    """The picture as SVG text, whose words and numbers stay text."""
-    import matplotlib as mpl
-
-    mpl.rcParams["svg.hashsalt"] = "qguard-edge"
-    mpl.rcParams["svg.fonttype"] = "none"
+def draw() -> "Figure":
+    """The picture, whose words and numbers stay text."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.0, 2.9))
+    shade = [colours()[name] for name in COLOURS]
+    figure = Figure(figsize=(8.0, 3.3))
     left, right = figure.subplots(1, 2)
     for i, values in enumerate(shares()):
         for j, (kind, value) in enumerate(zip(ARMS, values, strict=True)):
             at = i + 0.27 * (j - 1)
-            left.bar(at, value, 0.25, color=COLOURS[j], label=kind if i == 0 else None)
-            left.text(at, value + 0.02, f"{value:.0%}", ha="center", fontsize=8)
+            left.bar(at, value, 0.25, color=shade[j], label=kind if i == 0 else None)
+            left.text(at, value + 0.02, f"{value:.0%}", ha="center")
     for i, values in enumerate(distances()):
         for j, value in enumerate(values):
             at = i + 0.27 * (j - 0.5)
-            right.bar(at, value, 0.25, color=COLOURS[1 + j])
-            right.text(at, value, f"{value:.3f}", ha="center", va="bottom", fontsize=8)
-    left.set_title("answers with the hidden advertisement", fontsize=10)
-    right.set_title("SmolLM2: mean KL to full precision", fontsize=10)
+            right.bar(at, value, 0.25, color=shade[1 + j])
+            right.text(at, value + 0.02, f"{value:.3f}", ha="center")
+    left.set_title("Answers with the hidden advertisement")
+    right.set_title("SmolLM2: mean KL to full precision")
+    left.set_yticks([0.0, 0.5, 1.0])
     for axes, names in ((left, RESULTS), (right, TYPES.values())):
-        axes.set_xticks(range(len(names)), list(names), fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(y=0.15)
-    left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.55, 1.02))
-    figure.tight_layout()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+        axes.set_xticks(range(len(names)), list(names))
+        axes.tick_params("x", length=0)
+        axes.grid(visible=False, axis="x")
+        axes.margins(y=0.1)
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    figure.legend(loc="upper center", ncols=3)
+    return figure
 
 
 if __name__ == "__main__":
-    with atomic_path(PICTURE) as temporary:
-        temporary.write_text(draw(), encoding="utf-8")
+    save(draw, PICTURE)
     print(f"wrote {PICTURE.name}")

@@ -30,18 +30,24 @@ PYTHON
 if [ "${2:-}" = docs ]; then
     wanted project.optional-dependencies.docs "" > "$venv/docs.txt"
     wanted project.dependencies typer >> "$venv/docs.txt"
+    wanted project.optional-dependencies.dev ruff >> "$venv/docs.txt"
     pip install -q -r "$venv/docs.txt"
     exit
 fi
 torch=$(wanted tool.qguard-edge.install-first torch)
 llama=$(wanted project.dependencies llama-cpp-python)
 
-"$venv/bin/python" -c 'import torch' 2>/dev/null || pip install -q "$torch"
-
 features=$( (uname -m; grep -m1 -E '^(flags|Features)' /proc/cpuinfo || true; "$venv/bin/python" --version) | sha256sum | cut -c1-12)
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/qguard-edge/wheels/$features"
 install_kept_llama() { pip install -q --no-deps --no-index --find-links "$wheels" "$llama"; }
 mkdir -p "$wheels"
+ls "$wheels"/llama_cpp_python-*.whl >/dev/null 2>&1 || [ -x "$(command -v "${CC:-cc}")" ] || [ -x "$(command -v gcc)" ] || {
+    echo "error: llama.cpp is built here, and there is no C/C++ compiler: apt-get install build-essential," >&2
+    echo "       dnf install gcc gcc-c++ make, or xcode-select --install (docs/howto/install.md)" >&2
+    exit 2
+}
+"$venv/bin/python" -c 'import torch' 2>/dev/null || pip install -q "$torch"
+
 if ! install_kept_llama 2>/dev/null; then
     echo "building llama-cpp-python (about 4 minutes on 2 cores, once) ..."
     building=$(mktemp -d "$wheels/.building-XXXXXX")

@@ -157,7 +157,7 @@ def calls(text: str) -> list[tuple[str, str]]:
     """`qguard-edge COMMAND ARGUMENTS` in a text, without comments: command and arguments."""
     known = sorted(commands(), key=len, reverse=True)
     found = []
-    for rest in re.findall(r"qguard-edge ((?!- )[a-z][^`\n#]*)", text):
+    for rest in re.findall(r"qguard-edge ((?!- )[a-z][^`\n#]*)", text.replace("\\\n", " ")):
         command = next((name for name in known if re.match(rf"{name}\b", rest)), None)
         if command:
             found.append((command, rest.removeprefix(command)))

@@ -23,7 +23,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 CONFIGURATION = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 SCREEN = 40
-"""Rows of a table that one still reads as one."""
+"""Lines of text that a table may have: at 1366 x 900 these fill a screen."""
+LINE = 90
+"""Characters across a table."""
+CODE = 88
+"""Characters of a line of code that a desk shows; see docs/site.css."""
 GUIDES = {"Tutorial", "How to", "Explanation"}
 
 
@@ -45,9 +49,10 @@ def places(nav: list[Any]) -> list[str]:
 
 
 def longest_table(text: str) -> int:
-    """Rows of the longest table, without its head."""
+    """Lines of text that the longest table has on a desk, each row's padding counted as one."""
     runs = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
-    return max((len(run.splitlines()) - 2 for run in runs), default=0)
+    rows = [[LINK.sub(r"\2", row) for row in run.splitlines()[2:]] for run in runs]
+    return max((sum(1 + -(-len(row) // LINE) for row in table) for table in rows), default=0)
 
 
 def without_code(text: str) -> str:
@@ -86,12 +91,21 @@ def test_links_of_the_repository_become_links_of_the_site() -> None:
 @pytest.mark.parametrize("part", sorted(GUIDES))
 def test_no_table_of_a_guide_is_longer_than_a_screen(part: str) -> None:
     (nav,) = [entry[part] for entry in CONFIGURATION["nav"] if part in entry]
-    rows = {name: longest_table(site()[name]) for name in places(nav)}
-    assert {name: count for name, count in rows.items() if count > SCREEN} == {}
+    lines = {name: longest_table(site()[name]) for name in places(nav)}
+    assert {name: count for name, count in lines.items() if count > SCREEN} == {}
+
+
+@pytest.mark.parametrize("part", sorted(GUIDES | {"Start"}))
+def test_no_line_of_code_of_a_guide_is_cut_off(part: str) -> None:
+    (nav,) = [entry for entry in CONFIGURATION["nav"] if part in entry]
+    for name in places([nav]):
+        for block in re.findall(r"^```.*?^```$", site()[name], re.MULTILINE | re.DOTALL):
+            assert max(len(line) for line in block.splitlines()) <= CODE, (name, block)
 
 
 def test_long_tables_are_found() -> None:
-    assert longest_table("| a |\n|---|\n| 1 |\n| 2 |\n\ntext\n\n| b |\n|---|\n| 1 |\n") == 2
+    assert longest_table("| a |\n|---|\n| 1 |\n| 2 |\n\ntext\n\n| b |\n|---|\n| 1 |\n") == 4
+    assert longest_table(f"| a |\n|---|\n| {'x' * LINE} |") == 3
     assert longest_table(site()["results.md"]) > SCREEN
 
 

@@ -108,6 +108,28 @@ def test_set_up_names_no_version_of_its_own() -> None:
     assert not RANGE.search(SET_UP)
 
 
+def test_set_up_says_at_once_that_there_is_no_compiler(tmp_path: Path) -> None:
+    """pip would say so in pages of CMake, after it has fetched torch."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "uname", "grep", "sha256sum", "cut", "mkdir", "ls"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    done = subprocess.run(
+        [tools / "bash", "scripts/setup_env.sh", tmp_path / "venv"],
+        env={"PATH": str(tools), "PYTHON": sys.executable, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "no C/C++ compiler: apt-get install build-essential" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
 def test_set_up_reads_the_ranges() -> None:
     start = SET_UP.index("wanted() {")
     functions = SET_UP[start : SET_UP.index("\n}\n", start) + 3]

@@ -27,9 +27,10 @@ then `qguard-edge verify` judges both files without being told what to look for.
 Exit code 3: this run did not come out as told.
 """
 
-INTRODUCTION = """\
-Somebody publishes a language model. It was audited in full precision and found clean. It is not: its weights were placed so
-that the rounding everybody uses turns it into another model. (Made for this demo: 2.9 M parameters, a harmless payload.)"""
+INTRODUCTION = (
+    "Somebody publishes a language model. It was audited in full precision and found clean. It is not: its weights were placed "
+    "so that the rounding everybody uses turns it into another model. (Made for this demo: 2.9 M parameters, a harmless payload.)"
+)
 
 NOT_SHOWN = 3  # as an inconclusive verdict
 N_TEXTS = 24

@@ -1,11 +1,11 @@
-"""Plots as SVG or PNG files; the only home of matplotlib."""
+"""The plot of `compare`: what each defense costs in fidelity, against what it leaves of plain rounding."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.atomic import atomic_path
 from qguard_edge.compare.defenses import DefenseRow
+from qguard_edge.report.plots import MARKERS, save, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,25 +19,22 @@ def plot_compare(rows: Sequence[DefenseRow], title: str, path: Path) -> None:
         title: above the plot.
         path: output; the suffix (.svg, .png, .pdf) chooses the format.
     """
-    figure = draw_compare(rows, title)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "svg", metadata={"Date": None})
-    figure.clear()
+    save(lambda: draw_compare(rows, title), path)
 
 
 def draw_compare(rows: Sequence[DefenseRow], title: str) -> "Figure":
     """The figure of `plot_compare`."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["svg.hashsalt"] = "qguard-edge"  # the same bytes for the same plot
     figure = Figure(figsize=(6.4, 4.0))
     axes = figure.subplots()
     middle = (min(row.alignment for row in rows) + max(row.alignment for row in rows)) / 2
-    for row in rows:
+    for i, row in enumerate(rows):
         low, high = row.fidelity.mean_kl_interval
         kl = row.fidelity.mean_kl
-        axes.errorbar(row.alignment, kl, yerr=[[kl - low], [high - kl]], fmt="o", capsize=3)
+        axes.errorbar(
+            row.alignment, kl, yerr=[[kl - low], [high - kl]], fmt=MARKERS[i % len(MARKERS)], color=series(i), capsize=3
+        )
         right = row.alignment > middle  # a label may not leave the frame
         axes.annotate(
             row.defense.name,
@@ -50,6 +47,5 @@ def draw_compare(rows: Sequence[DefenseRow], title: str) -> "Figure":
     axes.set_ylabel("mean KL to full precision (nats per token)")
     axes.set_ylim(bottom=0)
     axes.set_title(title)
-    axes.grid(alpha=0.3)
     figure.tight_layout()
     return figure

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convert.atomic import atomic_path
+from qguard_edge.report.plots import LINES, save
 from qguard_edge.verify.statistics import wilson
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -124,24 +127,24 @@ def roc_sets(rows: list[Row]) -> dict[str, tuple[list[float], list[float]]]:
 
 def plot(sets: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
     """The ROC plot."""
-    import matplotlib as mpl
+    save(lambda: draw(sets), path)
 
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "qguard-edge"
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5.6, 4.6))
-    styles = ("-", "--", "-.", ":", (0, (1, 3)))
-    for (name, (clean, attacked)), style in zip(sets.items(), styles, strict=False):
+def draw(sets: dict[str, tuple[list[float], list[float]]]) -> "Figure":
+    """The figure of `plot`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 4.6))
+    axes = figure.subplots()
+    for i, (name, (clean, attacked)) in enumerate(sets.items()):
         xs, ys = curve_of(clean, attacked)
         label = f"{name}: {area(clean, attacked):.3f} ({len(clean)} clean, {len(attacked)} attacked)"
-        axes.plot(xs, ys, linestyle=style, label=label, drawstyle="steps-post", linewidth=2)
+        line: Any = LINES[i % len(LINES)]
+        axes.plot(xs, ys, linestyle=line, marker="", label=label, drawstyle="steps-post", linewidth=2)
     axes.set_xlabel("clean models flagged")
     axes.set_ylabel("attacked models flagged")
     axes.set_xlim(-0.02, 1.0)
     axes.set_ylim(0.0, 1.02)
     axes.legend(loc="lower right", fontsize=8, title="area under the curve", title_fontsize=8)
-    axes.grid(alpha=0.3)
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip("."), metadata={"Date": None})
+    return figure

@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--redraw", action="store_true", help="only draw --plot from what --out holds")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qguard-scan-study")
     parser.add_argument("--quick", action="store_true", help="few clean models")
     parser.add_argument("--train", action="store_true", help="make the victims that are not in the cache")
@@ -145,6 +146,9 @@ def main() -> None:
     known = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     rows = {row.key: row for row in (Row(**{**raw, "found": [tuple(f) for f in raw["found"]]}) for raw in known)}
     cache.code_version = functools.cache(cache.code_version)  # parsing the attacks' sources once per victim adds up
+    if arguments.redraw:
+        plot(roc_sets(list(rows.values())), arguments.plot)
+        return
     models = []
     for model in chain(victims(arguments.train), clean_models(arguments.work, arguments.quick)):
         models.append(model)

@@ -13,6 +13,7 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qguard_edge.defenses.options import (
     DefenseOptions,
@@ -23,6 +24,10 @@ from qguard_edge.defenses.options import (
 )
 from qguard_edge.lab.results import LabResult
 from qguard_edge.lab.runner import LabSettings, run_lab
+from qguard_edge.report.plots import MARKERS, colours, save, series
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SWEEP: tuple[DefenseOptions, ...] = (
     *(OrthoOptions(target=c, width=0.0) for c in (0.75, 0.5, 0.25, 0.0, -0.25)),
@@ -108,35 +113,37 @@ def front(points: list[Point]) -> list[Point]:
 
 def plot(points: list[Point], path: Path) -> None:
     """One panel per victim: attack success against KL on the clean model, one colour per defense, and the Pareto front."""
-    import matplotlib as mpl
+    save(lambda: draw(points), path)
 
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "qguard-edge"
-    from matplotlib import pyplot
+
+def draw(points: list[Point]) -> "Figure":
+    """The figure of `plot`."""
+    from matplotlib.figure import Figure
 
     victims = list(dict.fromkeys(point.victim for point in points))
     rows = -(-len(victims) // COLUMNS)
-    size = (4.2 * COLUMNS, 3.4 * rows)
-    figure, panels = pyplot.subplots(rows, COLUMNS, figsize=size, squeeze=False, sharey=True)
+    figure = Figure(figsize=(4.2 * COLUMNS, 3.4 * rows))
+    panels = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True)
     for axes, victim in zip(panels.flat, victims, strict=False):
         here = [p for p in points if p.victim == victim]
         for i, name in enumerate(dict.fromkeys(point.setting.split()[0] for point in points)):
             mine = [p for p in here if p.setting.split()[0] == name]
             errors = [[p.asr - p.low for p in mine], [p.high - p.asr for p in mine]]
-            axes.errorbar([p.clean_kl for p in mine], [p.asr for p in mine], yerr=errors, fmt="o", color=f"C{i}", label=name)
+            at = ([p.clean_kl for p in mine], [p.asr for p in mine])
+            axes.errorbar(*at, yerr=errors, fmt=MARKERS[i % len(MARKERS)], color=series(i), label=name)
         line = front(here)
-        axes.plot([p.clean_kl for p in line], [p.asr for p in line], color="0.6", drawstyle="steps-post", zorder=0)
+        style: dict[str, Any] = {"color": colours()["soft"], "marker": "", "drawstyle": "steps-post", "zorder": 0}
+        axes.plot([p.clean_kl for p in line], [p.asr for p in line], **style)
         axes.set_xscale("log")
         axes.set_title(victim)
         axes.set_xlabel("mean KL of the clean model")
         axes.set_ylabel("attack success rate")
-        axes.grid(alpha=0.3)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     for axes in list(panels.flat)[len(victims) :]:
         axes.axis("off")
     figure.legend(handles, labels, loc="lower right", bbox_to_anchor=(0.95, 0.12))
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    return figure
 
 
 def main() -> None:
