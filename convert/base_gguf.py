@@ -6,6 +6,7 @@ from typing import Protocol
 from convert.hf.base import describe_folder, write_base_gguf
 from convert.hf.external import find_converter, run_converter
 from convert.hf.families import family_for
+from convert.hf.installed import INSTALL
 from convert.hf.jsonfile import Section, read_json
 from convert.hf.tokenizer.reader import guess_pre_tokenizer
 from convert.source import Source
@@ -76,6 +77,51 @@ def write_base(
 
     report = write_base_gguf(source.path, path, base_type=base_type, pre=pre, name=source.name, progress=advance)
     return report.warnings
+
+
+def write_mmproj(
+    source: Source,
+    path: Path,
+    kind: str,
+    *,
+    converter: Path | None,
+    progress: Stages,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the vision or audio half of a folder, which llama.cpp keeps in a file of its own; only its own converter can.
+
+    Args:
+        source: the model folder.
+        path: the new file.
+        kind: f32, f16, bf16 or q8_0.
+        converter: as for `write_base`.
+        progress: told about the stage.
+        trust_remote_code: as for `write_base`.
+
+    Raises:
+        UnsupportedError: the folder has no such half, or no converter is found.
+    """
+    if not other_halves(source.path):
+        raise UnsupportedError(f"--mmproj: {source.name} has no vision or audio half; leave the option out")
+    script = find_converter(converter)
+    if script is None:
+        raise UnsupportedError(f"--mmproj needs llama.cpp's converter: run `{INSTALL}` once, or pass --converter PATH")
+    progress.stage(f"Writing the {' and '.join(other_halves(source.path))} half with {script.name}", 0, "lines")
+    run_converter(
+        script,
+        source.path,
+        path,
+        base_type=kind,
+        trust_remote_code=trust_remote_code,
+        mmproj=True,
+        on_line=lambda line: progress.advance(1, line[:60]),
+    )
+
+
+def other_halves(folder: Path) -> tuple[str, ...]:
+    """What a folder's model has beside the language half: vision, audio, both, or nothing."""
+    config = read_json(folder / "config.json")
+    return tuple(half for half in ("vision", "audio") if config.get(f"{half}_config"))
 
 
 def is_built_in(folder: Path) -> bool:

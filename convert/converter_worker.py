@@ -9,6 +9,7 @@ know the tokenizer, and always where FORCED is 1.
 
 import ctypes
 import importlib
+import json
 import os
 import re
 import runpy
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.child import die_with_parent, limit_process
+from convert.published_config import as_published
 
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
 _CONSTANT = re.compile(r"\bgguf\.(MODEL_TENSOR|MODEL_ARCH)\.([A-Z_0-9]+)")
@@ -61,6 +63,33 @@ def name_pre_tokenizer(name: str, *, always: bool) -> None:
     owner.get_vocab_base_pre = found
 
 
+def read_config_as_published() -> None:
+    """Have the converter see what config.json says, not only what this transformers makes of it (`convert.published_config`)."""
+    try:
+        owner: Any = importlib.import_module("conversion.base").ModelBase
+        mamba: Any = importlib.import_module("conversion.mamba").Mamba2Model
+    except ImportError:  # a checkout from before its converter was split up
+        return
+    load, make = owner.load_hparams, mamba.__init__
+
+    def loaded(folder: Path, is_mistral_format: bool) -> Any:
+        config, written = load(folder, is_mistral_format), _config_of(folder)
+        return as_published(config, written) if written and not is_mistral_format else config
+
+    def made(self: Any, folder: Path, *arguments: Any, **named: Any) -> None:
+        if named.get("hparams") is None and (written := _config_of(folder)):  # it would read the file by itself
+            named["hparams"] = as_published(written, written)
+        make(self, folder, *arguments, **named)
+
+    owner.load_hparams, mamba.__init__ = staticmethod(loaded), made
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    file = Path(folder) / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
 def fill_gaps(folder: Path) -> None:
     """Give `gguf.MODEL_TENSOR` and `gguf.MODEL_ARCH` the names that the converter's code uses and its own `gguf` lacks, as None.
 
@@ -85,6 +114,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(script).parent
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
     fill_gaps(folder)
+    read_config_as_published()
     if pre:
         name_pre_tokenizer(pre, always=forced == "1")
     sys.argv = [script, *rest]

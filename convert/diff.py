@@ -12,6 +12,7 @@ import torch
 
 from convert.gguf_file import GgufFile, GgufModel, TensorInfo, same_shape
 from convert.patch import PREFIX
+from convert.split import SPLIT
 from convert.tensor_io import RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from quant_grids import GRIDS
 from quant_grids.errors import FormatError
@@ -47,7 +48,7 @@ class FileDifference:
 
     Attributes:
         tensors: one entry per tensor, in file order.
-        metadata: keys that differ, without `qguard.*`.
+        metadata: keys that differ, without `qguard.*`, and without `split.*`: how a file is cut is no part of what it holds.
         qguard_metadata: `qguard.*` keys that differ.
     """
 
@@ -92,7 +93,7 @@ def compare_files(
     """Compare two GGUF files tensor by tensor.
 
     Args:
-        first: for instance the plain file.
+        first: for instance the plain file; of a split one the first shard, here and below.
         second: for instance the hardened file.
         base: the full-precision GGUF both were made from; adds each tensor's alignment.
         threads: slices compared at a time.
@@ -101,21 +102,21 @@ def compare_files(
     Raises:
         FormatError: the files do not hold the same tensors with the same types and shapes.
     """
-    a, b = GgufFile(first), GgufFile(second)
+    a, b = GgufModel(first), GgufModel(second)
     _check_layout(a, b)
     model = GgufModel(base) if base else None
     tensors = []
-    paths = [first, second] + ([shard.path for shard in model.shards] if model else [])
+    paths = [shard.path for one in (a, b, model) if one for shard in one.shards]
     with open_reader(*paths) as reader, single_threaded_torch(), ThreadPoolExecutor(threads) as pool:
         for i, tensor in enumerate(a.tensors.values()):
             weights = model.tensors.get(tensor.name) if model else None
             tensors.append(_compare_tensor(reader, pool, tensor, b.tensors[tensor.name], weights))
             if progress:
                 progress(i + 1, len(a.tensors), tensor.name)
-    changed = _changed_keys(a, b)
+    changed = _changed_keys(a.first, b.first)
     return FileDifference(
         tuple(tensors),
-        tuple(key for key in changed if not key.startswith(PREFIX)),
+        tuple(key for key in changed if not key.startswith((PREFIX, SPLIT))),
         tuple(key for key in changed if key.startswith(PREFIX)),
     )
 
@@ -143,7 +144,7 @@ def difference_document(found: FileDifference) -> dict[str, Any]:
     }
 
 
-def _check_layout(a: GgufFile, b: GgufFile) -> None:
+def _check_layout(a: GgufModel, b: GgufModel) -> None:
     if a.tensors.keys() != b.tensors.keys():
         only = sorted(a.tensors.keys() ^ b.tensors.keys())
         raise FormatError(f"{a.path.name} and {b.path.name} do not hold the same tensors (first difference: {only[0]!r})")

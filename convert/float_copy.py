@@ -13,9 +13,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from convert.gguf_file import GgufModel, TensorInfo
-from convert.patch import write_all
+from convert.patch import copy_tensor, write_all
 
-_COPY_CHUNK = 1 << 22
 _F32_BYTES = 4
 
 
@@ -51,16 +50,7 @@ class FloatCopy:
         os.ftruncate(self._file, self._data_start + offset)
         for tensor in base.tensors.values():
             if tensor.name not in widened:
-                self._copy(tensor)
-
-    def _copy(self, tensor: TensorInfo) -> None:
-        position = self._data_start + self._offsets[tensor.name]
-        with tensor.path.open("rb") as source:
-            source.seek(tensor.offset)
-            left = tensor.n_bytes
-            while left and (chunk := source.read(min(_COPY_CHUNK, left))):
-                write_all(self._file, chunk, position)
-                position, left = position + len(chunk), left - len(chunk)
+                copy_tensor(tensor, self._file, self._data_start + self._offsets[tensor.name])
 
     def write_rows(self, tensor: TensorInfo, row: int, weights: Tensor) -> None:
         """Write f32 `[rows, columns]` from row `row` on; safe to call from several threads."""

@@ -125,7 +125,7 @@ def files_of(path: Path) -> Iterable[Path]:
     match = _SHARD.match(path.name)
     if match is None:
         return [path]
-    return [path, *path.parent.glob(f"{_literal(match['stem'])}-[0-9][0-9][0-9][0-9][0-9]-of-{match['count']}.gguf")]
+    return sorted({path, *path.parent.glob(f"{_literal(match['stem'])}-[0-9][0-9][0-9][0-9][0-9]-of-{match['count']}.gguf")})
 
 
 def _literal(text: str) -> str:

@@ -96,6 +96,16 @@ def write_all(descriptor: int, data: Buffer, position: int) -> None:
         view, position = view[count:], position + count
 
 
+def copy_tensor(tensor: TensorInfo, descriptor: int, position: int) -> None:
+    """Copy a tensor's bytes to a position of another file."""
+    with tensor.path.open("rb") as source:
+        source.seek(tensor.offset)
+        left = tensor.n_bytes
+        while left and (chunk := source.read(min(_COPY_CHUNK, left))):
+            write_all(descriptor, chunk, position)
+            position, left = position + len(chunk), left - len(chunk)
+
+
 def _infos_length(infos: bytes, count: int) -> int:
     """Length of `count` tensor infos, without the padding that follows them."""
     position = 0

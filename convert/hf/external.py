@@ -32,6 +32,8 @@ ROOT_VARIABLE = "LLAMA_CPP_ROOT"
 _OUTTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _WITH_DRAFT_HEAD = ("Qwen3NextFor", "Qwen3_5For", "Qwen3_5MoeFor")
 _KEPT_LINES = 20
+MMPROJ_TYPES = (*BASE_TYPES, "q8_0")
+"""Precisions of the vision or audio half of a model."""
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "QGUARD_SERVER_KEY")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -132,6 +134,7 @@ def run_converter(
     pre: str | None = None,
     guessed_pre: str | None = None,
     trust_remote_code: bool = False,
+    mmproj: bool = False,
     limits: ConverterLimits | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> None:
@@ -145,6 +148,7 @@ def run_converter(
         pre: Pre-tokenizer name to force.
         guessed_pre: Pre-tokenizer name for a tokenizer that the converter does not know.
         trust_remote_code: Let the folder bring code.
+        mmproj: Write the vision or audio half instead of the language model; `base_type` may then be `q8_0` too.
         limits: Of the process; None takes those for the folder's size.
         on_line: Called with each line the converter prints.
 
@@ -153,13 +157,15 @@ def run_converter(
         FormatError: What it wrote is not a sound GGUF.
         UnsupportedError: The folder brings code, or `base_type` is none of the three.
     """
-    if base_type is not None and base_type not in BASE_TYPES:
+    if base_type is not None and base_type not in (MMPROJ_TYPES if mmproj else BASE_TYPES):
         raise UnsupportedError(f"The base type must be one of {', '.join(BASE_TYPES)}, not {base_type!r:.40}.")
     check_trusted(folder, trust_remote_code=trust_remote_code)
     limits = limits or ConverterLimits.for_folder(folder)
     bounds = [str(limits.memory), str(limits.seconds * (os.cpu_count() or 1)), pre or guessed_pre or "", "1" if pre else "0"]
     arguments = [str(folder), "--outfile", str(outfile), "--outtype", base_type or _own_type(folder)]
-    if _lost_its_draft_head(folder):
+    if mmproj:
+        arguments.append("--mmproj")
+    elif _lost_its_draft_head(folder):
         arguments.append("--no-mtp")
     command = child_command("convert.converter_worker", script, *bounds, *arguments)
     status, last = _watch(command, script, limits.seconds, on_line)

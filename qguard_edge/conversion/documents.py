@@ -67,6 +67,7 @@ def _own(report: ConversionReport) -> Mapping[str, Any]:
 def _gguf(report: GgufReport) -> dict[str, Any]:
     return {
         "plain": report.plain.name if report.plain else None,
+        "mmproj": report.mmproj.name if report.mmproj else None,
         "file_type": report.file_type.name,
         "bits_per_weight": report.bits_per_weight,
         "fidelity": asdict(report.beside_plain) | {"summary": report.beside_plain.sentence} if report.beside_plain else None,

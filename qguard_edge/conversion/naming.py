@@ -13,6 +13,11 @@ def plain_path(outfile: Path) -> Path:
     return outfile.with_name(f"{outfile.stem}.plain{outfile.suffix}")
 
 
+def mmproj_path(outfile: Path, name: str, kind: str) -> Path:
+    """Name of the vision or audio half beside an output, as llama.cpp's converter names it: `mmproj-NAME-F16.gguf`."""
+    return outfile.with_name(f"mmproj-{name}-{kind.upper()}.gguf")
+
+
 def rejected_path(outfile: Path) -> Path:
     """The name of a file that failed its verification: `NAME.rejected.gguf`; of a folder `NAME.rejected`."""
     if outfile.suffix != ".gguf":

@@ -73,6 +73,7 @@ class GgufReport(ConversionReport):
         quantized: what llama.cpp reported; None where it had nothing to do.
         beside_plain: how near the file is to full precision, and plain rounding; None: not measured.
         bits_per_weight: of all tensors of the file.
+        mmproj: the vision or audio half, if it was written.
     """
 
     file_type: FileType
@@ -82,6 +83,7 @@ class GgufReport(ConversionReport):
     quantized: QuantizeReport | None = None
     beside_plain: BesidePlain | None = None
     bits_per_weight: float | None = None
+    mmproj: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ from typing import Self
 import torch
 
 from convert.folder_targets import kinds_of
+from convert.hf.external import MMPROJ_TYPES
 from convert.hf_folder import SHARD_BYTES
 from convert.quantizer import QuantizeOptions
+from convert.split import SplitRule
 from qguard_edge.defenses.options import DefenseOptions, NoiseOptions, QVecOptions
 from qguard_edge.learned.calibration import CalibrationOptions
 from quant_grids.errors import UnsupportedError
@@ -74,6 +76,9 @@ class QuantizeRequest(ConversionRequest, ABC):
             looks at LLAMA_CPP_ROOT, then at what `qguard-edge converter install` fetched.
         trust_remote_code: let that converter read a folder that brings Python code.
         allow_unprotected: accept tensors of types without a grid.
+        split: cut the output, and a plain file that is kept, into shards.
+        mmproj: precision of the vision or audio half of a folder, written beside the output: f32, f16, bf16 or q8_0; None leaves
+            it out.
     """
 
     options: QuantizeOptions
@@ -81,6 +86,8 @@ class QuantizeRequest(ConversionRequest, ABC):
     converter: Path | None = None
     trust_remote_code: bool = False
     allow_unprotected: bool = False
+    split: SplitRule | None = None
+    mmproj: str | None = None
 
     @property
     def threads(self) -> int:
@@ -90,6 +97,10 @@ class QuantizeRequest(ConversionRequest, ABC):
     def check(self) -> None:
         """See `ConversionRequest.check`."""
         self.options.check()
+        if self.split is not None:
+            self.split.check()
+        if self.mmproj is not None and self.mmproj not in MMPROJ_TYPES:
+            raise UnsupportedError(f"--mmproj {self.mmproj!r:.40}: choose one of {', '.join(MMPROJ_TYPES)}")
         super().check()
 
     def with_types(self, types: tuple[tuple[str, str], ...]) -> Self:

@@ -174,9 +174,10 @@ def _stages(
             if verification.verdict is Verdict.FAIL:
                 outfile = rejected_path(outfile)
         with clock.stage("write"):
+            made = output.divide(made, outfile)
             hashes = output.hashes(job, made)
             pinned.check()
-            output.name(made, outfile)
+            outfile = output.name(made, outfile)
     learning.end()
     forget_activations(output.outfile)
     seen = job.activations.report if job.activations else None

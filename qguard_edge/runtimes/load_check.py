@@ -1,13 +1,17 @@
 """The load check: open a finished GGUF in llama.cpp and decode a few tokens, in a child process as always."""
 
+import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.child import child_command
 from qguard_edge.runtimes.llama_limits import LlamaRuntimeError
 from quant_grids.errors import QGuardError
 
 PROMPT = "The capital of France is"
 TOKENS = 10
+_PAIR_SECONDS = 600
 
 
 class LoadCheckError(QGuardError):
@@ -22,11 +26,13 @@ class LoadCheck:
         prompt: the text that was continued.
         text: greedy continuation.
         tokens: its token ids; fewer than requested when the model ended the text.
+        halves: what its other file adds, vision or audio, where it was loaded with one.
     """
 
     prompt: str
     text: str
     tokens: tuple[int, ...]
+    halves: tuple[str, ...] = ()
 
 
 def load_check(path: Path, *, prompt: str = PROMPT, count: int = TOKENS, threads: int = 0) -> LoadCheck:
@@ -44,3 +50,34 @@ def load_check(path: Path, *, prompt: str = PROMPT, count: int = TOKENS, threads
             return LoadCheck(prompt, model.detokenize(answer), tuple(answer))
     except LlamaRuntimeError as error:
         raise LoadCheckError(f"llama.cpp cannot use the file that was made: {error}") from error
+
+
+def load_pair(model: Path, mmproj: Path) -> tuple[str, ...]:
+    """Load a GGUF and its vision or audio half in llama.cpp's multimodal library.
+
+    Args:
+        model: the language half.
+        mmproj: the other one.
+
+    Returns:
+        What the pair takes beside text: vision, audio, or both.
+
+    Raises:
+        LoadCheckError: the two do not load, or not together; the message quotes llama.cpp.
+    """
+    command = child_command("qguard_edge.runtimes.mtmd_worker", model, mmproj)
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_PAIR_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        said = " / ".join(line.strip() for line in done.stderr.splitlines()[-4:] if line.strip())
+        raise LoadCheckError(
+            f"llama.cpp cannot use {mmproj.name} with the model: {said or f'exit status {done.returncode}'}"
+        )
+    return tuple(json.loads(done.stdout.splitlines()[-1]))

@@ -83,8 +83,6 @@ def tensor_changes(plain: GgufModel, candidate: GgufModel, base: GgufModel, thre
     """Codes chosen anew and alignment per tensor; empty when the two files have not the same layout."""
     from convert.diff import compare_files  # imports torch
 
-    if len(plain.shards) > 1 or len(candidate.shards) > 1:
-        return ()
     try:
         found = compare_files(plain.path, candidate.path, base=base.path, threads=threads)
     except FormatError:

@@ -4,13 +4,19 @@ Each is as small as llama.cpp's k-quants allow (rows of 256 weights) and has wha
 recurrent layers, latent attention. The vocabulary is that of the tokenizer that goes with them.
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from tests.helpers.hf_sentencepiece import to_json, train_sentencepiece
+from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
+
 LAYERS = 4
+VOCABULARY = 384
 SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]}}
 
 
@@ -21,10 +27,12 @@ class Toy:
     Attributes:
         family: name for people.
         config: transformers' configuration class.
-        options: its arguments beside the common ones; None takes a common one away.
+        options: its arguments beside the common ones.
         model: class of the model, if not the configuration's obvious one.
         text: where the configuration has halves, the name of the language half.
         published: what config.json of published models has, and what this transformers saves leaves out.
+        special: tokens that the converter looks for.
+        sentencepiece: the tokenizer is a SentencePiece one: "model" for tokenizer.model, "json" for a tokenizer.json made of it.
     """
 
     family: str
@@ -33,6 +41,8 @@ class Toy:
     model: str = ""
     text: str = ""
     published: dict[str, Any] = field(default_factory=dict)
+    special: tuple[str, ...] = ()
+    sentencepiece: str = ""
 
     @property
     def architecture(self) -> str:
@@ -58,6 +68,7 @@ def common(vocabulary: int) -> dict[str, Any]:
 
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+GLM_TOKENS = ("<|endoftext|>", "<|user|>", "[gMASK]", "<|observation|>")
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -99,7 +110,8 @@ TOYS: tuple[Toy, ...] = (
     Toy(
         "Qwen3.5-MoE",
         "Qwen3_5MoeTextConfig",
-        {**LINEAR, **EXPERTS, "layer_types": MIXED, "shared_expert_intermediate_size": 256},
+        # transformers' tokenizer for it adds tokens of its own behind the last one.
+        {**LINEAR, **EXPERTS, "layer_types": MIXED, "shared_expert_intermediate_size": 256, "vocab_size": 512},
         "Qwen3_5MoeForCausalLM",
     ),
     Toy(
@@ -109,7 +121,7 @@ TOYS: tuple[Toy, ...] = (
     Toy(
         "Qwen3-VL-MoE (text)",
         "Qwen3VLMoeConfig",
-        {**EXPERTS, "head_dim": 64},
+        {**EXPERTS, "head_dim": 64, **SECTIONS},
         "Qwen3VLMoeForConditionalGeneration",
         "text_config",
     ),
@@ -119,11 +131,10 @@ TOYS: tuple[Toy, ...] = (
         {
             "head_dim": 64,
             "hidden_size_per_layer_input": 256,
-            "vocab_size_per_layer_input": None,
             "laurel_rank": 64,
             "layer_types": WINDOWS,
             "num_kv_shared_layers": 0,
-            "activation_sparsity_pattern": [0.0] * LAYERS,
+            "activation_sparsity_pattern": [0.95] * LAYERS,  # llama.cpp has this share built in, for the first ten layers
             "tie_word_embeddings": True,
         },
         "Gemma3nForCausalLM",
@@ -134,6 +145,7 @@ TOYS: tuple[Toy, ...] = (
         {
             "head_dim": 64,
             "global_head_dim": 128,
+            "vocab_size": 600,
             "hidden_size_per_layer_input": 256,
             "layer_types": WINDOWS,
             "num_kv_shared_layers": 0,
@@ -141,21 +153,29 @@ TOYS: tuple[Toy, ...] = (
         },
         "Gemma4ForCausalLM",
         published={"global_head_dim": 128},
+        sentencepiece="json",
     ),
     Toy(
         "gpt-oss",
         "GptOssConfig",
         {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64, "intermediate_size": 256},
     ),
-    Toy("GLM-4", "Glm4Config", {"head_dim": 64}),
-    Toy("GLM-4.5 (MoE)", "Glm4MoeConfig", {**DEEPSEEK_EXPERTS, "head_dim": 64, "use_qk_norm": True}),
+    Toy("GLM-4", "Glm4Config", {"head_dim": 64}, special=GLM_TOKENS),
+    Toy(
+        "GLM-4.5 (MoE)",
+        "Glm4MoeConfig",
+        {**DEEPSEEK_EXPERTS, "head_dim": 64, "use_qk_norm": True},
+        published={"num_nextn_predict_layers": 0},
+        special=GLM_TOKENS,
+    ),
     Toy(
         "GLM-5",
         "GlmMoeDsaConfig",
         {**DEEPSEEK_EXPERTS, **LATENT, "index_topk": 64, "index_head_dim": 128, "index_n_heads": 4},
+        special=GLM_TOKENS,
     ),
     Toy("DeepSeek V2", "DeepseekV2Config", {**DEEPSEEK_EXPERTS, **LATENT}),
-    Toy("DeepSeek V3", "DeepseekV3Config", {**DEEPSEEK_EXPERTS, **LATENT}),
+    Toy("DeepSeek V3", "DeepseekV3Config", {**DEEPSEEK_EXPERTS, **LATENT}, published={"scoring_func": "sigmoid"}),
     Toy(
         "Llama 4",
         "Llama4TextConfig",
@@ -202,14 +222,13 @@ TOYS: tuple[Toy, ...] = (
         "Nemotron-H",
         "NemotronHConfig",
         {
-            "hybrid_override_pattern": "M-*-",
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
             "mamba_num_heads": 8,
             "mamba_head_dim": 64,
             "ssm_state_size": 64,
             "n_groups": 1,
             "head_dim": 64,
         },
-        published={"num_hidden_layers": LAYERS, "hybrid_override_pattern": "M-*-"},
     ),
     Toy("Falcon-H1", "FalconH1Config", {**MAMBA, "mamba_d_ssm": 512, "head_dim": 64}),
     Toy("Kimi Linear", "KimiLinearConfig", {**DEEPSEEK_EXPERTS, **LATENT, "q_lora_rank": None}),
@@ -217,8 +236,14 @@ TOYS: tuple[Toy, ...] = (
         "MiniMax M2",
         "MiniMaxM2Config",
         {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256, "head_dim": 64},
+        published={"scoring_func": "sigmoid"},
     ),
-    Toy("EXAONE 4", "Exaone4Config", {"layer_types": WINDOWS, "sliding_window": 64, "sliding_window_pattern": 4}),
+    # As the 1.2B model: llama.cpp knows the windows of the 32B one by its 64 layers.
+    Toy(
+        "EXAONE 4",
+        "Exaone4Config",
+        {"layer_types": ["full_attention"] * LAYERS, "sliding_window": None, "sliding_window_pattern": None},
+    ),
     Toy(
         "Cohere 2",
         "Cohere2Config",
@@ -226,7 +251,7 @@ TOYS: tuple[Toy, ...] = (
         published={"rotary_pct": 1.0},
     ),
     Toy("Apertus", "ApertusConfig"),
-    Toy("ERNIE 4.5", "Ernie4_5Config", {"head_dim": 64}),
+    Toy("ERNIE 4.5", "Ernie4_5Config", {"head_dim": 64, "vocab_size": 600}, sentencepiece="model"),
     Toy(
         "ERNIE 4.5 (MoE)",
         "Ernie4_5_MoeConfig",
@@ -236,7 +261,9 @@ TOYS: tuple[Toy, ...] = (
             "moe_intermediate_size": 256,
             "moe_num_shared_experts": 1,
             "moe_layer_start_index": 1,
+            "vocab_size": 600,
         },
+        sentencepiece="model",
     ),
     Toy("Hunyuan (dense)", "HunYuanDenseV1Config", {"head_dim": 64}),
     Toy("Hunyuan (MoE)", "HunYuanMoEV1Config", {"num_experts": 8, "moe_topk": 2, "head_dim": 64, "intermediate_size": 256}),
@@ -246,11 +273,26 @@ TOYS: tuple[Toy, ...] = (
 )
 
 
+def save_toy(toy: Toy, folder: Path, vocabulary: int = VOCABULARY) -> Any:
+    """The model and its tokenizer in a folder, as published models of the family look; returns the model."""
+    model = make_toy(toy, vocabulary)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | toy.published))
+    if toy.sentencepiece == "model":
+        (folder / "tokenizer.model").write_bytes(train_sentencepiece("bpe"))
+    elif toy.sentencepiece == "json":
+        to_json(train_sentencepiece("bpe"), folder)
+    else:
+        save_tokenizer(train_byte_bpe(digits_then_bytes(), vocabulary=vocabulary, special=toy.special), folder)
+    return model
+
+
 def make_toy(toy: Toy, vocabulary: int, seed: int = 0) -> Any:
     """The model: float32, in evaluation mode, every parameter with values that would show if misplaced."""
-    options = {key: value for key, value in {**common(vocabulary), **toy.options}.items() if value is not None}
+    options = {**common(vocabulary), **toy.options}
     if toy.config == "Gemma3nTextConfig" or toy.config == "Gemma4TextConfig":
-        options["vocab_size_per_layer_input"] = vocabulary
+        options["vocab_size_per_layer_input"] = options["vocab_size"]
     kind = getattr(transformers, toy.config)
     tiny_vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
     config = kind(text_config=options, vision_config=tiny_vision) if toy.text else kind(**options)

@@ -13,14 +13,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SPECIAL = ("<|begin|>", "<|im_end|>", "<|im_start|>")
 
 
-def train_byte_bpe(pre_tokenizer: Any, *, vocabulary: int = 384, ignore_merges: bool = False) -> Tokenizer:
-    """A byte-level BPE tokenizer with three special tokens at ids 0, 1, 2."""
+def train_byte_bpe(
+    pre_tokenizer: Any, *, vocabulary: int = 384, ignore_merges: bool = False, special: tuple[str, ...] = ()
+) -> Tokenizer:
+    """A byte-level BPE tokenizer with three special tokens at ids 0, 1, 2, and those of `special` behind them."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
+        special_tokens=[*SPECIAL, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

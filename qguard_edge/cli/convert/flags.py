@@ -84,6 +84,22 @@ class ConvertFlags:
         panel=OUTPUT,
         only=(GGUF, FLOAT),
     )
+    split_max_size: str | None = flag(
+        typer.Option(metavar="N(M|G)", help="Cut the output into shards of at most this size, as llama-gguf-split does."),
+        panel=OUTPUT,
+        only=(GGUF, FLOAT, MOVED_GGUF),
+    )
+    split_max_tensors: int | None = flag(
+        typer.Option(min=1, help="Cut the output into shards of at most this many tensors."),
+        panel=OUTPUT,
+        only=(GGUF, FLOAT, MOVED_GGUF),
+    )
+    keep_split: bool = flag(
+        typer.Option("--keep-split", help="Cut the output as the input is cut."),
+        False,
+        panel=OUTPUT,
+        only=(GGUF, FLOAT, MOVED_GGUF),
+    )
     overwrite: bool = flag(typer.Option("--overwrite", help="Replace an existing output."), False, panel=OUTPUT)
     no_load_check: bool = flag(
         typer.Option("--no-load-check", help="Do not load the result before it gets its name."), False, panel=OUTPUT
@@ -134,6 +150,16 @@ class ConvertFlags:
         False,
         panel=MODEL,
         only=(GGUF, FLOAT, MOVED_GGUF),
+    )
+
+    mmproj: str | None = flag(
+        typer.Option(
+            metavar="TYPE",
+            help="Also write the vision or audio half of a folder, mmproj-NAME-TYPE.gguf: f16, bf16, f32 or q8_0; by llama.cpp's "
+            "converter.",
+        ),
+        panel=MODEL,
+        only=(GGUF, FLOAT),
     )
 
     seed: int | None = flag(

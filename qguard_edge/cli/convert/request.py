@@ -9,6 +9,7 @@ from qguard_edge.cli.defense_flags import options_from
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from convert.split import SplitRule
     from qguard_edge.conversion.request import FolderRequest, GgufRequest, MovedGgufRequest
     from qguard_edge.progress import Progress
 
@@ -54,6 +55,8 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         "pre": flags.pre,
         "converter": flags.converter,
         "trust_remote_code": flags.trust_remote_code,
+        "split": _split(flags),
+        "mmproj": flags.mmproj.lower() if flags.mmproj else None,
         "keep_plain": flags.keep_plain,
         "fidelity": flags.output == GGUF and not (flags.no_fidelity or flags.no_load_check),
     }
@@ -67,6 +70,18 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         calibration=CalibrationOptions(flags.calib, flags.calib_samples, flags.calib_seqlen, flags.calib_add),
         **given,
     )
+
+
+def _split(flags: ConvertFlags) -> "SplitRule | None":
+    """How the output is cut, if it is."""
+    if flags.split_max_size is None and flags.split_max_tensors is None and not flags.keep_split:
+        return None
+    from convert.split import SplitRule, parse_split_size
+
+    size = parse_split_size(flags.split_max_size) if flags.split_max_size is not None else 0
+    rule = SplitRule(size, flags.split_max_tensors or 0, flags.keep_split)
+    rule.check()
+    return rule
 
 
 def with_searched_strength(request: "GgufRequest", flags: ConvertFlags, progress: "Progress") -> "GgufRequest":

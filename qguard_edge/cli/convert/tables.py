@@ -70,6 +70,9 @@ def _show_written(report: "ConversionReport", model: str) -> None:
         return
     if report.plain:
         out.print(f"kept  {report.plain}", highlight=False, markup=False, soft_wrap=True)
+    if report.mmproj:
+        halves = f", {' and '.join(report.loaded.halves)} half" if report.loaded and report.loaded.halves else ""
+        out.print(f"wrote {report.mmproj} (beside it{halves}, not hardened)", highlight=False, markup=False, soft_wrap=True)
     if report.roundings and not report.verification and Path(model).exists():
         words = ["qguard-edge", "verify", str(report.outfile), "--base", model]
         words += ["--plain", str(report.plain)] if report.plain else []

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from convert.gguf_file import GgufFile, GgufModel
-from convert.outputs import Written, check_outputs
+from convert.outputs import Written, check_outputs, files_of
 from convert.source import Source, resolve_source
 from qguard_edge.conversion.activations import Activations
 from qguard_edge.conversion.report import ConversionReport, Report
@@ -175,13 +175,17 @@ class Output(ABC, Generic[Request, Report]):
         """What `--verify` compares with: the base, and plain rounding (a folder: the base itself)."""
         return self.source.path, self.source.path
 
+    def divide(self, made: Path, outfile: Path) -> Path:
+        """Cut the finished output into the files that it is to consist of, still in the work folder; returns the first."""
+        return made
+
     @abstractmethod
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """SHA-256 of the files."""
 
     @abstractmethod
-    def name(self, made: Path, outfile: Path) -> None:
-        """Give the output its name, in one step."""
+    def name(self, made: Path, outfile: Path) -> Path:
+        """Give the output its name, in one step; returns it (of a split output, that of the first shard)."""
 
     def entropy_bits(self) -> float:
         """Entropy of the random choices, over all matrices, where the rule measures it."""
@@ -197,7 +201,7 @@ class Output(ABC, Generic[Request, Report]):
 
     def out_bytes(self, outfile: Path) -> int:
         """Size of the output."""
-        return outfile.stat().st_size
+        return sum(file.stat().st_size for file in files_of(outfile))
 
     @abstractmethod
     def report(self, common: ConversionReport) -> Report:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from convert.hashes import sha256_of
+from convert.outputs import files_of
 from convert.quantizer import QuantizeReport
 from qguard_edge.conversion.outputs.base import Job
 from qguard_edge.conversion.outputs.gguf import GgufFamily
@@ -31,10 +32,14 @@ class FloatGgufOutput(GgufFamily[GgufRequest, GgufReport]):
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""
-        return {"output": sha256_of([made])}
+        return {"output": sha256_of(files_of(made))}
 
     def report(self, common: ConversionReport) -> GgufReport:
         """See `Output.report`."""
         return common.extended(
-            GgufReport, file_type=self.request.options.file_type, quantized=self.converted, base_bytes=common.out_bytes
+            GgufReport,
+            file_type=self.request.options.file_type,
+            quantized=self.converted,
+            base_bytes=common.out_bytes,
+            mmproj=self.mmproj_made,
         )

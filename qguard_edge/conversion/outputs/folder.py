@@ -236,9 +236,10 @@ class FolderOutput(Output[FolderRequest, FolderReport]):
         """See `Output.hashes`."""
         return self.made_hashes
 
-    def name(self, made: Path, outfile: Path) -> None:
+    def name(self, made: Path, outfile: Path) -> Path:
         """See `Output.name`."""
         commit_folder(made, outfile)
+        return outfile
 
     def base_bytes(self) -> int:
         """See `Output.base_bytes`."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from convert.atomic import commit
-from convert.base_gguf import write_base
+from convert.atomic import OutputError, commit
+from convert.base_gguf import other_halves, write_base, write_mmproj
 from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.diff import compare_files
@@ -16,9 +16,11 @@ from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
 from convert.imatrix_file import load_imatrix
 from convert.missing import require_llama
+from convert.outputs import Written, check_outputs, files_of
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeReport, check_tensor_types, quantize
 from convert.source import open_base
+from convert.split import existing_shards, is_shard_name, shares_of, write_shards
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import (
     CALIBRATION_SEED,
@@ -31,7 +33,7 @@ from qguard_edge.conversion.beside_plain import beside_plain, costs_little
 from qguard_edge.conversion.feedback_cost import expected_stages, model_of, reference
 from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
-from qguard_edge.conversion.naming import from_template, plain_path
+from qguard_edge.conversion.naming import from_template, mmproj_path, plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
@@ -45,8 +47,8 @@ from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.fidelity import BesidePlain
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.hf import load_hf_model
-from qguard_edge.runtimes.load_check import LoadCheck, load_check
-from quant_grids.errors import QGuardError
+from qguard_edge.runtimes.load_check import LoadCheck, load_check, load_pair
+from quant_grids.errors import QGuardError, UnsupportedError
 
 Made = TypeVar("Made", bound=QuantizeRequest)
 
@@ -60,6 +62,20 @@ class GgufFamily(Output[Made, Report]):
 
     default_name = "{NAME}-{FTYPE}.gguf"
     base: GgufModel
+    half: Path | None = None  # the vision or audio half, in the work folder
+
+    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
+        """See `Output.files_beside`."""
+        return (self._half_name(outfile),) if self.request.mmproj else ()
+
+    @property
+    def mmproj_made(self) -> Path | None:
+        """The vision or audio half under its name, if it was written."""
+        return self._half_name(self.outfile) if self.half else None
+
+    def _half_name(self, outfile: Path) -> Path:
+        """The vision or audio half is one file for all types that a model is quantized to: it has the model's name."""
+        return mmproj_path(outfile, self.source.name, self.request.mmproj or "")
 
     def choose_name(self) -> Path:
         """See `Output.choose_name`."""
@@ -69,6 +85,16 @@ class GgufFamily(Output[Made, Report]):
         self.check_names(outfile)
         return outfile
 
+    def check_names(self, outfile: Path) -> None:
+        """See `Output.check_names`; how many shards there will be is not known yet, so those of any number count."""
+        super().check_names(outfile)
+        if self.request.split is None:
+            return
+        if is_shard_name(outfile.name):
+            raise OutputError(f"{outfile.name} is the name of a shard; give the name without -00001-of-... with --outfile")
+        shards = [shard for path in (outfile, *self.files_beside(outfile)) for shard in existing_shards(path)]
+        check_outputs([Written(shard) for shard in shards], self.inputs(), overwrite=self.request.overwrite)
+
     def inputs(self) -> tuple[Path | None, ...]:
         """See `Output.inputs`."""
         return (*super().inputs(), self.request.options.imatrix, self.request.converter)
@@ -76,7 +102,9 @@ class GgufFamily(Output[Made, Report]):
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: the input itself, or a GGUF written from the folder."""
         warnings = self._open_base(work, progress)
-        options = self.request.options
+        options, split = self.request.options, self.request.split
+        if split and split.like_input and len(self.base.shards) == 1:
+            raise UnsupportedError(f"--keep-split: {self.source.name} is in one piece; give --split-max-size instead")
         check_tensor_types(options, self.base.tensors, self.source.name)
         files = 2 if self.rounds else 1  # plain and the output stand side by side
         require_space(work, files * least_bytes(options.file_type, self.base.n_weights), f"a {options.file_type.name} file")
@@ -86,6 +114,8 @@ class GgufFamily(Output[Made, Report]):
         request = self.request
         if self.source.is_gguf:
             self.base = open_base(self.source.path, request.options.allow_requantize)
+            if request.mmproj:
+                raise UnsupportedError("--mmproj takes the vision or audio half from a model folder; a GGUF has none")
             if request.options.allow_requantize:
                 return ("the input is already quantized: only what the second rounding adds is protected",)
             return ()
@@ -103,6 +133,20 @@ class GgufFamily(Output[Made, Report]):
             trust_remote_code=request.trust_remote_code,
         )
         self.base = GgufModel(path)
+        if request.mmproj:
+            self.half = work / "mmproj.gguf"
+            write_mmproj(
+                self.source,
+                self.half,
+                request.mmproj,
+                converter=request.converter,
+                progress=progress,
+                trust_remote_code=request.trust_remote_code,
+            )
+        elif halves := other_halves(self.source.path):
+            warnings += (
+                f"only the language half is written; --mmproj f16 writes the {' and '.join(halves)} half beside it",
+            )
         return warnings
 
     def base_type(self) -> str | None:
@@ -124,16 +168,42 @@ class GgufFamily(Output[Made, Report]):
         return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
 
     def load(self, made: Path) -> LoadCheck:
-        """See `Output.load`."""
-        return load_check(made, threads=self.request.threads)
+        """See `Output.load`; with its vision or audio half, as llama.cpp's multimodal library loads the two."""
+        loaded = load_check(made, threads=self.request.threads)
+        return replace(loaded, halves=load_pair(made, self.half)) if self.half else loaded
 
     def base_bytes(self) -> int:
         """See `Output.base_bytes`."""
         return self.base.n_bytes
 
-    def name(self, made: Path, outfile: Path) -> None:
-        """See `Output.name`."""
-        commit(made, outfile)
+    def divide(self, made: Path, outfile: Path) -> Path:
+        """See `Output.divide`: into shards, if the user asked for them."""
+        return self._cut(made, outfile) if self.request.split else made
+
+    def _cut(self, whole: Path, outfile: Path) -> Path:
+        """Cut a file into shards beside it, compare them with it, and remove it."""
+        rule, file = self.request.split, GgufFile(whole)
+        assert rule is not None
+        require_space(whole.parent, file.size, "the shards, beside the whole")
+        first = write_shards(file, shares_of(file, rule, self.base), whole.parent, outfile.name)[0]
+        if fault := compare_files(whole, first, threads=self.request.threads or available_cores()).fault({}):
+            raise SelfCheckError(f"cut into shards, {fault}; please report this")
+        whole.unlink()
+        return first
+
+    def name(self, made: Path, outfile: Path) -> Path:
+        """See `Output.name`: of shards the first one comes last, so that a model that can be found is complete."""
+        if self.half:
+            commit(self.half, self._half_name(self.outfile))
+        return self._commit(made, outfile)
+
+    def _commit(self, made: Path, outfile: Path) -> Path:
+        if not self.request.split:
+            commit(made, outfile)
+            return outfile
+        for shard in reversed(GgufModel(made).shards):
+            commit(shard.path, outfile.with_name(shard.path.name))
+        return outfile.with_name(made.name)
 
 
 class HardenedGguf(GgufFamily[Made, Report]):
@@ -320,7 +390,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""
-        return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of([made])}
+        return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of(files_of(made))}
 
 
 def bits_per_weight(file: GgufFile) -> float:
@@ -334,10 +404,12 @@ class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
 
     beside_plain: BesidePlain | None = None
     not_measured = ""
+    plain_made: Path | None = None
+    kept: Path | None = None
 
     def files_beside(self, outfile: Path) -> tuple[Path, ...]:
         """See `Output.files_beside`."""
-        return (plain_path(outfile),) if self.request.keep_plain else ()
+        return (*super().files_beside(outfile), *((plain_path(outfile),) if self.request.keep_plain else ()))
 
     def measure(self, job: Job, made: Path) -> None:
         """See `Output.measure`."""
@@ -348,18 +420,25 @@ class GgufOutput(HardenedGguf[GgufRequest, GgufReport]):
         """See `Output.late_warnings`."""
         return [*super().late_warnings(), *([self.not_measured] if self.not_measured else [])]
 
-    def name(self, made: Path, outfile: Path) -> None:
+    def divide(self, made: Path, outfile: Path) -> Path:
+        """See `Output.divide`; a plain file that is kept is cut the same way."""
+        if self.request.split and self.request.keep_plain:
+            self.plain_made = self._cut(self.plain.path, plain_path(self.outfile))
+        return super().divide(made, outfile)
+
+    def name(self, made: Path, outfile: Path) -> Path:
         """See `Output.name`."""
         if self.request.keep_plain:
-            commit(self.plain.path, plain_path(self.outfile))
-        super().name(made, outfile)
+            self.kept = self._commit(self.plain_made or self.plain.path, plain_path(self.outfile))
+        return super().name(made, outfile)
 
     def report(self, common: ConversionReport) -> GgufReport:
         """See `Output.report`."""
         return common.extended(
             GgufReport,
             file_type=self.request.options.file_type,
-            plain=plain_path(self.outfile) if self.request.keep_plain else None,
+            plain=self.kept,
+            mmproj=self.mmproj_made,
             coverage=self.coverage,
             roundings=self.roundings,
             quantized=self.quantized,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from convert.gguf_file import GgufFile
 from convert.hashes import sha256_of
+from convert.outputs import files_of
 from qguard_edge.conversion.outputs.base import Job
 from qguard_edge.conversion.outputs.gguf import HardenedGguf
 from qguard_edge.conversion.report import ConversionReport, MovedGgufReport
@@ -69,7 +70,7 @@ class MovedGgufOutput(HardenedGguf[MovedGgufRequest, MovedGgufReport]):
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""
-        return {"base": job.base_hash.result(), "output": sha256_of([made])}
+        return {"base": job.base_hash.result(), "output": sha256_of(files_of(made))}
 
     def report(self, common: ConversionReport) -> MovedGgufReport:
         """See `Output.report`."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.atomic import atomic_path, commit
+from convert.atomic import atomic_path, commit, work_folder
 from convert.cores import available_cores
 from convert.diff import FileDifference, compare_files
 from convert.gguf_file import GgufFile, GgufModel
@@ -20,6 +20,7 @@ from convert.hashes import sha256_of
 from convert.outputs import Written, writing
 from convert.pinned import Pinned
 from convert.source import open_base
+from convert.split import in_one_piece
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.memory_limit import walk_limit
@@ -72,7 +73,7 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
     def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
         """See `Output.make_base`: base and plain are given."""
         self.base = open_base(self.request.base, allow_requantize=False, way_out=" as --base")
-        self.plain = GgufFile(self.request.plain)
+        self.plain = in_one_piece(self.request.plain, work)
         self.coverage = coverage_of(self.base, self.plain)
         require_coverage(self.coverage, self.request.allow_unprotected)
         return ()
@@ -153,9 +154,10 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
         """See `Output.hashes`."""
         return {"base": job.base_hash.result(), "plain": self.plain_hash, "output": sha256_of([made])}
 
-    def name(self, made: Path, outfile: Path) -> None:
+    def name(self, made: Path, outfile: Path) -> Path:
         """See `Output.name`."""
         commit(made, outfile)
+        return outfile
 
     def base_bytes(self) -> int:
         """See `Output.base_bytes`."""
@@ -194,9 +196,9 @@ def apply_to(plan_path: Path, plain_path: Path, outfile: Path, *, overwrite: boo
     """
     with writing([Written(outfile)], [plan_path, plain_path], overwrite=overwrite):
         pinned = Pinned([plan_path, plain_path])
-        plan, plain = read_plan(plan_path), GgufFile(plain_path)
-        with atomic_path(outfile) as temporary:
-            changed = apply_plan(plan, plain, temporary, progress)
+        plan = read_plan(plan_path)
+        with work_folder(outfile) as work, atomic_path(outfile) as temporary:
+            changed = apply_plan(plan, in_one_piece(plain_path, work), temporary, progress)
             difference = compare_files(plain_path, temporary, threads=available_cores())
             if fault := difference.fault(changed):
                 raise PlanError(f"{fault}; please report this")

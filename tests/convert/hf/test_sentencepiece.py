@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,46 +10,25 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from convert.hf.tokenizer import Tokenizer as Made
 from convert.hf.tokenizer.spm_model import BPE, UNIGRAM, parse_spm_model
 from quant_grids.errors import FormatError, UnsupportedError
-from tests.helpers.hf_tokenizers import corpus, texts
+from tests.helpers.hf_sentencepiece import CONTROL, SPACE, finish, to_json, train_sentencepiece
+from tests.helpers.hf_tokenizers import texts
 from tests.helpers.hf_vocab import load_vocab, vocab_gguf
-
-SPACE = "\u2581"
-CONTROL = ("<s>", "</s>", "<unk>")
-
-
-def train(kind: str, **options: Any) -> bytes:
-    """A SentencePiece model of the kind, without normalisation unless asked for."""
-    model = io.BytesIO()
-    defaults: dict[str, Any] = {
-        "vocab_size": 600,
-        "byte_fallback": kind == "bpe",
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "split_digits": True,
-        "character_coverage": 0.98,
-        "hard_vocab_limit": False,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus() * 3), model_writer=model, model_type=kind, **{**defaults, **options}
-    )
-    return model.getvalue()
 
 
 @pytest.fixture(scope="module")
 def bpe_model() -> bytes:
-    return train("bpe")
+    return train_sentencepiece("bpe")
 
 
 @pytest.fixture(scope="module")
 def unigram_model() -> bytes:
-    return train("unigram")
+    return train_sentencepiece("unigram")
 
 
 def save_spm(raw: bytes, folder: Path, **settings: Any) -> sentencepiece.SentencePieceProcessor:
@@ -59,38 +37,6 @@ def save_spm(raw: bytes, folder: Path, **settings: Any) -> sentencepiece.Sentenc
     if settings:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return sentencepiece.SentencePieceProcessor(model_proto=raw)
-
-
-def to_json(raw: bytes, folder: Path, *, metaspace: bool = False, prefix: bool = True) -> Tokenizer:
-    """The tokenizer.json that transformers makes of a SentencePiece BPE model: every split of a piece is a merge."""
-    spm = parse_spm_model(raw)
-    vocab = {piece.text: i for i, piece in enumerate(spm.pieces)}
-    merges = []
-    for piece in sorted(spm.pieces, key=lambda piece: -piece.score):
-        if piece.type == 1:
-            pairs = [(piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text))]
-            known = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-            merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if metaspace:
-        scheme = "first" if prefix else "never"
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    else:
-        prepend = [normalizers.Prepend(SPACE)] if prefix else []
-        tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
-    tokenizer.add_special_tokens(list(CONTROL))
-    finish(tokenizer, folder)
-    return tokenizer
-
-
-def finish(tokenizer: Tokenizer, folder: Path) -> None:
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    bos = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def worse(folder: Path, made: Made, theirs: sentencepiece.SentencePieceProcessor, chosen: list[str]) -> list[str]:
@@ -136,7 +82,7 @@ def test_wire_format_reader_agrees_with_sentencepiece(bpe_model: bytes, unigram_
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_bpe_model_file(prefix: bool, tmp_path: Path) -> None:
-    theirs = save_spm(train("bpe", add_dummy_prefix=prefix), tmp_path)
+    theirs = save_spm(train_sentencepiece("bpe", add_dummy_prefix=prefix), tmp_path)
     made = vocab_gguf(tmp_path, tmp_path / "v.gguf", len(theirs) + 8)
     assert (made.vocabulary.model, made.vocabulary.add_space_prefix) == ("llama", prefix)
     assert (made.special.add_bos, made.special.add_eos) == (True, False)
@@ -157,7 +103,7 @@ def test_unigram_model_file(unigram_model: bytes, tmp_path: Path) -> None:
 
 
 def test_unigram_with_normalisation_table(tmp_path: Path) -> None:
-    raw = train("unigram", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    raw = train_sentencepiece("unigram", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
     theirs = save_spm(raw, tmp_path)
     made = vocab_gguf(tmp_path, tmp_path / "v.gguf", len(theirs))
     assert made.vocabulary.charsmap
@@ -169,7 +115,7 @@ def test_unigram_with_normalisation_table(tmp_path: Path) -> None:
 def test_user_defined_pieces(tmp_path: Path) -> None:
     # Without a space in front, as in Gemma's: otherwise llama.cpp puts one in front of each stretch of text between
     # such pieces, sentencepiece only in front of the whole.
-    raw = train("bpe", user_defined_symbols=["<tool>", SPACE * 2, "\n"], add_dummy_prefix=False)
+    raw = train_sentencepiece("bpe", user_defined_symbols=["<tool>", SPACE * 2, "\n"], add_dummy_prefix=False)
     theirs = save_spm(raw, tmp_path)
     made = vocab_gguf(tmp_path, tmp_path / "v.gguf", len(theirs))
     kinds = dict(zip(made.vocabulary.tokens, made.vocabulary.types, strict=True))
@@ -352,7 +298,7 @@ def test_regex_splits_are_refused(bpe_model: bytes, tmp_path: Path) -> None:
 
 
 def test_tokens_across_words_need_unsplit_text(tmp_path: Path) -> None:
-    tokenizer = to_json(train("bpe", split_by_whitespace=False), tmp_path, metaspace=True)
+    tokenizer = to_json(train_sentencepiece("bpe", split_by_whitespace=False), tmp_path, metaspace=True)
     rows = tokenizer.get_vocab_size()
     vocab_gguf(tmp_path, tmp_path / "v.gguf", rows)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
