@@ -23,6 +23,7 @@ from convert.published_config import as_published
 
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
 _CONSTANT = re.compile(r"\bgguf\.(MODEL_TENSOR|MODEL_ARCH)\.([A-Z_0-9]+)")
+_TOWER = re.compile(r"\bvision_tower\.(?!vision_model\.)")
 _REFUSED = frozenset({"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"})
 
 
@@ -84,6 +85,20 @@ def read_config_as_published() -> None:
     owner.load_hparams, mamba.__init__ = staticmethod(loaded), made
 
 
+def name_towers_as_published() -> None:
+    """Have the converter find Gemma 3's vision half in folders that transformers 5 saved, without one level of the names."""
+    try:
+        owner: Any = importlib.import_module("conversion.gemma").Gemma3VisionModel
+    except (ImportError, AttributeError):  # another version of the converter
+        return
+    keep = owner.filter_tensors.__func__
+
+    def kept(cls: Any, item: tuple[str, Any]) -> Any:
+        return keep(cls, (_TOWER.sub("vision_tower.vision_model.", item[0]), item[1]))
+
+    owner.filter_tensors = classmethod(kept)
+
+
 def _config_of(folder: Path) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -115,6 +130,7 @@ def main(arguments: list[str]) -> None:
     sys.path[:0] = [str(folder), str(folder / "gguf-py")]
     fill_gaps(folder)
     read_config_as_published()
+    name_towers_as_published()
     if pre:
         name_pre_tokenizer(pre, always=forced == "1")
     sys.argv = [script, *rest]

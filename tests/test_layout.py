@@ -45,6 +45,7 @@ HOMES = {
         "qguard_edge/runtimes/llama.py",
         "qguard_edge/runtimes/llama_native.py",
         "qguard_edge/runtimes/llama_worker.py",
+        "qguard_edge/runtimes/mtmd_worker.py",
     },
     "bitsandbytes": {"convert/bnb_check.py"},
     "transformers": {"qguard_edge/lab/hf_models.py", "qguard_edge/runtimes/bnb.py", "qguard_edge/runtimes/hf.py"},
@@ -114,7 +115,12 @@ def test_fragile_dependencies_have_one_home(dependency: str) -> None:
     assert users <= HOMES[dependency]
 
 
-CHILDREN = {"convert.quantize_worker", "qguard_edge.runtimes.activations_worker", "qguard_edge.runtimes.llama_worker"}
+CHILDREN = {
+    "convert.quantize_worker",
+    "qguard_edge.runtimes.activations_worker",
+    "qguard_edge.runtimes.llama_worker",
+    "qguard_edge.runtimes.mtmd_worker",
+}
 """Modules that run in a process of their own. Only they load a model in llama.cpp."""
 HARMLESS = {"llama_print_system_info", "__version__", "ggml_backend_sched_eval_callback"}
 """What other modules may use of llama_cpp: nothing that reads a file."""

@@ -20,6 +20,7 @@ from convert.quantizer import Fallback, check_tensor_types, quantize
 from convert.source import open_base
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
 from qguard_edge.conversion.feedback_cost import PARENT_BYTES, FeedbackCost, cost_of, model_of
+from qguard_edge.conversion.honest_size import fallback_warning, require_no_fallback
 from qguard_edge.conversion.machine import measured_rates
 from qguard_edge.conversion.memory_limit import quantizer_bytes, require_memory
 from qguard_edge.conversion.opened_folder import bytes_as
@@ -109,6 +110,8 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
         check_tensor_types(request.options, base.tensors, source.name)
         options = replace(request.options, imatrix=None)
         report = quantize(base.path, Path(folder) / "unused.gguf", options, dry_run=True)
+        if request.no_fallback:
+            require_no_fallback(base, options, Path(folder))
         fallbacks = {fallback.tensor: fallback for fallback in report.fallbacks}
         tensors = tuple(
             _gguf_tensor(base.tensors[planned.name], planned.target_type, fallbacks.get(planned.name))
@@ -117,7 +120,8 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
         base_bytes = sum(tensor.n_bytes for tensor in base.tensors.values())
         predicts = isinstance(request.defense, FeedbackOptions) and not request.options.file_type.base
         prediction = _prediction(request, base) if predicts else None
-    warnings = list(report.warnings)
+        bits = 8 * sum(tensor.n_bytes for tensor in tensors) / base.n_weights
+        warnings = [*report.warnings, *fallback_warning(report.fallbacks, base, request.options.file_type.name, bits)]
     if request.options.file_type.needs_imatrix and request.options.imatrix is None and not _measures(request):
         warnings.append(f"{request.options.file_type.name} needs an importance matrix: pass --imatrix FILE")
     size = size_of((tensor.name, tensor.shape) for tensor in tensors)

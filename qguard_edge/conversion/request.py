@@ -76,6 +76,7 @@ class QuantizeRequest(ConversionRequest, ABC):
             looks at LLAMA_CPP_ROOT, then at what `qguard-edge converter install` fetched.
         trust_remote_code: let that converter read a folder that brings Python code.
         allow_unprotected: accept tensors of types without a grid.
+        no_fallback: refuse a model that llama.cpp would store in part as another type than the one asked for.
         split: cut the output, and a plain file that is kept, into shards.
         mmproj: precision of the vision or audio half of a folder, written beside the output: f32, f16, bf16 or q8_0; None leaves
             it out.
@@ -86,6 +87,7 @@ class QuantizeRequest(ConversionRequest, ABC):
     converter: Path | None = None
     trust_remote_code: bool = False
     allow_unprotected: bool = False
+    no_fallback: bool = False
     split: SplitRule | None = None
     mmproj: str | None = None
 

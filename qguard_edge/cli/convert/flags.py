@@ -207,6 +207,14 @@ class ConvertFlags:
         panel=QUANTIZE,
         only=(GGUF, FLOAT, MOVED_GGUF),
     )
+    no_fallback: bool = flag(
+        typer.Option(
+            "--no-fallback", help="Refuse where llama.cpp would store tensors as another type than the one asked for."
+        ),
+        False,
+        panel=QUANTIZE,
+        only=(GGUF, FLOAT, MOVED_GGUF),
+    )
     leave_output_tensor: bool = flag(
         typer.Option("--leave-output-tensor", help="Keep output.weight as it is."),
         False,

