@@ -33,14 +33,18 @@ def temporary_beside(path: Path, suffix: str = "tmp") -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, key: str | None = None) -> Iterator[Path]:
     """Yield a temporary path; on success flush it to disk and rename it to `path`, on any error remove it.
+
+    Args:
+        path: the final name.
+        key: what the temporary name is made of; default: the final name.
 
     Raises:
         OutputError: the folder does not exist or cannot be written.
     """
     check_writable(path)
-    temporary = temporary_beside(path)
+    temporary = temporary_beside(path.with_name(key or path.name))
     UNFINISHED.add(temporary)
     try:
         with _named(path):

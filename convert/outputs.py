@@ -218,10 +218,10 @@ def sweep(folder: Path) -> int:
         return 0
     for name in _names(folder):
         match = _LOCK.match(name)
-        if match is None or not stat.S_ISREG(os.lstat(folder / name).st_mode):
+        if match is None:
             continue
-        with suppress(OSError, OutputError):
-            file = _take(folder / name)
+        with suppress(OSError, OutputError):  # another run may remove it meanwhile
+            file = _take(folder / name) if _is_ours(folder / name) else None
             if file is None:
                 continue
             try:
@@ -253,6 +253,12 @@ def remove_unfinished() -> None:
         for lock in tuple(_held):
             with suppress(OSError):
                 lock.unlink()
+
+
+def _is_ours(lock: Path) -> bool:
+    """A regular file of this user's: in a folder that many users write, such as the temporary one, theirs are left alone."""
+    found = os.lstat(lock)
+    return stat.S_ISREG(found.st_mode) and (not hasattr(os, "geteuid") or found.st_uid == os.geteuid())
 
 
 def _names(folder: Path) -> list[str]:

@@ -56,4 +56,5 @@ if ! install_kept_llama 2>/dev/null; then
     mv "$building"/*.whl "$wheels/"
     install_kept_llama
 fi
+pip install -q --no-deps --require-hashes -r scripts/demo-pins.txt
 pip install -q -e ".[dev,demo]"

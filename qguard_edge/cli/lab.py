@@ -60,9 +60,8 @@ def lab_run(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """See `RUN_HELP`."""
-    import tempfile
-
     from convert.atomic import atomic_path
+    from convert.scratch import scratch_folder
     from qguard_edge.lab.results import to_json
     from qguard_edge.lab.runner import LabSettings, defenses_of, run_lab
     from qguard_edge.lab.tables import run_table
@@ -86,8 +85,8 @@ def lab_run(
     make_folder(folder)
     files = {"--output": folder / "results.json", "--output ": folder / "table.md"}
     hold(files, (victim, data), overwrite=overwrite)
-    with tempfile.TemporaryDirectory() as scratch, ConsoleProgress(quiet) as progress:
-        result = run_lab(settings, folder if keep_files else Path(scratch), progress)
+    with scratch_folder() as scratch, ConsoleProgress(quiet) as progress:
+        result = run_lab(settings, folder if keep_files else scratch, progress)
     table = run_table(result)
     for path, content in ((folder / "results.json", to_json(result)), (folder / "table.md", table)):
         with atomic_path(path) as temporary:

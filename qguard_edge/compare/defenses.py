@@ -4,12 +4,11 @@ Whether a defense *works* needs a backdoored model; `qguard-edge lab` makes thos
 with the same seed, and its file is compared with full precision on a text.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from convert.base_gguf import write_base
+from convert.scratch import scratch_folder
 from convert.source import resolve_source
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
@@ -67,8 +66,7 @@ def compare_defenses(
     if request.seed is None:
         request = replace(request, seed=0)
     source = resolve_source(request.model, request.revision)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+    with scratch_folder() as work:
         base = source.path
         if not source.is_gguf:
             base = work / "base.gguf"

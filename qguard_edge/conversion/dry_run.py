@@ -5,7 +5,6 @@ the system's temporary folder and removed again. A folder for bitsandbytes is pl
 """
 
 import math
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from convert.gguf_file import GgufModel, TensorInfo, stored_bytes
 from convert.hf.base import write_base_outline
 from convert.hf.checkpoint import PLAIN_DTYPES, SourceTensor
 from convert.quantizer import Fallback, check_tensor_types, quantize
+from convert.scratch import scratch_folder
 from convert.source import open_base
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
 from qguard_edge.conversion.feedback_cost import PARENT_BYTES, FeedbackCost, cost_of, model_of
@@ -98,20 +98,20 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
     output = GgufOutput(request)
     output.open()
     source = output.source
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         if source.is_gguf:
             base = open_base(source.path, request.options.allow_requantize)
         else:
-            outline = Path(folder) / "base.gguf"
+            outline = folder / "base.gguf"
             if request.converter is not None:
                 raise UnsupportedError("--dry-run cannot plan with --converter: make the base first with --to bf16")
             write_base_outline(source.path, outline, base_type=request.base_type, pre=request.pre, name=source.name)
             base = GgufModel(outline)
         check_tensor_types(request.options, base.tensors, source.name)
         options = replace(request.options, imatrix=None)
-        report = quantize(base.path, Path(folder) / "unused.gguf", options, dry_run=True)
+        report = quantize(base.path, folder / "unused.gguf", options, dry_run=True)
         if request.no_fallback:
-            require_no_fallback(base, options, Path(folder))
+            require_no_fallback(base, options, folder)
         fallbacks = {fallback.tensor: fallback for fallback in report.fallbacks}
         tensors = tuple(
             _gguf_tensor(base.tensors[planned.name], planned.target_type, fallbacks.get(planned.name))

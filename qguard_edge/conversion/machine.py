@@ -7,7 +7,6 @@ share (cache, memory, clock) is in the figures. All are processor time by thread
 
 import functools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from convert.gguf_file import GgufFile, GgufModel
 from convert.quantizer import QuantizeOptions, quantize
+from convert.scratch import scratch_folder
 from convert.tensor_io import RowSlice, TensorReader, open_reader, single_threaded_torch
 from qguard_edge.conversion.activations import write_importance
 from qguard_edge.conversion.feedback_cost import Model, Rates, inputs_of, matrices_of, reference
@@ -54,8 +54,7 @@ def measured_rates(options: QuantizeOptions, source: GGMLQuantizationType, threa
     Raises:
         QGuardError: llama.cpp does not run here.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         base = GgufModel(_write_layer(folder / "layer.gguf", source))
         tokens = np.random.default_rng(0).integers(0, VOCABULARY, (TEXTS, LENGTH)).tolist()
         grams = LlamaGramSource(base, way_out="").collect(wanted_weights(base), tokens, folder / "grams", threads=threads)

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.cache import cache_folder
+from convert.scratch import shared_path
 from qguard_edge.runtimes.hf import HfTokenizer
 from qguard_edge.verify.chat import ChatTemplate, render_conversations
 
@@ -43,9 +43,8 @@ def self_written(model: "HfModel", model_key: str, count: int, length: int, prog
             pass  # half a file from a machine that went down: write it again
     texts = model.write_texts(asked_prompts(model, wanted), length, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    with shared_path(path) as temporary:
+        temporary.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
     return texts
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convert.atomic import atomic_path
+from convert.scratch import shared_path
 
 FORMAT = "qguard-checkpoint-1"
 
@@ -56,7 +56,7 @@ def save_checkpoint(path: Path, state: LearnedState) -> None:
         "step": str(state.step),
         "losses": json.dumps(state.losses),
     }
-    with atomic_path(path) as temporary:
+    with shared_path(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}, temporary, header)
 
 

@@ -5,7 +5,6 @@ llama.cpp runs, mixtures of experts among them, and takes the memory of a mapped
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel
+from convert.scratch import scratch_folder
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations_job import ActivationJob, job_key
 from qguard_edge.runtimes.gram_files import GramError, WantedWeight, load_index
@@ -89,8 +89,8 @@ class LlamaGramSource:
             elif "note" in event:
                 progress.note(str(event["note"]))
 
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "job.json"
+        with scratch_folder() as place:
+            path = place / "job.json"
             job.save(path)
             limits = ChildLimits.of(self.base.path, threads=job.threads, more=math.inf)  # the sums may take what there is
             reason = run_child(

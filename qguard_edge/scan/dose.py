@@ -23,7 +23,6 @@ The greedy variant of `ortho` (width 0) is used: unpredictability is of no use h
 """
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from convert.ftypes import FileType
 from convert.gguf_file import GgufFile, GgufModel
 from convert.patch import GgufPatch
 from convert.quantizer import QuantizeOptions, quantize
+from convert.scratch import scratch_folder
 from qguard_edge.defenses.base import make_defense
 from qguard_edge.defenses.options import OrthoOptions
 from qguard_edge.learned.calibration_self import SEED_PROMPTS
@@ -98,8 +98,7 @@ def dose_curve(
     if file_type.base:
         raise UnsupportedError(f"--deep needs a type that is quantized; {file_type.name} is not")
     passages = read_texts(texts or DEFAULT_TEXT)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
+    with scratch_folder() as work:
         plain = work / "plain.gguf"
         progress.stage(f"Quantizing with llama.cpp to {file_type.name}", len(base.tensors), "tensors")
         quantize(base.path, plain, QuantizeOptions(file_type, threads=threads))

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from convert.ftypes import FileType, parse_file_type
 from convert.gguf_file import GgufFile, GgufModel
 from convert.quantizer import QuantizeOptions, quantize
+from convert.scratch import scratch_folder
 from convert.source import resolve_source
 from qguard_edge.progress import Progress
 from qguard_edge.scan import dose
@@ -75,11 +75,11 @@ def _plain_files(
     base: GgufModel | None, types: Sequence[FileType], threads: int, progress: Progress
 ) -> Iterator[list[GgufFile]]:
     """llama.cpp's own files of some types, in a temporary folder."""
-    with TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         files = []
         for file_type in types:
             assert base is not None
-            outfile = Path(folder) / f"{file_type.name}.gguf"
+            outfile = folder / f"{file_type.name}.gguf"
             progress.stage(f"Quantizing with llama.cpp to {file_type.name}", len(base.tensors), "tensors")
             options = QuantizeOptions(file_type, threads=threads)
             quantize(base.path, outfile, options, progress=lambda _i, _n, name: progress.advance(1, name))

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from gguf import GGMLQuantizationType
 
@@ -21,6 +20,7 @@ from convert.gguf_file import GgufModel, TensorInfo
 from convert.hf.base import write_base_gguf
 from convert.hf.checkpoint import Checkpoint
 from convert.hf.jsonfile import read_json
+from convert.scratch import scratch_folder
 from convert.source import Source, open_base
 from convert.tensor_io import FLOAT_TYPES
 from qguard_edge.progress import Progress
@@ -108,8 +108,8 @@ def open_model(source: Source, *, need_base: bool, progress: Progress) -> Iterat
         tensors = tuple(tensor for file in files for tensor in _tensors_of(file))
         yield ScanModel(source.name, source.path, tuple(files), tensors, None)
         return
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "base.gguf"
+    with scratch_folder() as folder:
+        path = folder / "base.gguf"
         progress.stage("Writing a temporary base", 0, "B")
         write_base_gguf(source.path, path, name=source.name)
         yield from_base(GgufModel(path), source.name, source.path)

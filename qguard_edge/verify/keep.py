@@ -3,20 +3,22 @@
 A piece holds one model's answers to some 96 prompts, or how two models differ on one text. Its file name carries a key: the
 hash of everything that decides its content (the model's SHA-256, token ids, settings, library versions). A piece with
 another key is never used, so a folder can be shared by runs: the base's answers are made once, however many
-candidates are compared with it. WorkFolder appear whole or not at all; what cannot be read is made again.
+candidates are compared with it. Pieces appear whole or not at all; what cannot be read is made again.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from convert.atomic import atomic_path
+from convert.outputs import sweep
 from convert.reading import read_file
+from convert.scratch import shared_path
 from qguard_edge.runtimes.batching import Answer
 from qguard_edge.verify.drift import DocumentDrift
 from quant_grids.errors import FormatError, QGuardError
@@ -24,6 +26,8 @@ from quant_grids.errors import FormatError, QGuardError
 MOST_TOKENS = 1 << 22  # of a vocabulary
 LARGEST_PIECE = 1 << 28  # bytes
 LOWEST_KL = -1e-3  # rounding
+BYTES_A_TOKEN = 17  # two numbers and a flag
+LARGEST_HEAD = 4096  # bytes, of the three arrays
 
 
 class WorkError(QGuardError):
@@ -86,6 +90,7 @@ class WorkFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise WorkError(f"the work folder {folder.name} cannot be made: {error.strerror}") from error
+            sweep(folder)
 
     def answers(self, key: str, make: Callable[[], list[Answer]], *, count: int, longest: int) -> list[Answer]:
         """The answers kept under a key, or made now and kept.
@@ -104,7 +109,7 @@ class WorkFolder:
                 pass  # half a disk, another program's file: made again
         answers = make()
         if path is not None:
-            with atomic_path(path) as temporary:
+            with shared_path(path) as temporary:
                 temporary.write_text(json.dumps([[answer.tokens, answer.ended] for answer in answers]), encoding="ascii")
         return answers
 
@@ -114,16 +119,19 @@ class WorkFolder:
         if path is None or not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            data = BytesIO(read_file(path, LARGEST_PIECE))
+            with np.load(data, allow_pickle=False) as kept:
+                if sum(member.file_size for member in kept.zip.infolist()) > BYTES_A_TOKEN * tokens + LARGEST_HEAD:
+                    return None  # small as a file, and not when it is unpacked
                 return _measured(kept["kl"], kept["same"], kept["loss"], tokens - 1)
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, FormatError, MemoryError, NotImplementedError):
             return None
 
     def put_drift(self, key: str, found: DocumentDrift) -> None:
         """Keep a text's measurement."""
         path = self._path(f"drift-{key}.npz")
         if path is not None:
-            with atomic_path(path) as temporary, temporary.open("wb") as file:
+            with shared_path(path) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, kl=found.kl, same=found.same, loss=found.loss)
 
     def _path(self, name: str) -> Path | None:

@@ -13,7 +13,6 @@ What runs side by side: sequences within one model (see `batching`), and GGUF fi
 """
 
 import platform
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.atomic import atomic_path
 from convert.cores import available_cores
 from convert.folder_targets import KINDS
 from convert.hashes import sha256_of
+from convert.scratch import scratch_folder, shared_path
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.batching import Sampling
 from qguard_edge.verify.advice import advice_on, summarise_checks
@@ -225,12 +224,12 @@ def base_as_gguf(request: VerifyRequest, progress: Progress) -> Iterator[VerifyR
             weights = sorted(base.glob("*.safetensors"))
             outfile = request.work / f"base-{sha256_of([base / 'config.json', *weights])[:16]}.gguf"
         else:
-            outfile = Path(stack.enter_context(tempfile.TemporaryDirectory())) / f"{base.resolve().name}.gguf"
+            outfile = stack.enter_context(scratch_folder()) / f"{base.resolve().name}.gguf"
         if not outfile.is_file():
             progress.stage(f"Writing {base.name} as a GGUF", 0, "")
             from convert.hf.base import write_base_gguf  # torch
 
-            with atomic_path(outfile) as temporary:
+            with shared_path(outfile) as temporary:
                 write_base_gguf(base, temporary)
         yield replace(request, base=outfile, names={"base": base.resolve().name, **request.names})
 

@@ -7,12 +7,10 @@ stops a command at a random moment and lets the next one clean up. With `--state
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +22,10 @@ from qguard_edge.cli import run
 from qguard_edge.packs import transport
 from qguard_edge.verify.suites.base import SuitePrompt
 from quant_grids.errors import QGuardError
-from tests.helpers.tiny_llama import make_tiny_folder
+from tests.hostile import kills
+from tests.hostile.bounds import DISK, mounts_of_its_own, unmounted, with_conditions
 from tests.hostile.cases import CAMPAIGNS
-from tests.hostile.material import Material
+from tests.hostile.material import Material, digests, made_apart
 
 SECONDS = 60
 KILL = "kill"
@@ -40,13 +39,6 @@ PRELOADED = (
     "report.sarif",
 )
 """Modules of the program that commands import when they run: loaded once here, and not in every forked process."""
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """What regular files hold, links not followed, by path."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def in_process(command: list[str], out: Path, err: Path) -> int:
@@ -54,6 +46,7 @@ def in_process(command: list[str], out: Path, err: Path) -> int:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     transport.Connection.__init__.__defaults__ = (1.0,)
+    command = with_conditions(command)
     if command[0] == "template":
         chat = import_module("qguard_edge.verify.chat")
         try:
@@ -110,62 +103,20 @@ def fault_of(command: list[str], here: Path) -> str:
     return f"left behind: {left}" if left else ""
 
 
-def killed(rng: random.Random, sound: Material, here: Path) -> str:
-    """Stop a command at a random moment: nothing partial has the final name, and the next run cleans up and succeeds."""
-    out = here / "o"
-    text = ["--calib", str(sound.text)]
-    command = rng.choice((
-        ["convert", str(sound.base), "--to", "q4_k", "--no-scan", *text],
-        ["convert", str(sound.base), "--to", "q4_k", "--no-scan", "--defense", "ortho"],
-        ["convert", str(sound.model), "--to", "nf4", "--no-scan", "--defense", "ortho", "--no-load-check"],
-        ["plan", str(sound.base), "--base", str(sound.base), "--plain", str(sound.plain), "--no-scan", "--defense", "ortho"],
-        ["apply", str(sound.plan), "--plain", str(sound.plain)],
-    ))  # fmt: skip
-    line = [sys.executable, "-m", "qguard_edge", *command, "-o", str(out), "--json"]
-    line += [] if command[0] == "apply" else ["--threads", "1"]
-    child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    number = rng.choice(SIGNALS)
-    try:
-        child.communicate(timeout=rng.uniform(0.3, 8))
-    except subprocess.TimeoutExpired:
-        child.send_signal(number)
-    _, err = child.communicate(timeout=SECONDS)
-    # Before the command begins, the system's own answer to a signal stands: it ends the process.
-    if child.returncode not in (0, 128 + number, -number):
-        return f"{number.name}: exit code {child.returncode}: {err[-300:]}"
-    again = subprocess.run([*line, "--overwrite"], capture_output=True, text=True, check=False, timeout=2 * SECONDS)
-    if again.returncode != 0:
-        return f"{number.name}: the next run ended with {again.returncode}: {again.stderr[-300:]}"
-    left = sorted(path.name for path in here.iterdir() if path.name != "o")
-    return f"{number.name}: left behind: {left}" if left else ""
-
-
-def made_apart(place: Path) -> Material:
-    """The material, made in a forked process: threads that torch starts here would be missing in the forked commands."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            Material.make(make_tiny_folder(place / "tiny"), place)
-            code = 0
-        finally:
-            os._exit(code)
-    if os.waitpid(child, 0)[1]:
-        raise RuntimeError("the sound files could not be made")
-    return Material.at(place / "tiny", place)
-
-
 def case(name: str, seed: int, number: int, sound: Material) -> str:
     """One case: its first fault, or nothing."""
     rng = random.Random(f"{seed}/{name}/{number}")
     with tempfile.TemporaryDirectory() as place:
+        if name == KILL:
+            command = rng.choice(list(kills.commands(sound, Path())))
+            found = kills.stopped(command, rng.choice(kills.SIGNALS), rng.uniform(0.3, 8), sound, Path(place))
+            return "" if found in (kills.HELD, kills.LATE) else f"{command}: {found}"
         here = Path(place) / "case"
         here.mkdir()
-        if name == KILL:
-            return killed(rng, sound, here)
-        for command in CAMPAIGNS[name](rng, sound, here):
-            if fault := fault_of(command, here):
-                return f"{' '.join(command)[:300]}: {fault}"
+        with unmounted(here / DISK):
+            for command in CAMPAIGNS[name](rng, sound, here):
+                if fault := fault_of(command, here):
+                    return f"{' '.join(command)[:300]}: {fault}"
     return ""
 
 
@@ -194,6 +145,7 @@ def main() -> int:
         kept = json.loads(options.state.read_text())
         cases, failed = Counter(kept["cases"]), Counter(kept["failed"])
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # no threads to lose
+    mounts_of_its_own()
     with tempfile.TemporaryDirectory() as place:
         sound = made_apart(Path(place))
         for module in PRELOADED:

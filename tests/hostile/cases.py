@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from tests.hostile.bounds import DISK, small_disk
 from tests.hostile.material import Material
 from tests.hostile.mutate import mutated_bytes, mutated_json, mutated_safetensors
 
@@ -28,6 +29,28 @@ def gguf(rng: random.Random, sound: Material, here: Path) -> Commands:
         options = ["--to", "q8_0", "--defense", "none", "--no-scan", "-o", str(here / "o.gguf"), *QUICK]
         commands.append(["convert", str(bad), *options])
     if rng.random() < 0.05:
+        commands.append(["verify", str(bad), "--base", str(sound.base), "--suites", "drift", "--limit", "2", *QUICK])
+    return commands
+
+
+def tensors(rng: random.Random, sound: Material, here: Path) -> Commands:
+    """A GGUF with faults in its weights: numbers that are none, infinite, or huge, and bytes of anything."""
+    data = bytearray(sound.base.read_bytes())
+    for _ in range(rng.choice((1, 4, 100))):
+        place = rng.randrange(HEADER, len(data) - 4)
+        data[place : place + 4] = rng.choice((b"\x80\x7f" * 2, b"\xc0\x7f" * 2, b"\x7f\x7f" * 2, bytes(4), rng.randbytes(4)))
+    bad, out = here / "bad.gguf", str(here / "o.gguf")
+    bad.write_bytes(data)
+    made = ["--no-scan", "-o", out, *QUICK]
+    commands = [["diff", str(bad), str(sound.base)], ["scan", str(bad), *QUICK]]
+    kind = rng.random()
+    if kind < 0.2:
+        commands.append(
+            ["convert", str(bad), "--to", rng.choice(("q4_0", "q4_k", "q6_k", "iq4_xs")), "--defense", "ortho", *made]
+        )
+    elif kind < 0.25:
+        commands.append(["convert", str(bad), "--to", "q4_0", "--calib", str(sound.text), *made])
+    elif kind < 0.3:
         commands.append(["verify", str(bad), "--base", str(sound.base), "--suites", "drift", "--limit", "2", *QUICK])
     return commands
 
@@ -66,7 +89,11 @@ def template(rng: random.Random, sound: Material, here: Path) -> Commands:
     shutil.copytree(sound.model, bad)
     (bad / "chat_template.jinja").write_text(source)
     (here / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}) + "\n")
-    return [["template", source]]
+    commands = [["template", source]]
+    if rng.random() < 0.05:
+        options = ["--to", "q4_0", "--calib", str(here / "chats.jsonl"), "--no-scan", "-o", str(here / "o.gguf"), *QUICK]
+        commands.append(["convert", str(bad), *options])
+    return commands
 
 
 def pack(rng: random.Random, sound: Material, here: Path) -> Commands:
@@ -138,4 +165,45 @@ def outputs(rng: random.Random, sound: Material, here: Path) -> Commands:
     return [[*command, *(["--overwrite"] if rng.random() < 0.5 else [])]]
 
 
-CAMPAIGNS: dict[str, Make] = {made.__name__: made for made in (gguf, folder, template, pack, plan, suite, server, outputs)}
+def _work(rng: random.Random, sound: Material, here: Path, out: Path) -> list[str]:
+    """A command that writes into a folder."""
+    base, plain = str(sound.base), str(sound.plain)
+    made = ["--no-scan", "--no-load-check", "-o", str(out / "o.gguf"), *QUICK]
+    return rng.choice((
+        ["convert", base, "--to", "q4_k", "--defense", "ortho", *made],
+        ["convert", base, "--to", "q8_0", "--defense", "none", "--keep-plain", "--report", str(out / "r.json"), *made],
+        ["convert", str(sound.model), "--to", "bf16", *made],
+        ["convert", str(sound.model), "--to", "nf4", "--defense", "ortho", *made],
+        ["convert", base, "--to", "q4_k", "--calib", str(sound.text), *made],
+        ["scan", str(sound.model), "--html", str(out / "s.html"), *QUICK],
+        ["scan", base, "--sarif", str(out / "s.sarif"), *QUICK],
+        ["apply", str(sound.plan), "--plain", plain, "-o", str(out / "o.gguf")],
+        ["plan", base, "--base", base, "--plain", plain, "--defense", "ortho", "--no-scan", "-o", str(out / "p"), *QUICK],
+        ["verify", plain, "--base", base, "--suites", "drift", "--limit", "2", "-o", str(out / "v"), *QUICK],
+        ["imatrix", base, "--text", str(sound.text), "-o", str(out / "i.gguf")],
+    ))  # fmt: skip
+
+
+def disk(rng: random.Random, sound: Material, here: Path) -> Commands:
+    """A disk that is full sooner or later, for the output, the temporary folder, or both."""
+    full, size = here / DISK, rng.choice((0, 4096, 50_000, 200_000, 1 << 20, 3 << 20)) + 4096
+    conditions = [] if small_disk(full, size) else [f"@FSIZE={max(size, 20_000)}"]
+    if rng.random() < 0.5:
+        conditions.append(f"@TMPDIR={full}")
+    out = full if not conditions or rng.random() < 0.5 else here
+    return [[*conditions, *_work(rng, sound, here, out)]]
+
+
+def ulimit(rng: random.Random, sound: Material, here: Path) -> Commands:
+    """A process that may have little memory, few files or small ones."""
+    condition = rng.choice((
+        f"@AS={rng.choice((0, 1 << 20, 1 << 24, 1 << 26, 1 << 28, 1 << 30))}",
+        f"@NOFILE={rng.choice((0, 1, 2, 4, 8, 16, 40))}",
+        f"@FSIZE={rng.choice((20_000, 100_000, 500_000, 2_000_000))}",
+    ))  # fmt: skip
+    return [[condition, *_work(rng, sound, here, here)]]
+
+
+CAMPAIGNS: dict[str, Make] = {
+    made.__name__: made for made in (gguf, tensors, folder, template, pack, plan, suite, server, outputs, disk, ulimit)
+}

@@ -1,9 +1,12 @@
 """What the campaigns mutate, made once: a tiny model as folder, base and plain GGUF, a plan, a baseline pack, a suite."""
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from qguard_edge.cli import run
+from tests.helpers.tiny_llama import make_tiny_folder
 
 SUITE = """name: mine
 title: Mine
@@ -52,3 +55,24 @@ class Material:
             if code := run([str(part) for part in command]):
                 raise RuntimeError(f"{command[0]} ended with {code}: nothing to mutate")
         return found
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What regular files hold, links not followed, by path."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def made_apart(place: Path) -> Material:
+    """The material, made in a forked process: threads that torch starts here would be missing in the forked commands."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            Material.make(make_tiny_folder(place / "tiny"), place)
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError("the sound files could not be made")
+    return Material.at(place / "tiny", place)

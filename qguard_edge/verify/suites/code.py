@@ -17,12 +17,12 @@ findings of medium severity and above, and the low ones of `ALSO`.
 import ast
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.scratch import scratch_folder
 from qguard_edge.verify.results import CheckKind
 from qguard_edge.verify.suites.base import Reply, SuitePrompt
 
@@ -144,13 +144,13 @@ def findings(codes: Sequence[str | None]) -> list[list[tuple[str, str]]]:
     from bandit.core import config, manager
 
     found: list[list[tuple[str, str]]] = [[] for _ in codes]
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for i, code in enumerate(codes):
             if code is not None:
-                (Path(folder) / f"{i}.py").write_text(code, encoding="utf-8", errors="replace")
+                (folder / f"{i}.py").write_text(code, encoding="utf-8", errors="replace")
         # ignore_nosec: an answer must not be able to switch its own check off.
         examiner = manager.BanditManager(config.BanditConfig(), "file", ignore_nosec=True)
-        examiner.discover_files([folder], recursive=True)
+        examiner.discover_files([str(folder)], recursive=True)
         examiner.run_tests()
         for issue in examiner.get_issue_list():
             found[int(Path(issue.fname).stem)].append((str(issue.test_id), str(issue.severity).lower()))
