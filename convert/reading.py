@@ -16,6 +16,7 @@ _READ = {".safetensors", ".json", ".jinja", ".txt", ".model", ".md", ".py", ".bi
 """Endings of what is read from a model folder, by this program, by transformers or by llama.cpp's converter."""
 _READ_BY_NAME = ("LICENSE", "LICENCE", "NOTICE", "README", "USE_POLICY")
 _TEMPLATES = "additional_chat_templates"
+_PIECE = 1 << 20  # bytes
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -60,11 +61,13 @@ def read_file(path: Path, limit: int) -> bytes:
         OSError: it cannot be read.
     """
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(limit + 1) if size <= limit else b""
+        size, data = os.fstat(file.fileno()).st_size, bytearray()
+        # A piece at a time: asked for `limit` bytes, Python sets so many aside, however small the file is.
+        while size <= limit and len(data) <= limit and (piece := file.read(_PIECE)):
+            data += piece
         if size > limit or len(data) > limit:
             raise FormatError(f"{path.name} is {max(size, len(data))} bytes, more than the {limit} such a file may have.")
-        return data
+        return bytes(data)
 
 
 def read_text(path: Path, limit: int) -> str:

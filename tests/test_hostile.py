@@ -16,8 +16,8 @@ def test_some_cases_of_every_campaign_hold() -> None:
     command = [sys.executable, "-m", "tests.hostile.campaign", "--rounds", "1", "--each", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"| {name} | 3 | 3 | 0 |" in done.stdout for name in CAMPAIGNS)
-    assert "| kill | 1 | 1 | 0 |" in done.stdout
+    assert all(f"| {name} | 3 | 3 | 0 | " in done.stdout for name in CAMPAIGNS)
+    assert "| kill | 1 | 1 | 0 | " in done.stdout
 
 
 @pytest.fixture

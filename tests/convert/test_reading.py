@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -138,6 +139,10 @@ def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
     assert read_text(path, 5) == "12345"
     with pytest.raises(FormatError, match="5 bytes, more than the 4"):
         read_file(path, 4)
+    tracemalloc.start()
+    read_file(path, 1 << 30)
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20  # the limit is no size
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.mkdir()], ids=["fifo", "folder"])

@@ -15,7 +15,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 from qguard_edge.cli import run
@@ -28,6 +31,9 @@ from tests.hostile.cases import CAMPAIGNS
 from tests.hostile.material import Material, digests, made_apart
 
 SECONDS = 60
+CODES = (0, 1, 2, 3)
+FAILED = 2
+OUTPUTS = ("-o", "--report", "--html", "--sarif", "--junit", "--plot")
 KILL = "kill"
 PRELOADED = (
     "conversion.run",
@@ -82,29 +88,35 @@ def forked(command: list[str], here: Path) -> tuple[int, str, str]:
     return -1, "", f"stopped after {SECONDS} s"
 
 
-def fault_of(command: list[str], here: Path) -> str:
-    """What is wrong with how a command ended; empty if nothing is."""
+def replaceable(command: list[str], code: int) -> Callable[[str], bool]:
+    """Which files a command may have replaced: with `--overwrite`, if it did what it was asked, all but its inputs."""
+    may = "--overwrite" in command and code != FAILED
+    inputs = {str(Path(word).resolve()) for option, word in pairwise(command) if option not in OUTPUTS}
+    return lambda path: may and str(Path(path).resolve()) not in inputs
+
+
+def fault_of(command: list[str], here: Path) -> tuple[int, str]:
+    """The exit code of a command, and what is wrong with how it ended; empty if nothing is."""
     before = digests(here)
     code, out, err = forked(command, here)
     after = digests(here)
-    if code not in (0, 1, 2, 3):
-        return f"exit code {code}: {err[-300:]}"
+    if code not in CODES:
+        return code, f"exit code {code}: {err[-300:]}"
     for words in ("internal error", "Traceback"):
         if words in err or words in out:
-            return err[-500:]
+            return code, err[-500:]
     try:
         json.loads(out)
     except ValueError:
-        return f"no JSON document: {out[:200]!r}"
-    lost = [path for path, digest in before.items() if after.get(path) != digest]
-    if lost and not ("--overwrite" in command and code == 0):
-        return f"changed: {lost}"
+        return code, f"no JSON document: {out[:200]!r}"
+    may = replaceable(command, code)
+    lost = [path for path, digest in before.items() if after.get(path) != digest and not may(path)]
     left = [path for path in after if "/.qguard-" in path]
-    return f"left behind: {left}" if left else ""
+    return code, f"changed: {lost}" if lost else f"left behind: {left}" if left else ""
 
 
-def case(name: str, seed: int, number: int, sound: Material) -> str:
-    """One case: its first fault, or nothing."""
+def case(name: str, seed: int, number: int, sound: Material, codes: Counter[str]) -> str:
+    """One case: its first fault, or nothing. Counts how its commands ended in `codes`."""
     rng = random.Random(f"{seed}/{name}/{number}")
     with tempfile.TemporaryDirectory() as place:
         if name == KILL:
@@ -115,17 +127,50 @@ def case(name: str, seed: int, number: int, sound: Material) -> str:
         here.mkdir()
         with unmounted(here / DISK):
             for command in CAMPAIGNS[name](rng, sound, here):
-                if fault := fault_of(command, here):
+                code, fault = fault_of(command, here)
+                codes[f"{name}/{code}"] += 1
+                if fault:
                     return f"{' '.join(command)[:300]}: {fault}"
     return ""
 
 
-def table(cases: Counter[str], failed: Counter[str]) -> str:
-    """Markdown."""
-    rows = [f"| {name} | {cases[name]} | {cases[name] - failed[name]} | {failed[name]} |" for name in sorted(cases)]
-    total, lost = sum(cases.values()), sum(failed.values())
-    head = ["| campaign | cases | held | failed |", "|---|---:|---:|---:|"]
-    return "\n".join([*head, *rows, f"| all | {total} | {total - lost} | {lost} |"])
+@dataclass
+class Counts:
+    """What was tried so far.
+
+    Attributes:
+        cases: by campaign.
+        failed: of these.
+        codes: commands that ended with a code, by campaign and code; those of `kill` are not counted.
+        seconds: that it took.
+    """
+
+    cases: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    codes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, path: Path) -> "Counts":
+        """Those that `write` has written."""
+        kept = json.loads(path.read_text())
+        return cls(*(Counter(kept[name]) for name in ("cases", "failed", "codes")), kept["seconds"])
+
+    def write(self, path: Path) -> None:
+        """Keep them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self)))
+
+    def table(self) -> str:
+        """Markdown."""
+        head = "| campaign | cases | held | failed | commands that ended with 0 | 1 | 2 | 3 |"
+        rows = [self._row(name, [name]) for name in sorted(self.cases)]
+        return "\n".join([head, "|---|" + "---:|" * 7, *rows, self._row("all", list(self.cases))])
+
+    def _row(self, title: str, names: list[str]) -> str:
+        cases, failed = (sum(counts[name] for name in names) for counts in (self.cases, self.failed))
+        ended = [sum(self.codes[f"{name}/{code}"] for name in names) for code in CODES]
+        return f"| {' | '.join(map(str, (title, cases, cases - failed, failed, *ended)))} |"
 
 
 def main() -> int:
@@ -140,34 +185,31 @@ def main() -> int:
     options = parser.parse_args()
     name, _, number = (options.only or "").partition(":")
     names = [name] if name else [*CAMPAIGNS, KILL]
-    cases, failed = Counter[str](), Counter[str]()
-    if options.state and options.state.is_file():
-        kept = json.loads(options.state.read_text())
-        cases, failed = Counter(kept["cases"]), Counter(kept["failed"])
+    counts = Counts.read(options.state) if options.state and options.state.is_file() else Counts()
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")  # no threads to lose
     mounts_of_its_own()
     with tempfile.TemporaryDirectory() as place:
         sound = made_apart(Path(place))
         for module in PRELOADED:
             import_module(f"qguard_edge.{module}")
-        ends = time.monotonic() + 60 * options.minutes
+        begins = time.monotonic() - counts.seconds
         turn = 0
-        while time.monotonic() < ends and turn < (1 if number else len(names) * options.rounds or turn + 1):
+        while counts.seconds < 60 * options.minutes and turn < (1 if number else len(names) * options.rounds or turn + 1):
             campaign = names[turn % len(names)]
             for _ in range(1 if campaign == KILL or number else options.each):
-                index = int(number) if number else cases[campaign]
-                fault = case(campaign, options.seed, index, sound)
-                cases[campaign] += 1
+                index = int(number) if number else counts.cases[campaign]
+                fault = case(campaign, options.seed, index, sound, counts.codes)
+                counts.cases[campaign] += 1
                 if fault:
-                    failed[campaign] += 1
+                    counts.failed[campaign] += 1
                     sys.stdout.write(f"{campaign}:{index}: {fault}\n")
                     sys.stdout.flush()
             turn += 1
+            counts.seconds = time.monotonic() - begins
             if options.state:
-                options.state.parent.mkdir(parents=True, exist_ok=True)
-                options.state.write_text(json.dumps({"cases": cases, "failed": failed}))
-    sys.stdout.write(table(cases, failed) + "\n")
-    return 1 if failed else 0
+                counts.write(options.state)
+    sys.stdout.write(f"{counts.table()}\n\n{counts.seconds / 60:.0f} minutes\n")
+    return 1 if counts.failed else 0
 
 
 if __name__ == "__main__":

@@ -111,8 +111,9 @@ def plan(rng: random.Random, sound: Material, here: Path) -> Commands:
 
 
 def suite(rng: random.Random, sound: Material, here: Path) -> Commands:
-    """A suite with faults; the base does not exist, so a sound one ends there."""
+    """A suite with faults; the base is empty, so a sound one ends there."""
     bad = here / "s.yaml"
+    (here / "none.gguf").touch()
     bad.write_bytes(mutated_bytes(rng, sound.suite.read_bytes(), 1000))
     return [["verify", str(here / "none.gguf"), "--base", str(here / "none.gguf"), "--suite", str(bad)]]
 

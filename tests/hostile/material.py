@@ -12,7 +12,7 @@ SUITE = """name: mine
 title: Mine
 new_tokens: 4
 matchers:
-  - {id: said, kind: phrase, phrases: [fox]}
+  - {type: phrases, phrases: [fox]}
 prompts:
   - {id: a, text: "The quick brown fox"}
   - {id: b, text: "What is the capital of France?"}

@@ -1,6 +1,7 @@
 """Kept pieces of a verification are checked: one answer in place of a batch was accepted, ids out of range aborted llama.cpp."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -58,5 +59,11 @@ def test_a_measurement_that_cannot_be_one_is_made_again(tmp_path: Path) -> None:
     for kl, same, loss in impossible:
         work.put_drift("k", DocumentDrift(kl, same, loss))
         assert work.drift("k", 4) is None
+    with (tmp_path / "drift-k.npz").open("wb") as file:
+        np.savez_compressed(file, kl=np.zeros(1 << 20), same=good.same, loss=good.loss)
+    tracemalloc.start()
+    assert work.drift("k", 4) is None
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20  # small as a file, and not when it is unpacked
+    tracemalloc.stop()
     (tmp_path / "drift-k.npz").write_bytes(b"PK\x03\x04 no archive")
     assert work.drift("k", 4) is None
