@@ -11,6 +11,9 @@ from qguard_edge.cli import run
 from tests.helpers.command import CommandLine
 
 CONVERT = ["convert", "b.gguf", "--to", "q4_k", "--defense", "none", "--no-load-check", "--no-scan", "--threads", "1", "-o"]
+PLAN = ["plan", "b.gguf", "--base", "b.gguf", "--plain", "p.gguf", "--defense", "ortho", "--no-scan"]
+ASKED = ["--suites", "drift", "--text", "t.txt", "--limit", "2", "--threads", "1"]
+VERIFY = ["verify", "p.gguf", "--base", "b.gguf", *ASKED]
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +43,20 @@ DESTROYERS = {
     "the base becomes a report, although --overwrite": [*CONVERT, "o.gguf", "--report", "b.gguf", "--overwrite"],
     "the output becomes its own report": [*CONVERT, "o.gguf", "--report", "o.gguf"],
     "a report replaces a file": [*CONVERT, "o.gguf", "--report", "precious"],
-    "plan replaces its base": ["plan", "b.gguf", "--base", "b.gguf", "--plain", "p.gguf", "-o", "b.gguf", "--overwrite"],
+    "plan replaces its base": [*PLAN, "-o", "b.gguf", "--overwrite"],
+    "plan replaces a file": [*PLAN, "-o", "precious"],
     "apply replaces its plan": ["apply", "precious", "--plain", "p.gguf", "-o", "precious", "--overwrite"],
-    "baseline replaces its base": ["baseline", "b.gguf", "-o", "b.gguf", "--overwrite"],
-    "baseline replaces a file": ["baseline", "b.gguf", "-o", "precious"],
-    "imatrix replaces its model": ["imatrix", "b.gguf", "--text", "t.txt", "-o", "b.gguf", "--overwrite"],
-    "imatrix replaces its text": ["imatrix", "b.gguf", "--text", "t.txt", "-o", "t.txt", "--overwrite"],
+    "baseline replaces its base": ["baseline", "b.gguf", *ASKED, "-o", "b.gguf"],
+    "baseline replaces a file": ["baseline", "b.gguf", *ASKED, "-o", "precious"],
+    "imatrix replaces its model": ["imatrix", "b.gguf", "--text", "t.txt", "-o", "b.gguf"],
+    "imatrix replaces its text": ["imatrix", "b.gguf", "--text", "t.txt", "-o", "t.txt"],
     "imatrix replaces a file": ["imatrix", "b.gguf", "--text", "t.txt", "-o", "precious"],
-    "verify's page replaces a file": ["verify", "p.gguf", "--base", "b.gguf", "--html", "precious"],
-    "verify's page replaces the candidate": ["verify", "p.gguf", "--base", "b.gguf", "--html", "p.gguf", "--overwrite"],
-    "verify's reports replace each other": ["verify", "p.gguf", "--base", "b.gguf", "--html", "r", "--sarif", "./r"],
-    "verify's folder is a file": ["verify", "p.gguf", "--base", "b.gguf", "-o", "precious"],
+    "verify's page replaces a file": [*VERIFY, "--html", "precious"],
+    "verify's page replaces the candidate": [*VERIFY, "--html", "p.gguf"],
+    "verify's reports replace each other": [*VERIFY, "--html", "r", "--sarif", "./r"],
+    "verify's folder is a file": [*VERIFY, "-o", "precious"],
     "check's report replaces the pack": ["check", "p.gguf", "--baseline", "precious", "--junit", "precious", "--overwrite"],
-    "scan's report replaces the model": ["scan", "b.gguf", "--html", "b.gguf", "--overwrite"],
+    "scan's report replaces the model": ["scan", "b.gguf", "--html", "b.gguf"],
     "scan's report replaces a file": ["scan", "b.gguf", "--sarif", "precious"],
     "compare's plot replaces a file": ["compare", "b.gguf", "--to", "q4_0", "--plot", "precious"],
     "compare's plot replaces the text": [
