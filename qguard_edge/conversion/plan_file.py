@@ -12,6 +12,7 @@ by its SHA-256. Formats whose codes are shared by several weights have no such p
 """
 
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,19 @@ def write_plan(path: Path, tensors: Mapping[str, Bytes], header: Mapping[str, An
             save_file(dict(tensors), temporary, {"format": FORMAT, "plan": json.dumps(header)})
         except SafetensorError as error:
             raise PlanError(f"{path.name} cannot be written: {error}") from error
+        _order_metadata(temporary)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the entries of a safetensors file's metadata in order: the library writes them as its hash map has them, by chance."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length
+        file.seek(8)
+        file.write(text)
 
 
 def read_plan(path: Path) -> Plan:

@@ -15,7 +15,7 @@ from convert.ftypes import parse_file_type
 from convert.gguf_file import GgufFile
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.conversion.outputs.plan import apply_to
-from qguard_edge.conversion.plan_file import PlanError, read_plan
+from qguard_edge.conversion.plan_file import PlanError, read_plan, write_plan
 from qguard_edge.conversion.request import GgufRequest, PlanRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import (
@@ -166,3 +166,15 @@ def test_the_torch_side_needs_no_llama_cpp(
     done = subprocess.run([*command, "-o", str(tmp_path / "o.gguf")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "nothing else; wrote o.gguf" in done.stdout
+
+
+def test_one_plan_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """safetensors writes its metadata as a hash map has it: half the plans of one seed differed from the others."""
+    header = {"plain_sha256": "0" * 64, "options": {"name": '\x00\x1f\x7f\\"\u20ac\U0001f512'}, "metadata": {}}
+    path, made = tmp_path / "plan", set()
+    for _ in range(20):
+        write_plan(path, {"a.moved": np.ones((2, 3), np.uint8)}, header)
+        made.add(path.read_bytes())
+    assert len(made) == 1
+    assert load_file(path)["a.moved"].tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert read_plan(path).header["options"] == header["options"]
