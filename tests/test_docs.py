@@ -134,6 +134,12 @@ def test_scripts_are_named_where_they_are() -> None:
     assert sorted(place for place in found if not (ROOT / place[1]).exists()) == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_tests_in_documents_exist(name: str) -> None:
+    for path, test in re.findall(r"`(tests/[\w./]+\.py)::(\w+)`", (ROOT / name).read_text()):
+        assert f"\ndef {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
 def test_a_missing_path_is_found() -> None:
     text = "`qguard_edge/pipeline.py`, scripts/study_scan.py, see convert/diff.py and https://x.org/docs/none.md"
     assert missing_paths(text) == ["qguard_edge/pipeline.py", "scripts/study_scan.py"]
