@@ -120,9 +120,9 @@ def case(name: str, seed: int, number: int, sound: Material, codes: Counter[str]
     rng = random.Random(f"{seed}/{name}/{number}")
     with tempfile.TemporaryDirectory() as place:
         if name == KILL:
-            command = rng.choice(list(kills.commands(sound, Path())))
-            found = kills.stopped(command, rng.choice(kills.SIGNALS), rng.uniform(0.3, 8), sound, Path(place))
-            return "" if found in (kills.HELD, kills.LATE) else f"{command}: {found}"
+            killed = rng.choice(list(kills.commands(sound, Path())))
+            found = kills.stopped(killed, rng.choice(kills.SIGNALS), rng.uniform(0.3, 8), sound, Path(place))
+            return "" if found in (kills.HELD, kills.LATE) else f"{killed}: {found}"
         here = Path(place) / "case"
         here.mkdir()
         with unmounted(here / DISK):
@@ -154,7 +154,7 @@ class Counts:
     def read(cls, path: Path) -> "Counts":
         """Those that `write` has written."""
         kept = json.loads(path.read_text())
-        return cls(*(Counter(kept[name]) for name in ("cases", "failed", "codes")), kept["seconds"])
+        return cls(Counter(kept["cases"]), Counter(kept["failed"]), Counter(kept["codes"]), kept["seconds"])
 
     def write(self, path: Path) -> None:
         """Keep them."""
