@@ -21,7 +21,7 @@ from qguard_edge.cli import packs as _packs
 from qguard_edge.cli import plan as _plan
 from qguard_edge.cli import scan as _scan
 from qguard_edge.cli import verify as _verify
-from qguard_edge.cli.console import err, print_json, styled
+from qguard_edge.cli.console import err, print_json, say, styled
 from qguard_edge.cli.convert import command as _convert
 from qguard_edge.cli.converter import converter_app
 from qguard_edge.cli.lab import lab_app
@@ -141,7 +141,7 @@ def _end_now(stop: StoppedError, arguments: list[str]) -> None:
 
 
 def _fail(message: str, arguments: list[str], code: int = FAILED) -> int:
-    err.print(styled("[bold red]error:[/] {message}", message=message), highlight=False, soft_wrap=True)
+    say(err, styled("[bold red]error:[/] {message}", message=message))
     if "--json" in arguments:
         print_json({"status": "error", "error": message})
     return code

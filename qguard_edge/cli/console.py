@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -65,6 +66,14 @@ err = PlainConsole(stderr=True, width=None if sys.stderr.isatty() else 140)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")]
+
+
+def say(console: Console, text: str | Text, *, indent: int = 0, style: str = "") -> None:
+    """A sentence: broken between words on a terminal, one line where it is piped, so that it can be searched for."""
+    if console.is_terminal:
+        console.print(Padding(text, (0, 0, 0, indent), style=style, expand=False), highlight=False)
+    else:
+        console.print(" " * indent, text, sep="", style=style, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from qguard_edge.cli.console import (
     out,
     percent,
     print_json,
+    say,
     styled,
     table,
 )
@@ -144,9 +145,9 @@ def _show(found: "Scan") -> None:
         colour = COLOURS[str(finding.severity)]
         title = f"{finding.code} {finding.rule.title}"
         out.print(styled(f"\n[{colour}]{finding.severity}[/] {{title}}", title=title), highlight=False)
-        out.print(f"  {finding.message}.", highlight=False, markup=False, soft_wrap=True)
-        out.print(f"  {finding.rule.meaning}", style="dim", highlight=False, markup=False, soft_wrap=True)
-        out.print(f"  {finding.rule.advice}", highlight=False, markup=False, soft_wrap=True)
+        say(out, f"{finding.message}.", indent=2)
+        say(out, finding.rule.meaning, indent=2, style="dim")
+        say(out, finding.rule.advice, indent=2)
     out.print(f"\n{HEADLINES[found.worst]}.", highlight=False)
     err.print(honesty(), style="dim", highlight=False)
 

@@ -24,11 +24,13 @@ class StoppedError(BaseException):
 
     Attributes:
         number: of the signal.
+        left: what the command leaves behind, for people.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
+        self.left = "nothing was left behind under the final name"
 
     @property
     def exit_code(self) -> int:
@@ -36,13 +38,23 @@ class StoppedError(BaseException):
         return 128 + self.number
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.number).name}; nothing was left behind under the final name"
+        return f"stopped by {signal.Signals(self.number).name}; {self.left}"
 
 
 def _watched() -> list[signal.Signals]:
     """The signals that stop a command, without those that whoever started it chose to ignore (nohup, background jobs)."""
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     return [number for name in names if signal.getsignal(number := signal.Signals[name]) is not signal.SIG_IGN]
+
+
+@contextmanager
+def leaving(what: str) -> Iterator[None]:
+    """Whoever stops the block is told that it leaves this behind."""
+    try:
+        yield
+    except StoppedError as stop:
+        stop.left = what or stop.left
+        raise
 
 
 @contextmanager

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from qguard_edge.cli.aliases import RenamedOptions
-from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag, err
+from qguard_edge.cli.console import ConsoleProgress, JsonFlag, QuietFlag
 from qguard_edge.cli.outputs import OverwriteFlag, files_exist, hold, make_folder
 from qguard_edge.cli.report_flags import Html, Junit, Markdown, Sarif, write_reports
+from qguard_edge.cli.stopping import leaving
 from qguard_edge.cli.verify_flags import (
     MEASURE,
     AllowQuantizedFlag,
@@ -154,16 +155,11 @@ def verify(
         work=output / "work" if output else None,
         sources=(*(text_facts("suite", path) for path in suite or ()), *([text_facts("text", text)] if text else [])),
     )
-    try:
-        with ConsoleProgress(quiet or json_output) as progress:
-            found = run(request, progress)
-    except KeyboardInterrupt:
-        if output:
-            kept = f"answers so far are kept in {output.name}/work; the same command goes on from there"
-        else:
-            kept = "nothing was kept; with -o FOLDER answers are, and the same command goes on from there"
-        err.print(f"stopped: {kept}", highlight=False, markup=False)
-        raise
+    kept = "nothing was kept; with -o FOLDER answers are, and the same command goes on from there"
+    if output:
+        kept = f"answers so far are kept in {output / 'work'}; the same command goes on from there"
+    with leaving(kept), ConsoleProgress(quiet or json_output) as progress:
+        found = run(request, progress)
     write_reports(found, junit=junit, sarif=sarif, markdown=markdown, html=html)
     if document:
         with atomic_path(document) as temporary:

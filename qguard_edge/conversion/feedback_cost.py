@@ -240,8 +240,8 @@ def cost_of(model: Model, rates: Rates, *, limit: int | None, parent: int, quant
     stages = {
         "start": START_SECONDS,
         "scan": weights / (SCAN_RATE * rates.threads),
-        "activations": CHILD_SECONDS + model.tokens * activations,
         "plain": CHILD_SECONDS / 2 + weights * rates.plain,
+        "activations": CHILD_SECONDS + model.tokens * activations,
         "choose and write": walk_seconds(model, inputs, rates, room),
         "check": CHILD_SECONDS / 2 + weights / (CHECK_RATE * rates.threads),
     }

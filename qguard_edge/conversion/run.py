@@ -151,10 +151,15 @@ def _stages(
         )
         if output.rounds and isinstance(job.defense, LearnedDefense) and job.defense.runs_transformers:
             require_transformers(request.defense, output.model_path())
+        # What the scan refuses in the light of the plain file is refused before the minutes that activations take.
+        first = not output.plain_wants_inputs()
+        if first:
+            output.make_plain(job, guard)
         if output.rounds and job.defense.wants_inputs:
             with clock.stage("activations"):
                 job.activations = output.see_activations(job)
-        output.make_plain(job, guard)
+        if not first:
+            output.make_plain(job, guard)
         if output.rounds and isinstance(job.defense, LearnedDefense) and (target := output.target()):
             with clock.stage("learn"):
                 job.learned = learning.learn(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from qguard_edge.cli.console import err, print_json, styled
+from qguard_edge.cli.console import err, print_json, say, styled
 
 if TYPE_CHECKING:
     from qguard_edge.scan.findings import Finding
@@ -30,7 +30,7 @@ def refusals(json_output: bool) -> Iterator[None]:
 def _show_refusal(error: "RefusedError", json_output: bool) -> None:
     for finding in error.findings:
         print_finding(finding)
-    err.print(styled("[bold red]refused:[/] {error}", error=error), highlight=False, soft_wrap=True)
+    say(err, styled("[bold red]refused:[/] {error}", error=error))
     if json_output:
         from qguard_edge.scan.report import refusal_document
 
@@ -41,7 +41,7 @@ def print_finding(finding: "Finding") -> None:
     """One line on standard error."""
     colour = COLOURS[str(finding.severity)]
     text = f"{finding.code} {finding.message}"
-    err.print(styled(f"[{colour}]{finding.severity}:[/] {{text}}", text=text), highlight=False, soft_wrap=True)
+    say(err, styled(f"[{colour}]{finding.severity}:[/] {{text}}", text=text))
 
 
 def show_findings(guard: "ScanGuard", quiet: bool) -> None:

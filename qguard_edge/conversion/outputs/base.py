@@ -149,6 +149,10 @@ class Output(ABC, Generic[Request, Report]):
         """The inputs of the matrices, for a defense that wants them; None where no such defense is offered."""
         return None
 
+    def plain_wants_inputs(self) -> bool:
+        """Whether plain rounding, too, needs to know the inputs of the matrices, so that they are to be seen before it."""
+        return False
+
     def make_plain(self, job: Job, guard: Guard | None) -> None:
         """Have llama.cpp's own quantization at hand."""
 

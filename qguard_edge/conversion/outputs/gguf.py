@@ -30,7 +30,7 @@ from qguard_edge.conversion.activations import (
     write_importance,
 )
 from qguard_edge.conversion.beside_plain import beside_plain, costs_little
-from qguard_edge.conversion.feedback_cost import expected_stages, model_of, reference
+from qguard_edge.conversion.feedback_cost import STAGE_NAMES, expected_stages, model_of, reference
 from qguard_edge.conversion.honest_size import fallback_warning, require_no_fallback
 from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
@@ -248,12 +248,13 @@ class HardenedGguf(GgufFamily[Made, Report]):
     def _expected(self) -> tuple[tuple[str, float], ...]:
         """The stages to come, as `Progress.expect` takes them; the machine's speed shows on the way."""
         request, here = self.request, resident_bytes("RssAnon")
-        return expected_stages(
+        stages = expected_stages(
             model_of(self.base, request.calibration),
             reference(request.threads or available_cores()),
             limit=request.max_memory,
             parent=here,
         )
+        return tuple(stage for stage in stages if self.plain_wants_inputs() or stage[0] != STAGE_NAMES["plain"])
 
     def _calibration(self, job: Job) -> Calibration:
         """The text by the GGUF's own vocabulary and template; what the model is to write itself, through transformers."""
@@ -266,10 +267,15 @@ class HardenedGguf(GgufFamily[Made, Report]):
             return load_calibration(options, loaded, job.base_hash.result(), job.seed, job.progress)
         return gguf_calibration(self.base.path, options, CALIBRATION_SEED)
 
+    def plain_wants_inputs(self) -> bool:
+        """See `Output.plain_wants_inputs`: types that need an importance matrix, where none is given."""
+        options = self.request.options
+        return options.imatrix is None and options.file_type.needs_imatrix
+
     def make_plain(self, job: Job, guard: Guard | None) -> None:
         """See `Output.make_plain`; twice if the guard keeps tensors in full precision in the light of the first file."""
         path, options = job.work / "plain.gguf", self.request.options
-        if job.activations and options.imatrix is None and options.file_type.needs_imatrix:
+        if job.activations and self.plain_wants_inputs():
             report = job.activations.report
             path_of_text = job.work / "calibration.imatrix.gguf"
             measured = write_importance(job.activations.grams, path_of_text, report.calibration_source, report.tokens)

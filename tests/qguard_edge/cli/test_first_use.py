@@ -16,7 +16,7 @@ from typer.main import get_command
 from convert.ftypes import parse_file_type
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.cli import app
-from qguard_edge.cli.console import PlainConsole, table
+from qguard_edge.cli.console import PlainConsole, say, styled, table
 from qguard_edge.conversion.beside_plain import EVERY
 from qguard_edge.runtimes.fidelity import BesidePlain, Fidelity, measure_fidelity
 from qguard_edge.scan.findings import RULES
@@ -117,6 +117,20 @@ def test_nothing_is_cut_off_in_a_narrow_table() -> None:
     assert "\u2026" not in caught.get()
     cells = re.findall(r"^\u2502 (\S+)", caught.get(), re.MULTILINE)
     assert "".join(cells) == "refusal/refusalsrefusal/refused-politely"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_sentence_is_broken_between_words_on_a_terminal_only(terminal: bool) -> None:
+    sentence = "The path of a file that is nowhere stands in this sentence."
+    console = PlainConsole(width=24, force_terminal=terminal, color_system=None)
+    with console.capture() as caught:
+        say(console, sentence, indent=2)
+        say(console, styled("[bold]error:[/] {text}", text="[link]"))
+    *lines, last = caught.get().splitlines()
+    assert last.rstrip() == "error: [link]"
+    assert all(line.startswith("  ") for line in lines)
+    assert " ".join(line.strip() for line in lines) == sentence
+    assert max(map(len, lines)) <= 24 if terminal else len(lines) == 1
 
 
 def test_better_or_worse_leads_and_is_what_measuring_says(

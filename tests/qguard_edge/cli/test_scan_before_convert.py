@@ -7,6 +7,8 @@ import pytest
 
 from convert.gguf_file import GgufFile
 from qguard_edge.cli import run
+from qguard_edge.conversion.outputs.gguf import GgufOutput
+from qguard_edge.lab.demo import MODEL
 from tests.helpers.checkpoints import copy_with
 
 
@@ -35,6 +37,16 @@ def test_boxes_of_the_written_type_are_refused_and_of_another_are_not(
     code, document = convert(capfd, gap_victim, tmp_path / "out.gguf", "--to", "q5_1", "--pure")
     assert code == 0
     assert not [finding for finding in document["scan"]["findings"] if finding["severity"] == "dangerous"]
+
+
+def test_boxes_are_refused_before_the_minutes_that_activations_take(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GgufOutput, "see_activations", None)  # nothing may get this far
+    code, document = convert(capfd, MODEL, tmp_path / "out.gguf", "--to", "q4_k")
+    assert code == 1
+    assert document["status"] == "refused"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flag", ["--accept-findings", "--no-scan"])

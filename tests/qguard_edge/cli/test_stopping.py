@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from convert.child import child_command
+from convert.ftypes import parse_file_type
+from convert.quantizer import QuantizeOptions, quantize
+from qguard_edge.cli.stopping import StoppedError, leaving
 from tests.helpers.command import program
 
 STUCK = """
@@ -58,6 +61,25 @@ def test_a_signal_leaves_nothing(name: str, tiny_base: Path, tmp_path: Path) -> 
     assert "Traceback" not in err
     assert json.loads(out)["status"] == "error"
     assert not [path for path in tmp_path.iterdir() if path.name != ".o.gguf.activations"]
+
+
+def test_a_stopped_verification_says_what_is_kept(tiny_base: Path, tmp_path: Path) -> None:
+    """It said that nothing was left behind, though the same command went on from the answers."""
+    quantize(tiny_base, tmp_path / "q.gguf", QuantizeOptions(parse_file_type("q4_0"), threads=1))
+    command = program("verify", "q.gguf", "--base", tiny_base, "--threads", "1", "-o", "report")
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    wait_for(tmp_path, "report/work/*", child)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "error: stopped by SIGINT; answers so far are kept in report/work; the same command goes on from there" in err
+    assert "nothing was left" not in err
+
+
+def test_without_a_word_of_the_command_nothing_was_left() -> None:
+    for what, said in (("", "nothing was left behind"), ("a thing is kept", "a thing is kept")):
+        with pytest.raises(StoppedError, match=f"stopped by SIGINT; {said}"), leaving(what):
+            raise StoppedError(signal.SIGINT)
 
 
 @pytest.mark.parametrize(("grace", "signals"), [(0.2, 1), (60.0, 2)], ids=["in time", "twice"])
