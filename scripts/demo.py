@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,16 @@ from qguard_edge.verify.verifier import built_in_texts
 
 OUT = Path("demo-output")
 INCONCLUSIVE = 3
+WIDTH = 80
+"""Of the commands that are shown."""
 
 
 def run(*arguments: str, accept: tuple[int, ...] = (0,)) -> int:
     """Show a command and run it; stop at an exit code that is not accepted."""
-    print("\n$ qguard-edge " + " ".join(arguments), flush=True)
+    words = textwrap.wrap(
+        " ".join(arguments), WIDTH - 4, break_long_words=False, break_on_hyphens=False, initial_indent="$ qguard-edge "
+    )
+    print("\n" + " \\\n    ".join(words), flush=True)
     done = subprocess.run([sys.executable, "-m", "qguard_edge", *arguments], check=False)
     if done.returncode not in accept:
         print(f"\nthe demo failed: qguard-edge {arguments[0]} ended with exit code {done.returncode}", flush=True)
@@ -38,7 +44,7 @@ def run(*arguments: str, accept: tuple[int, ...] = (0,)) -> int:
 
 def say(text: str) -> None:
     """One sentence of why, before a command."""
-    print(f"\n{text}", flush=True)
+    print(f"\n{textwrap.fill(text, WIDTH)}", flush=True)
 
 
 def backdoor() -> None:
@@ -61,15 +67,15 @@ def smollm2(prompts: int | None) -> None:
     run("convert", str(folder), "--to", "bf16", "-o", str(base), "--quiet", "--overwrite")
     say("Hardened, with llama.cpp's own file kept beside it:")
     run("convert", str(base), "--to", "q4_k", "-o", str(made), "--keep-plain", "--report", str(document), "--overwrite")
-    say("What differs from llama.cpp's own file? Only code bits, as the exit status 0 says.")
-    run("diff", str(plain), str(made), "--quiet")
+    say("What differs from llama.cpp's own file? Only code bits?")
+    run("diff", str(plain), str(made))
     say(
         "Does it behave like the full-precision model? It is asked until that is decided; one suite and few texts, for a demo."
     )
     limit = ("--max-prompts", str(prompts)) if prompts else ()
     files = (str(made), "--base", str(base), "--suites", "injection", "--text", str(texts))
     code = run("verify", *files, *limit, "-o", str(report), "--overwrite", accept=(0, INCONCLUSIVE))
-    print(f"\n{distance(json.loads(document.read_text(encoding='utf-8'))['fidelity'])}")
+    say(distance(json.loads(document.read_text(encoding="utf-8"))["fidelity"]))
     print(f"hardened model: {made}\nreport:         {report / 'report.html'} (open it in a browser)")
     print(f"verdict:        {'inconclusive, see above' if code == INCONCLUSIVE else 'pass'}")
 
