@@ -6,10 +6,13 @@ imports is run, the process asks to die with its parent.
 
 import contextlib
 import ctypes
+import math
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -78,6 +81,42 @@ def resident_bytes(field: str = "VmHWM") -> int:
         return 0
     lines = [line for line in status.read_text().splitlines() if line.startswith(f"{field}:")]
     return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+class Silence:
+    """Kills a child that gives no sign of life for too long.
+
+    Seconds are counted, not looked up on a clock: while the whole program is stopped, nothing counts.
+
+    Args:
+        child: the process.
+        seconds: that it may be silent; infinite for ever.
+    """
+
+    def __init__(self, child: subprocess.Popen[bytes], seconds: float) -> None:
+        self.listening = True
+        self.expired = False
+        self._silent = 0
+        self._child, self._seconds = child, seconds
+        self._over = threading.Event()
+        if math.isfinite(seconds):
+            threading.Thread(target=self._count, daemon=True).start()
+
+    def broken(self) -> None:
+        """The child gave a sign of life."""
+        self._silent = 0
+
+    def end(self) -> None:
+        """Watch it no longer."""
+        self._over.set()
+
+    def _count(self) -> None:
+        while not self._over.wait(1.0):
+            self._silent = self._silent + 1 if self.listening else 0
+            if self._silent > self._seconds:
+                self.expired = True
+                self._child.kill()
+                return
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Child process that runs `llama_model_quantize`; the only place in `convert` that imports llama_cpp.
 
-Run by `convert.child` with one argument, JOB: the JSON that `convert.quantizer.quantize` makes. llama.cpp's log
-goes to standard output; the exit status is 0 when it succeeded.
+Run by `convert.child` with two arguments: the JSON of a job, as `convert.quantizer.quantize` makes it, and the limit of its
+address space in bytes (0: none). llama.cpp's log goes to standard output; the exit status is 0 when it succeeded.
 """
 
 import ctypes
@@ -102,7 +102,8 @@ def run(job: dict[str, Any]) -> int:
 
 def main() -> None:
     """Entry point of the child process."""
-    limit_process()
+    # As in `llama_worker`: a GPU's memory is mapped into the address space, all of it.
+    limit_process(memory=None if llama_cpp.llama_supports_gpu_offload() else int(sys.argv[2]) or None)
     try:
         status = run(json.loads(sys.argv[1]))
     except QGuardError as error:

@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from convert.child import child_command
+from convert.child import Silence, child_command
+from convert.cores import available_cores
 from convert.ftypes import FileType
+from convert.gguf_file import GgufModel
+from convert.llama_limits import SECONDS_VARIABLE, ChildLimits
 from quant_grids.errors import FormatError, QGuardError, UnsupportedError
 from quant_grids.ggml_type import type_named
 
@@ -127,6 +130,10 @@ _FALLBACK = re.compile(
 )
 _NO_IMATRIX = re.compile(r"did not find weights for (\S+)")
 _ERROR = re.compile(r"failed to quantize: (.+)$")
+BYTES_A_WEIGHT = 16
+"""Of the largest tensor: its numbers in f32, what they become, and as much again."""
+SECONDS_A_WEIGHT = 1e-5
+"""Of the largest tensor, during which llama.cpp gives no sign of life: slow types take one thread long."""
 USAGE_MARK = "@qguard-usage"
 """Starts the child's own line: seconds in `llama_model_quantize`, peak resident size in bytes, seconds of the processor."""
 
@@ -223,6 +230,7 @@ def quantize(
 
     Raises:
         QuantizeError: llama.cpp failed; nothing is left at `outfile`.
+        FormatError: the base is not a sound GGUF.
     """
     options.check()
     job = asdict(options) | {
@@ -232,22 +240,31 @@ def quantize(
         "outfile": str(outfile),
         "dry_run": dry_run,
     }
-    command = child_command("convert.quantize_worker", json.dumps(job))
+    limits = limits_of(base, options.threads or available_cores())
+    command = child_command("convert.quantize_worker", json.dumps(job), str(limits.memory or 0))
     parser = _LogParser(progress)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as child:
+        silence = Silence(child, limits.seconds)
         try:
             assert child.stdout is not None
             for raw in child.stdout:
+                silence.broken()
                 parser.feed(raw.decode("utf-8", "replace"))
             code = child.wait()
         except BaseException:
             child.kill()
             outfile.unlink(missing_ok=True)
             raise
+        finally:
+            silence.end()
     if code != 0:
         if not dry_run:
             outfile.unlink(missing_ok=True)
         reason = parser.reason(code)
+        if silence.expired:
+            reason = (
+                f"it was stopped after {limits.seconds:.0f} s without a sign of life; {SECONDS_VARIABLE} sets that limit"
+            )
         if "imatrix" in reason or "importance matrix" in reason:
             raise QuantizeError(
                 f"{options.file_type.name} needs an importance matrix: pass --imatrix FILE, made by llama-imatrix or by "
@@ -255,6 +272,21 @@ def quantize(
             )
         raise QuantizeError(f"llama.cpp could not quantize {base.name} to {options.file_type.name}: {reason}")
     return parser.report()
+
+
+def limits_of(base: Path, threads: int) -> ChildLimits:
+    """What llama.cpp may take to quantize a file: more memory and time the larger its largest tensor is.
+
+    Args:
+        base: first shard of a split one.
+        threads: of llama.cpp.
+
+    Raises:
+        FormatError: it is not a sound GGUF.
+        LlamaRuntimeError: a variable of the environment is no number.
+    """
+    largest = max((tensor.n_weights for tensor in GgufModel(base).tensors.values()), default=0)
+    return ChildLimits.of(base, threads=threads, more=BYTES_A_WEIGHT * largest, longer=SECONDS_A_WEIGHT * largest)
 
 
 class _LogParser:

@@ -12,6 +12,7 @@ from pathlib import Path
 from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.gguf_file import GgufModel
+from convert.llama_limits import ChildLimits
 from convert.scratch import scratch_folder
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.runtimes.activations_job import ActivationJob, job_key
@@ -19,7 +20,6 @@ from qguard_edge.runtimes.gram_files import GramError, WantedWeight, load_index
 from qguard_edge.runtimes.gram_passes import forget_others
 from qguard_edge.runtimes.grams import Grams
 from qguard_edge.runtimes.llama_child import Event, run_child
-from qguard_edge.runtimes.llama_limits import ChildLimits
 
 BATCH = 512
 """Tokens of one graph: enough for the products to be efficient, few enough for all their logits to be small."""

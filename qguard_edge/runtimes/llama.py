@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.cores import available_cores
+from convert.llama_limits import ChildLimits, LlamaRuntimeError
 from qguard_edge.runtimes.batching import Answer, Sampling, check_prompts
 from qguard_edge.runtimes.llama_child import LlamaProcess
-from qguard_edge.runtimes.llama_limits import ChildLimits, LlamaRuntimeError
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

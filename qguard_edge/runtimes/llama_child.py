@@ -12,7 +12,6 @@ limited size (POSIX) and may be silent for a limited time; see `ChildLimits`.
 
 import json
 import logging
-import math
 import os
 import re
 import subprocess
@@ -23,8 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from convert.child import child_command
-from qguard_edge.runtimes.llama_limits import GIB, MEMORY_VARIABLE, SECONDS_VARIABLE, ChildLimits, LlamaRuntimeError
+from convert.child import Silence, child_command
+from convert.llama_limits import GIB, MEMORY_VARIABLE, SECONDS_VARIABLE, ChildLimits, LlamaRuntimeError
 from qguard_edge.runtimes.llama_wire import PROGRESS, REFUSED, RESULT, WireError, read_into, read_start, send
 
 MARK = "@qguard-event "
@@ -44,37 +43,6 @@ logger = logging.getLogger("qguard_edge.llama_cpp")
 def tell(**event: Any) -> None:
     """In the child of `run_child`: one event for the parent. `error="..."` is the reason that the parent will give."""
     os.write(1, f"{MARK}{json.dumps(event)}\n".encode())
-
-
-class _Silence:
-    """Kills a child that gives no sign of life for too long.
-
-    Seconds are counted, not looked up on a clock: while the whole program is stopped, nothing counts.
-    """
-
-    def __init__(self, child: subprocess.Popen[bytes], seconds: float) -> None:
-        self.listening = True
-        self.expired = False
-        self._silent = 0
-        self._child, self._seconds = child, seconds
-        self._over = threading.Event()
-        if math.isfinite(seconds):
-            threading.Thread(target=self._count, daemon=True).start()
-
-    def broken(self) -> None:
-        """The child gave a sign of life."""
-        self._silent = 0
-
-    def end(self) -> None:
-        self._over.set()
-
-    def _count(self) -> None:
-        while not self._over.wait(1.0):
-            self._silent = self._silent + 1 if self.listening else 0
-            if self._silent > self._seconds:
-                self.expired = True
-                self._child.kill()
-                return
 
 
 def _ending(code: int, lines: Sequence[str], limits: ChildLimits, expired: bool, doing: str = "") -> str:
@@ -122,7 +90,7 @@ def run_child(
     error, last = "", deque[str](maxlen=12)
     command = child_command(module, str(job), str(limits.memory or 0))
     with _popen(command, environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as child:
-        silence = _Silence(child, limits.seconds)
+        silence = Silence(child, limits.seconds)
         try:
             assert child.stdout is not None
             while raw := child.stdout.readline(LONGEST_LINE):
@@ -170,7 +138,7 @@ class LlamaProcess:
         assert self._child.stdout is not None
         self._requests, self._replies = self._child.stdin, self._child.stdout
         _widen(self._replies)
-        self._silence = _Silence(self._child, limits.seconds)
+        self._silence = Silence(self._child, limits.seconds)
         self._silence.listening = False
         self._listener = threading.Thread(target=_listen, args=(self._child.stderr, self._last), daemon=True)
         self._listener.start()

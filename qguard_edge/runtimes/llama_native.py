@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.cores import available_cores
+from convert.llama_limits import LlamaRuntimeError
 from qguard_edge.runtimes.batching import Row, generate
-from qguard_edge.runtimes.llama_limits import LlamaRuntimeError
 
 logger = logging.getLogger("qguard_edge.llama_cpp")
 

@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from convert.child import limit_process
+from convert.llama_limits import LlamaRuntimeError
 from qguard_edge.runtimes.batching import Row, Sampling, generate
-from qguard_edge.runtimes.llama_limits import LlamaRuntimeError
 from qguard_edge.runtimes.llama_native import NativeModel
 from qguard_edge.runtimes.llama_wire import PROGRESS, REFUSED, RESULT, WireError, receive, send
 from quant_grids.errors import QGuardError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.child import child_command
-from qguard_edge.runtimes.llama_limits import LlamaRuntimeError
+from convert.llama_limits import LlamaRuntimeError
 from quant_grids.errors import QGuardError
 
 PROMPT = "The capital of France is"

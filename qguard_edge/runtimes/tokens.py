@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.llama_limits import LlamaRuntimeError
 from qguard_edge.runtimes.llama import LlamaModel
-from qguard_edge.runtimes.llama_limits import LlamaRuntimeError
 from quant_grids.errors import QGuardError
 
 

@@ -13,6 +13,7 @@ from convert.imatrix_file import load_imatrix, write_imatrix
 from convert.quantizer import (
     QuantizeError,
     QuantizeOptions,
+    limits_of,
     parse_override,
     parse_tensor_type,
     quantize,
@@ -171,3 +172,26 @@ def test_imatrix_with_nan_is_refused(tmp_path: Path) -> None:
     make_legacy(tmp_path / "nan.dat", {"a": np.array([1.0, np.nan], np.float32)}, calls=1)
     with pytest.raises(FormatError, match="not finite"):
         load_imatrix(tmp_path / "nan.dat")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [("QGUARD_LLAMA_SECONDS", "0.1", "without a sign of life"), ("QGUARD_LLAMA_GIB", "0.01", "could not quantize")],
+)
+def test_the_child_is_limited(
+    variable: str, value: str, said: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(QuantizeError, match=said):
+        quantize(tiny_base, tmp_path / "o.gguf", Q4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_grow_with_the_largest_tensor(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = limits_of(tiny_base, 1)
+    monkeypatch.setattr("convert.gguf_file.TensorInfo.n_weights", 1 << 30)
+    large = limits_of(tiny_base, 1)
+    assert usual.memory is not None
+    assert large.memory is not None
+    assert large.memory > usual.memory
+    assert large.seconds > usual.seconds + 3600

@@ -11,10 +11,10 @@ import numpy as np
 import psutil
 import pytest
 
+from convert.llama_limits import GIB, ChildLimits, LlamaRuntimeError
 from qguard_edge.runtimes import llama_child
 from qguard_edge.runtimes.batching import Sampling, generate
 from qguard_edge.runtimes.llama import LlamaModel
-from qguard_edge.runtimes.llama_limits import GIB, ChildLimits, LlamaRuntimeError
 from qguard_edge.runtimes.llama_native import NativeModel
 from qguard_edge.runtimes.llama_wire import RESULT
 from tests.helpers.hostile_gguf import rewrite

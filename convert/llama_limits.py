@@ -31,7 +31,7 @@ class ChildLimits:
     seconds: float
 
     @classmethod
-    def of(cls, path: Path, *, tokens: int = 0, threads: int = 1, more: float = 0.0) -> Self:
+    def of(cls, path: Path, *, tokens: int = 0, threads: int = 1, more: float = 0.0, longer: float = 0.0) -> Self:
         """Generous ones for a GGUF, unless the environment sets others (0 for none).
 
         Memory: the files twice (mapped, and repacked), 8 GiB, 2 MiB for each token of the context, 160 MiB for each thread; but
@@ -42,6 +42,7 @@ class ChildLimits:
             tokens: that the context holds.
             threads: of llama.cpp.
             more: bytes for work of the child's own; infinite for what the machine has.
+            longer: seconds, beyond the others.
 
         Raises:
             LlamaRuntimeError: a variable of the environment is no number.
@@ -49,7 +50,7 @@ class ChildLimits:
         size = sum(file.stat().st_size for file in _files(path) if file.is_file())
         wanted = 2 * size + 8 * GIB + (tokens << 21) + threads * (160 << 20) + more
         gib = _number(MEMORY_VARIABLE, min(wanted, size + psutil.virtual_memory().total + 4 * GIB) / GIB)
-        seconds = _number(SECONDS_VARIABLE, 600 + 60 * size / GIB)
+        seconds = _number(SECONDS_VARIABLE, 600 + 60 * size / GIB + longer)
         return cls(int(gib * GIB) if math.isfinite(gib) else None, seconds)
 
 
