@@ -140,7 +140,7 @@ def case(name: str, seed: int, number: int, sound: Material, codes: Counter[str]
         if name == KILL:
             killed = rng.choice(list(kills.commands(sound, Path())))
             found = kills.stopped(killed, rng.choice(kills.SIGNALS), rng.uniform(0.3, 8), sound, Path(place))
-            return "" if found in (kills.HELD, kills.LATE) else f"{killed}: {found}"
+            return "" if found in kills.KINDS else f"{killed}: {found}"
         here = Path(place) / "case"
         here.mkdir()
         with unmounted(here / DISK):

@@ -1,10 +1,12 @@
 """Stop commands at random moments and look at what is left: `python -m tests.hostile.kills --seed 1 --cases 100`.
 
 Each command first runs to its end: how long it takes, when it takes the name of its output, and what it writes. Then it is
-started anew and gets SIGKILL at a random moment between these two times. A case holds if nothing partial has a final name
-(what is there is whole, or equals what the undisturbed run wrote), if every process of the run is gone, and if the same command
-again succeeds, writes the same bytes and leaves nothing but its output, neither beside it nor in the system's temporary
-folder. Runs that were over before the signal came are counted apart. With `--state FILE` an interrupted series goes on.
+started anew and gets SIGKILL at a random moment between these two, counted from when it takes the name this time, and longer
+if that took longer. A case holds if nothing partial has a final name (what is there is whole, and what the undisturbed run
+wrote), if every process of the run is gone, and if the same command again succeeds, writes the same bytes and leaves nothing
+but its output, neither beside it nor in the system's temporary folder. Runs that were over before the signal came are counted
+apart, and so are kills that left something unfinished for the next run to sweep. With `--state FILE` an interrupted series
+goes on.
 
 The campaign `kill` of `make fuzz` does the same with any of four signals, at moments that are not measured first.
 """
@@ -31,7 +33,7 @@ from tests.hostile.material import Material, digests, made_apart
 SECONDS = 600  # for a command that nobody stops, on a busy machine
 LINGER = 5.0  # for children to notice that their parent is gone
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-HELD, LATE = "held", "ended before"
+HELD, SWEPT, LATE = KINDS = "held", "held and swept", "ended before"
 DATED = ("verify.json", "report.html")
 TORCHS = "torchinductor"  # a folder that torch keeps on purpose
 
@@ -93,19 +95,23 @@ def leftovers(here: Path, scratch: Path, out: str) -> list[str]:
 def undisturbed(name: str, sound: Material, place: Path) -> Whole:
     """Run a command to its end."""
     here, scratch = folders(place)
-    child = start(commands(sound, here / "o")[name], scratch)
     began = time.monotonic()
-    begins = None
-    while child.poll() is None and time.monotonic() < began + SECONDS and begins is None:
-        if any(here.iterdir()):
-            begins = time.monotonic() - began
-        time.sleep(0.005)
+    child = start(commands(sound, here / "o")[name], scratch)
+    begins = time_of_name(child, here)
     _, err = child.communicate(timeout=SECONDS)
     seconds = time.monotonic() - began
     left = leftovers(here, scratch, "o")
     if child.returncode not in (0, 1, 3) or left:
         raise RuntimeError(f"{name} by itself ended with {child.returncode} and left {left}: {err[-300:]}")
-    return Whole(begins or 0.0, seconds, written(here))
+    return Whole(begins, seconds, written(here))
+
+
+def time_of_name(child: "subprocess.Popen[str]", here: Path) -> float:
+    """Wait until a command that has just been started takes the name of its output, or ends; seconds."""
+    began = time.monotonic()
+    while child.poll() is None and time.monotonic() < began + SECONDS and not any(here.iterdir()):
+        time.sleep(0.002)
+    return time.monotonic() - began
 
 
 def folders(place: Path) -> tuple[Path, Path]:
@@ -145,17 +151,20 @@ def stopped(
     Args:
         name: of the command.
         number: the signal.
-        moment: seconds after the start.
+        moment: seconds after the start; with `whole` a share of the time from taking the output's name to the end.
         sound: inputs.
         place: an empty folder.
         whole: what the command does when nobody stops it, if that was measured.
 
     Returns:
-        `HELD`, `LATE`, or the fault.
+        `HELD`, `SWEPT`, `LATE`, or the fault.
     """
     here, scratch = folders(place)
     command = commands(sound, here / "o")[name]
     child = start(command, scratch)
+    if whole is not None:
+        begins = time_of_name(child, here)
+        moment *= (whole.seconds - whole.begins) * begins / whole.begins
     try:
         child.communicate(timeout=moment)
     except subprocess.TimeoutExpired:
@@ -171,6 +180,7 @@ def stopped(
     if alive:
         return f"{number.name} after {moment:.2f} s: {len(alive)} processes outlive the command"
     after = f"{number.name} after {moment:.2f} s"
+    unfinished = [path for folder in (here, here / "o" / "work", scratch) for path in folder.glob(".qguard-*.[tw]*")]
     first = named(here)
     if broken := broken_reports(here):
         return f"{after}: partial under a final name: {broken}"
@@ -186,21 +196,22 @@ def stopped(
         return f"{after}: partial under a final name: {other}"
     if whole is not None and not name.startswith("verify") and second != whole.written:
         return f"{after}: the next run wrote other bytes"
-    return LATE if late else HELD
+    return LATE if late else SWEPT if unfinished else HELD
 
 
 def table(names: Sequence[str], counts: Counter[str], wholes: Mapping[str, Whole]) -> str:
     """Markdown."""
-    rows = [
-        "| command | undisturbed, s | SIGKILLs | held | failed | ended before the signal |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    kinds = (HELD, "failed", LATE)
-    for name in names:
-        held, failed, late = (counts[f"{name}/{kind}"] for kind in kinds)
-        rows.append(f"| {name} | {wholes[name].seconds:.1f} | {held + failed} | {held} | {failed} | {late} |")
-    held, failed, late = (sum(counts[f"{name}/{kind}"] for name in names) for kind in kinds)
-    return "\n".join([*rows, f"| all | | {held + failed} | {held} | {failed} | {late} |"])
+    head = (
+        "| command | undisturbed, s | SIGKILLs | held | of these, something unfinished was swept | failed | ended before |"
+    )
+    rows = [head, "|---|" + "---:|" * 6]
+    for title, group in (*((name, [name]) for name in names), ("all", names)):
+        held, swept, failed, late = (
+            sum(counts[f"{name}/{kind}"] for name in group) for kind in (HELD, SWEPT, "failed", LATE)
+        )
+        seconds = sum(wholes[name].seconds for name in group)
+        rows.append(f"| {title} | {seconds:.1f} | {held + swept + failed} | {held + swept} | {swept} | {failed} | {late} |")
+    return "\n".join(rows)
 
 
 def main() -> int:
@@ -224,11 +235,10 @@ def main() -> int:
         while sum(count for name, count in counts.items() if not name.endswith(LATE)) < options.cases:
             rng, name = random.Random(f"{options.seed}/{number}"), names[number % len(names)]
             whole = wholes[name]
-            moment = rng.uniform(whole.begins, whole.seconds)
             with tempfile.TemporaryDirectory() as place:
-                found = stopped(name, signal.SIGKILL, moment, sound, Path(place), whole)
-            counts[f"{name}/{found if found in (HELD, LATE) else 'failed'}"] += 1
-            if found not in (HELD, LATE):
+                found = stopped(name, signal.SIGKILL, rng.random(), sound, Path(place), whole)
+            counts[f"{name}/{found if found in KINDS else 'failed'}"] += 1
+            if found not in KINDS:
                 sys.stdout.write(f"{number}, {name}: {found}\n")
                 sys.stdout.flush()
             number += 1
