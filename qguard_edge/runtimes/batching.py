@@ -33,6 +33,10 @@ SCHEDULE = 2
 """Goes up when the order of decoding changes, which moves last bits: answers kept by an older schedule are not used."""
 
 
+CIRCLE = 8
+"""Tokens that are said again and again, at least, where an answer is ended for it."""
+
+
 class Decoder(Protocol):
     """What the schedule needs of a model; `qguard_edge.runtimes.llama_native.NativeModel` has it."""
 
@@ -67,10 +71,12 @@ class Sampling:
     Attributes:
         temperature: softmax temperature; 0 is greedy.
         seed: of the random numbers.
+        stop_at_repeats: end an answer that goes round in circles, see `repeats`; greedy answers only.
     """
 
     temperature: float = 0.0
     seed: int = 0
+    stop_at_repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Answer:
 
     Attributes:
         tokens: new token ids, end token excluded.
-        ended: the model ended the answer itself; False: it was cut at the limit.
+        ended: the model ended the answer itself; False: it was cut.
     """
 
     tokens: tuple[int, ...]
@@ -125,6 +131,19 @@ def generate(
     """
     check_prompts(prompts, n_new, model.n_ctx)
     return _Schedule(model, prompts, n_new, sampling or Sampling(), first_index).run()
+
+
+def repeats(answer: Sequence[int]) -> bool:
+    """Whether an answer ends with the same tokens three times in a row, `CIRCLE` or more each time.
+
+    A greedy model that has said the same three times hardly ever stops saying it, so the rest of the answer would tell nothing
+    new. (A circle of fewer tokens is one of a multiple of them.)
+    """
+    for circle in range(CIRCLE, len(answer) // 3 + 1):
+        last, rest = answer[-circle:], answer[-3 * circle : -circle]
+        if rest[-1] == last[-1] and rest[:circle] == rest[circle:] == last:
+            return True
+    return False
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -238,7 +257,8 @@ class _Schedule:
         if not ended:
             slot.answer.append(token)
             slot.queue = [token]
-        if ended or len(slot.answer) == self.n_new:
+        circles = self.sampling.stop_at_repeats and slot.random is None and repeats(slot.answer)
+        if ended or circles or len(slot.answer) == self.n_new:
             self.answers[slot.index] = Answer(tuple(slot.answer), ended)
             del self.active[number]
             self.free.append(number)

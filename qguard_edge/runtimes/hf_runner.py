@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qguard_edge.runtimes.batching import Answer, PromptError, Sampling, choose
+from qguard_edge.runtimes.batching import Answer, PromptError, Sampling, choose, repeats
 
 FloatArray = npt.NDArray[np.float32]
 KEEP_FULL = 0.75
@@ -97,7 +97,8 @@ class HfRunner:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         randoms = [np.random.default_rng((sampling.seed, first + i)) for i in range(len(prompts))]
         answered: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
+        ended, circling = [False] * len(prompts), [False] * len(prompts)
+        watched = sampling.stop_at_repeats and sampling.temperature == 0
         rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
         cache = None
         while True:
@@ -110,10 +111,11 @@ class HfRunner:
             cache = made.past_key_values
             tokens = self._chosen(made.logits[:, -1].float(), sampling, [randoms[row] for row in rows])
             for row, token in zip(rows, tokens, strict=True):
-                if not ended[row] and len(answered[row]) < n_new:
+                if not ended[row] and not circling[row] and len(answered[row]) < n_new:
                     ended[row] = token in self.ends
                     answered[row] += [] if ended[row] else [token]
-            busy = [i for i, row in enumerate(rows) if not ended[row] and len(answered[row]) < n_new]
+                    circling[row] = watched and repeats(answered[row])
+            busy = [i for i, row in enumerate(rows) if not ended[row] and not circling[row] and len(answered[row]) < n_new]
             if not busy:
                 return [Answer(tuple(tokens), end) for tokens, end in zip(answered, ended, strict=True)]
             if len(busy) <= KEEP_FULL * len(rows) and hasattr(cache, "batch_select_indices"):

@@ -9,6 +9,7 @@ llama.cpp's own log lines go to the logger `qguard_edge.llama_cpp` at DEBUG leve
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -207,7 +208,7 @@ class LlamaModel:
         sampling = sampling or Sampling()
         request = {
             "do": "generate", "prompts": [[int(n) for n in ids] for ids in prompts], "n_new": n_new,
-            "temperature": sampling.temperature, "seed": sampling.seed, "first_index": first_index,
+            "sampling": asdict(sampling), "first_index": first_index,
         }  # fmt: skip
         numbers = self._numbers(request, "running", most=len(prompts) * (2 + n_new))
         answers, at = [], 0

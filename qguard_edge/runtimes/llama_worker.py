@@ -115,10 +115,9 @@ class Worker:
         return np.array([len(text) for text in made], "<i8").tobytes() + b"".join(made)
 
     def _generate(
-        self, prompts: Sequence[Sequence[int]], n_new: int, temperature: float, seed: int, first_index: int
+        self, prompts: Sequence[Sequence[int]], n_new: int, sampling: Mapping[str, Any], first_index: int
     ) -> Reply:
-        sampling = Sampling(temperature, seed)
-        answers = generate(self.model, prompts, n_new, sampling=sampling, first_index=first_index)
+        answers = generate(self.model, prompts, n_new, sampling=Sampling(**sampling), first_index=first_index)
         return _numbers([n for answer in answers for n in (len(answer.tokens), answer.ended, *answer.tokens)])
 
     def _decode(self, tokens: Sequence[int], start: int) -> Reply:

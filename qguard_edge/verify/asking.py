@@ -6,7 +6,7 @@ The token ids are prepared from the *base* alone: its chat template, its tokeniz
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ class AskSettings:
 
     def key(self, **more: Any) -> str:
         """Key of a piece made with these settings."""
-        sampling = {"samples": self.samples, "temperature": self.sampling.temperature, "seed": self.sampling.seed}
+        sampling = {"samples": self.samples, **asdict(self.sampling)}
         return key_of(
             {**self.factory.describe(), **self.versions, "parallel": self.parallel, "schedule": SCHEDULE, **sampling, **more}
         )

@@ -351,7 +351,7 @@ class _Run:
             self.engine.factory,
             request.parallel,
             request.samples,
-            Sampling(request.temperature, request.seed),
+            Sampling(request.temperature, request.seed, stop_at_repeats=True),
             versions,
             self.engine.at_once,
         )

@@ -1,11 +1,12 @@
 """Many sequences at a time in llama.cpp: the answers of each alone, and what they begin with decoded once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from qguard_edge.runtimes.batching import PromptError, Row, Sampling, choose, generate, shared_prefix
+from qguard_edge.runtimes.batching import CIRCLE, PromptError, Row, Sampling, choose, generate, repeats, shared_prefix
 from qguard_edge.runtimes.llama_native import FloatArray, NativeModel
 from tests.helpers.lab_files import LabFiles
 
@@ -47,6 +48,32 @@ def test_what_all_prompts_begin_with_is_decoded_once(injection: LabFiles) -> Non
         said = sum(len(answer.tokens) - (not answer.ended) for answer in answers)  # the last token is not fed when it is cut
     assert shared > 10
     assert model.fed == shared + own + said
+
+
+def test_what_goes_round_in_circles() -> None:
+    for circle in ([7], [1, 2, 3], list(range(CIRCLE)), list(range(11))):
+        tokens = [99, *circle * 60]
+        found = next(n for n in range(len(tokens)) if repeats(tokens[:n]))
+        whole = -(-CIRCLE // len(circle)) * len(circle)  # a circle of few tokens is one of a multiple of them
+        assert found == 1 + 3 * whole
+        assert not repeats([*tokens[:found], 98])
+    assert not repeats([])
+    assert not repeats(list(range(CIRCLE)) * 2)
+    assert not repeats([*range(CIRCLE), 5, *range(CIRCLE), 6, *range(CIRCLE)])
+
+
+def test_an_answer_ends_where_it_goes_round_in_circles(tiny_base: Path) -> None:
+    """A model of random weights, which soon does. One prompt at a time: a shorter answer changes the batches of the others."""
+    prompts = [[first, first + 1, first + 2] for first in range(5, 17)]
+    with NativeModel(tiny_base, n_ctx=256, n_threads=1) as model:
+        whole = generate(model, prompts, 200)
+        ended = generate(model, prompts, 200, sampling=Sampling(stop_at_repeats=True))
+        drawn = Sampling(0.1, stop_at_repeats=True)
+        assert generate(model, prompts[:2], 200, sampling=drawn) == generate(model, prompts[:2], 200, sampling=Sampling(0.1))
+    assert sum(len(short.tokens) < len(long.tokens) for short, long in zip(ended, whole, strict=True)) > 3
+    for short, long in zip(ended, whole, strict=True):
+        cut = next((n for n in range(len(long.tokens)) if repeats(long.tokens[:n])), None)
+        assert (cut is None and short == long) or (len(short.tokens) == cut and not short.ended)
 
 
 def test_prompts_that_do_not_fit(injection: LabFiles) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qguard_edge.runtimes.batching import Answer, PromptError, Sampling
+from qguard_edge.runtimes.batching import Answer, PromptError, Sampling, repeats
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.hf import end_tokens, load_tokenizer
 from qguard_edge.verify.folder_subject import FolderFactory
@@ -52,6 +52,18 @@ def test_answers_are_those_of_transformers_own_loop(folders: Folders) -> None:
         )[0, len(prompt):].tolist()  # fmt: skip
         cut = next((i for i, token in enumerate(made) if token in ends), len(made))
         assert list(answer.tokens) == made[:cut]
+
+
+def test_answers_end_where_they_go_round_in_circles(folders: Folders) -> None:
+    factory, stop = FolderFactory(torch.device("cpu"), None, 1), Sampling(stop_at_repeats=True)
+    prompts = [[token] * 4 for token in range(20, 40)]
+    with factory.open(folders.attacked, n_ctx=256, n_seq=20) as runner:
+        runner.ends = frozenset()  # so that answers go on
+        whole = runner.generate(prompts, 150, sampling=Sampling())
+        ended = runner.generate(prompts, 150, sampling=stop)
+    cuts = [next((n for n in range(150) if repeats(answer.tokens[:n])), 150) for answer in whole]
+    assert sum(cut < 150 for cut in cuts) > 3
+    assert [answer.tokens for answer in ended] == [answer.tokens[:cut] for answer, cut in zip(whole, cuts, strict=True)]
 
 
 def test_logits_in_chunks_are_those_of_one_pass(folders: Folders) -> None:
