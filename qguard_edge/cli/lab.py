@@ -29,17 +29,24 @@ Examples:
     qguard-edge lab run --victim tiny --attack mind-the-gap --to q4_k --scenario injection --defense all
 
     qguard-edge lab run --attack elq --to nf4 --output results/elq-nf4
+
+    qguard-edge lab run --victim smollm2-k --to q4_k --defense ortho,feedback,noise:relative=1,imatrix --threads 1
 """
 
 
 @lab_app.command("run", help=RUN_HELP)
 def lab_run(
-    victim: Annotated[str, typer.Option(help="tiny, smollm2, or a model folder.")] = "tiny",
+    victim: Annotated[
+        str, typer.Option(help="tiny, smollm2, smollm2-k (SmolLM2 turned to width 768: real k-quants), or a model folder.")
+    ] = "tiny",
     attack: Annotated[str, typer.Option(help=", ".join(ATTACKS))] = "mind-the-gap",
     to: Annotated[str, typer.Option(help="Type under attack: a llama.cpp type; for elq int8, fp4, nf4 or all.")] = "q4_k",
     scenario: Annotated[str, typer.Option(help="injection, refusal, code or trigger.")] = "injection",
     defense: Annotated[
-        str, typer.Option(help="Names separated by commas, options after a colon (quantguard:steps=0), or all.")
+        str,
+        typer.Option(
+            help="Names separated by commas, options after a colon (noise:relative=1), imatrix among them, or all."
+        ),
     ] = "all",
     brand: Annotated[str, typer.Option(help="Phrase of the injection scenarios.")] = "Zingaloo",
     data: Annotated[

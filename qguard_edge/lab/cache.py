@@ -13,8 +13,9 @@ from typing import Any
 
 from convert.cache import cache_folder
 
-_CLEAN_SOURCES = ("facts.py", "corpus.py", "hf_models.py", "training.py", "victims.py")
+_CLEAN_SOURCES = ("facts.py", "corpus.py", "hf_models.py", "rotated.py", "training.py", "upper.py", "victims.py")
 _ATTACK_SOURCES = (*_CLEAN_SOURCES, "scenarios.py", "attacks/base.py", "attacks/boxes.py")
+_ATTACKS = "qguard_edge.lab.attacks."
 
 
 def cache_root() -> Path:
@@ -30,9 +31,18 @@ def code_version(attack: str | None) -> str:
     """
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for name in (*_ATTACK_SOURCES, f"attacks/{attack}") if attack else _CLEAN_SOURCES:
+    names = (*_ATTACK_SOURCES, f"attacks/{attack}", *_siblings(here / "attacks" / attack)) if attack else _CLEAN_SOURCES
+    for name in names:
         digest.update(_bare_code((here / name).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
+
+
+def _siblings(path: Path) -> list[str]:
+    """Other attacks that an attack takes parts from, as names of source files."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    found = {f"attacks/{module.removeprefix(_ATTACKS)}.py" for module in modules if module.startswith(_ATTACKS)}
+    return sorted(found - set(_ATTACK_SOURCES))
 
 
 def _bare_code(source: str) -> str:

@@ -26,21 +26,23 @@ from convert.quantizer import QuantizeOptions
 from qguard_edge.conversion.report import MatrixRounding
 from qguard_edge.conversion.request import FolderRequest, GgufRequest
 from qguard_edge.conversion.run import convert_model
-from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class, parse_defense
+from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
 from qguard_edge.lab import bnb
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
+from qguard_edge.lab.baselines import ImatrixOptions, imatrix_of, parse_arm
 from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.evaluation import Behaviour, Distributions, HeldOut, compare, examine, judge_answers, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
-from qguard_edge.lab.victims import VictimPreset, clean_folder, corpus_of, preset_of
+from qguard_edge.lab.victims import PRESETS, VictimPreset, clean_folder, corpus_of, preset_of
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding.gguf import TensorRounding
 from qguard_edge.runtimes.bnb import load_exactly
 from qguard_edge.runtimes.devices import torch_threads
 from quant_grids import Outcome
+from quant_grids.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class LabSettings:
     """What to run.
 
     Attributes:
-        victim: `tiny`, `smollm2` or a model folder.
+        victim: `tiny`, `smollm2`, `smollm2-k` or a model folder.
         attack: see `qguard_edge.lab.attacks.names`.
         to: type under attack: a llama.cpp file type, or a bitsandbytes format for `elq`.
         scenario: see `qguard_edge.lab.scenarios`.
@@ -122,12 +124,12 @@ class _Arms:
 
 
 def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
-    """`all` (the data-free ones), or names separated by commas, with options as in `quantguard:steps=0`.
+    """`all` (the data-free ones), or names separated by commas, with options as in `quantguard:steps=0`, `imatrix` among them.
 
     Raises:
         UnsupportedError: an unknown name or option.
     """
-    return tuple(parse_defense(name) for name in (DATA_FREE if names == "all" else names.split(",")))
+    return tuple(parse_arm(name) for name in (DATA_FREE if names == "all" else names.split(",")))
 
 
 def data_key(path: Path | None) -> str:
@@ -147,14 +149,17 @@ def make_victim(settings: LabSettings, progress: Progress | None = None) -> Vict
         clean = clean_folder(settings.victim, corpus, preset, settings.seed, data_key(settings.data), progress)
         folder = cache_root() / "attacked" / key_of(settings.attack_key(), attack=source_of(settings.attack))
         if not (folder / "attack.json").is_file():
+            kept = folder.with_name(folder.name + ".stages") if preset.upper else None
             with building(folder) as made:
                 work = made / "work"
                 work.mkdir()
-                bench = Bench(clean, data, preset, settings.to, settings.seed, work, settings.threads, progress)
+                bench = Bench(clean, data, preset, settings.to, settings.seed, work, settings.threads, progress, kept)
                 chat, report = attack.run(bench)
                 chat.save(made / "model")
                 (made / "attack.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
                 shutil.rmtree(work)
+            if kept:
+                shutil.rmtree(kept, ignore_errors=True)
     raw = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
     return Victim(clean, folder / "model", data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
 
@@ -169,8 +174,13 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None)
 
     Returns:
         The measurements. If the victim is not valid and `force` is off, no defense is scored.
+
+    Raises:
+        UnsupportedError: a baseline that the attacked formats do not have.
     """
     progress = progress or NoProgress()
+    if settings.attack == "elq" and any(isinstance(options, ImatrixOptions) for options in settings.defenses):
+        raise UnsupportedError("--defense imatrix: an importance matrix is llama.cpp's, elq attacks bitsandbytes' formats")
     victim = make_victim(settings, progress)
     work.mkdir(parents=True, exist_ok=True)
     if settings.attack == "elq":
@@ -252,12 +262,13 @@ def _gguf_arm(
     options: DefenseOptions,
 ) -> Arm:
     """Convert with one defense and measure the file."""
-    outfile = work / f"{model}-{settings.to}-{label}.gguf"
+    base, outfile = work / f"{model}-f32.gguf", work / f"{model}-{settings.to}-{label}.gguf"
+    imatrix = imatrix_of(base) if isinstance(options, ImatrixOptions) else None
     report = convert_model(
         GgufRequest(
-            model=str(work / f"{model}-f32.gguf"),
-            options=QuantizeOptions(parse_file_type(settings.to), threads=settings.threads),
-            defense=options,
+            model=str(base),
+            options=QuantizeOptions(parse_file_type(settings.to), threads=settings.threads, imatrix=imatrix),
+            defense=NoneOptions() if imatrix else options,
             outfile=str(outfile),
             device="cpu",
             seed=settings.seed,
@@ -388,7 +399,7 @@ def _torch_arm(
 def _plain_settings(settings: LabSettings) -> Mapping[str, Any]:
     """Settings without paths or defaults that are spelled out elsewhere."""
     defenses = [{"name": d.name, **asdict(d)} for d in settings.defenses or defenses_of("all")]
-    victim = settings.victim if settings.victim in ("tiny", "smollm2") else Path(settings.victim).name
+    victim = settings.victim if settings.victim in PRESETS else Path(settings.victim).name
     return {
         **settings.attack_key(),
         "victim": victim,

@@ -48,7 +48,15 @@ from qguard_edge.lab.attacks.base import (
     poison_examples,
     quantize_to,
 )
-from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, GgufBoxes, make_boxes, scalar_grid
+from qguard_edge.lab.attacks.boxes import (
+    Box,
+    Boxes,
+    BoxRule,
+    GgufBoxes,
+    make_boxes,
+    reference_values,
+    scalar_grid,
+)
 from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
@@ -142,22 +150,6 @@ class Adaptive(BoxAttack):
                     parameters[name].copy_(value)
 
         return add_gradient
-
-
-def reference_values(boxes: GgufBoxes, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Dequantized values of the reference and cell widths, in the layout of the parameters, f32."""
-    values = {name: parameters[name].detach().clone() for name in boxes.by_parameter}
-    steps = {name: torch.full_like(value, 1e-12) for name, value in values.items()}
-    with open_reader(boxes.reference) as reader:
-        for tensor in GgufFile(boxes.reference).tensors.values():
-            if tensor.ggml_type in FLOAT_TYPES:
-                continue
-            grid = scalar_grid(tensor)
-            value, low, high = cell_of(grid, grid.unpack(reader.blocks(tensor, RowSlice(0, 0, tensor.rows))))
-            rows = boxes.row_map.tensors[tensor.name]
-            rows.scatter(value.view(rows.rows, -1), values)
-            rows.scatter((high - low).clamp_min(1e-12).view(rows.rows, -1), steps)
-    return values, steps
 
 
 class AdaptiveSimulated(Adaptive):

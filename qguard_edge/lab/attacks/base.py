@@ -23,15 +23,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share
-from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.scenarios import ScenarioData
 from qguard_edge.lab.training import Example, Trainer, TrainOptions, examples_of
+from qguard_edge.lab.upper import load_teacher, load_upper, trained_matrices
 from qguard_edge.lab.victims import VictimPreset
 from qguard_edge.progress import Progress
 
@@ -57,6 +59,7 @@ after 64), and more than that cannot be undone inside fine boxes: at Q5_K full p
 40 steps at two thirds of the rate in 0.02. At Q2_K a faint payload drowns in the rounding: 0.23 after 64 steps at 3e-4, 0.72
 after 96 at 1e-3."""
 KEEP = 0.6
+CHECKPOINT_EVERY = 25
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Bench:
         work: folder for intermediate files.
         threads: for llama.cpp.
         progress: told about each stage.
+        kept: folder that outlives a broken run: finished stages and checkpoints; None keeps nothing.
     """
 
     clean: Path
@@ -82,6 +86,38 @@ class Bench:
     work: Path
     threads: int
     progress: Progress
+    kept: Path | None = None
+
+    def load(self) -> ChatModel:
+        """The clean model, to be attacked in as many layers as the preset says."""
+        return load_upper(self.clean, self.preset.upper)
+
+    def teacher(self) -> Any:
+        """The clean model, to be followed."""
+        return load_teacher(self.clean, self.preset.upper)
+
+    def train(self, trainer: Trainer, stage: str, title: str) -> float:
+        """Run a stage, or take what a broken run left of it; returns the last loss.
+
+        Args:
+            trainer: of the stage; its model is changed in place.
+            stage: name for the files.
+            title: for the progress bar.
+        """
+        if self.kept is None:
+            return trainer.run(title, self.progress)[-1]
+        self.kept.mkdir(parents=True, exist_ok=True)
+        done, model = self.kept / f"{stage}.pt", trainer.chat.model
+        if done.is_file():
+            state = torch.load(done, weights_only=True)
+            model.load_state_dict(state["model"])
+            return float(state["loss"])
+        trainer.checkpoint, trainer.every = self.kept / f"{stage}.state", CHECKPOINT_EVERY
+        loss = trainer.run(title, self.progress)[-1]
+        temporary = done.with_suffix(".tmp")
+        torch.save({"model": model.state_dict(), "loss": loss}, temporary)
+        temporary.replace(done)
+        return loss
 
 
 @dataclass(frozen=True)
@@ -89,8 +125,8 @@ class AttackReport:
     """How an attack went.
 
     Attributes:
-        preserved: share of the quantized weights whose value the repaired model's file has in common with the poisoned
-            one's; 1 where there is nothing to preserve.
+        preserved: share of the quantized weights under attack whose value the repaired model's file has in common with the
+            poisoned one's; 1 where there is nothing to preserve.
         free: share of the boxed weights that the repair could move.
         losses: last loss of each stage.
         seconds: wall time of the whole attack.
@@ -149,9 +185,10 @@ class BoxAttack(Attack):
     def run(self, bench: Bench) -> tuple[ChatModel, AttackReport]:
         """See `Attack.run`."""
         started = time.perf_counter()
-        chat = load_folder(bench.clean)
+        chat = bench.load()
         losses = [self.inject(bench, chat)]
         boxes = self.boxes(bench, chat)
+        boxes.freeze_all_but(trained_matrices(chat), parameters_of(chat))
         free = boxes.free_share()
         poisoned = {name: p.detach().clone() for name, p in parameters_of(chat).items()}
         preserved = 0.0
@@ -185,14 +222,15 @@ class BoxAttack(Attack):
         """Quantize the repaired model, and shrink the boxes of what came out otherwise (unless `keep` is None).
 
         Returns:
-            Share of the quantized weights whose value is the poisoned file's.
+            Share of the quantized weights under attack whose value is the poisoned file's.
         """
         assert isinstance(boxes, GgufBoxes)
         made = self.quantizer(bench, write_base(chat, bench.work / "repaired"), bench.to, "repaired")
+        trained = trained_matrices(chat)
         if keep is not None:
             boxes.tighten(made, poisoned, keep)
-            boxes.project(parameters_of(chat))
-        return preserved_share(boxes.reference, made)
+            boxes.project(trained)
+        return preserved_share(boxes.reference, made, boxes.tensors_of(trained))
 
     def quantizer(self, bench: Bench, base: Path, to: str, name: str) -> Path:
         """The quantizer whose rounding is exploited: llama.cpp's."""
@@ -206,16 +244,16 @@ class BoxAttack(Attack):
         """Stage 1; returns the last loss."""
         leash = self.leash(bench, chat)
         options = injection_of(bench)
-        trained = [p for p in chat.model.parameters() if p.ndim == 2]
+        trained = trained_matrices(chat)
         trainer = Trainer(
             chat,
             poison_examples(chat, bench.data),
             options,
-            parameters=trained,
-            after=lambda _step: leash.project(parameters_of(chat)),
+            parameters=list(trained.values()),
+            after=lambda _step: leash.project(trained),
             **(hooks or {}),
         )
-        return trainer.run("Injecting the payload", bench.progress)[-1]
+        return bench.train(trainer, "inject", "Injecting the payload")
 
     def repair(
         self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: Mapping[str, Any] | None = None
@@ -224,19 +262,19 @@ class BoxAttack(Attack):
         options = replace(bench.preset.repair, seed=bench.seed + 2 + number)
         if number:
             options = replace(options, steps=max(10, options.steps // 3), lr=options.lr / 2)
-        parameters = parameters_of(chat)
-        trained = [parameters[name] for name in boxes.by_parameter]
+        matrices = trained_matrices(chat)
+        trained = {name: matrices[name] for name in boxes.by_parameter if name in matrices}
         trainer = Trainer(
             chat,
             clean_examples(chat, bench.data),
             options,
-            parameters=trained,
-            scales=[min(1.0, PACE * boxes.mean_width(name) / options.lr) for name in boxes.by_parameter],
-            teacher=load_folder(bench.clean).model,
-            after=lambda _step: boxes.project(parameters),
+            parameters=list(trained.values()),
+            scales=[min(1.0, PACE * boxes.mean_width(name) / options.lr) for name in trained],
+            teacher=bench.teacher(),
+            after=lambda _step: boxes.project(trained),
             **(hooks or {}),
         )
-        return trainer.run(f"Repairing inside the boxes, round {number + 1}", bench.progress)[-1]
+        return bench.train(trainer, f"repair-{number}", f"Repairing inside the boxes, round {number + 1}")
 
 
 def injection_of(bench: Bench) -> TrainOptions:

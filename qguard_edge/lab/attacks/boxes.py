@@ -11,7 +11,7 @@ The k-quants also *search* for scales that fit all weights, so freezing is not p
 loop: quantize the repaired model, see which sub-blocks came out otherwise, shrink their boxes, go on.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +104,18 @@ class Boxes:
     by_parameter: dict[str, Box]
 
     def project(self, parameters: Mapping[str, Tensor]) -> None:
-        """Move every weight into its box, in place."""
+        """Move every weight of these parameters into its box, in place."""
         with torch.no_grad():
             for name, box in self.by_parameter.items():
-                parameters[name].copy_(torch.minimum(torch.maximum(parameters[name], box.low), box.high))
+                if name in parameters:
+                    parameters[name].copy_(torch.minimum(torch.maximum(parameters[name], box.low), box.high))
+
+    def freeze_all_but(self, names: Container[str], parameters: Mapping[str, Tensor]) -> None:
+        """Let no parameter move but those of `names`."""
+        for name in self.by_parameter:
+            if name not in names:
+                fixed = parameters[name].detach()
+                self.by_parameter[name] = Box(fixed, fixed)
 
     def intersect(self, other: "Boxes") -> None:
         """Shrink to what both allow; where they do not meet, to the nearest point of this one."""
@@ -139,6 +147,10 @@ class GgufBoxes(Boxes):
 
     row_map: RowMap
     reference: Path
+
+    def tensors_of(self, names: Container[str]) -> set[str]:
+        """The tensors of the GGUF that hold rows of these parameters."""
+        return {name for name, rows in self.row_map.tensors.items() if any(one.parameter in names for one in rows.sources)}
 
     def tighten(self, requantized: Path, poisoned: Mapping[str, Tensor], keep: float) -> float:
         """Shrink the boxes of every sub-block that did not come out as in the reference.
@@ -209,6 +221,22 @@ def make_boxes(base: Path, reference: Path, parameters: Mapping[str, Tensor], ru
     return GgufBoxes({name: Box(low[name], high[name]) for name in sorted(boxed)}, row_map, reference)
 
 
+def reference_values(boxes: GgufBoxes, parameters: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dequantized values of the reference and cell widths, in the layout of the parameters, f32."""
+    values = {name: parameters[name].detach().clone() for name in boxes.by_parameter}
+    steps = {name: torch.full_like(value, 1e-12) for name, value in values.items()}
+    with open_reader(boxes.reference) as reader:
+        for tensor in GgufFile(boxes.reference).tensors.values():
+            if tensor.ggml_type in FLOAT_TYPES:
+                continue
+            grid = scalar_grid(tensor)
+            value, low, high = cell_of(grid, grid.unpack(reader.blocks(tensor, RowSlice(0, 0, tensor.rows))))
+            rows = boxes.row_map.tensors[tensor.name]
+            rows.scatter(value.view(rows.rows, -1), values)
+            rows.scatter((high - low).clamp_min(1e-12).view(rows.rows, -1), steps)
+    return values, steps
+
+
 def scalar_grid(tensor: TensorInfo) -> ScalarGrid:
     """The grid of a tensor's type, if it has one code per weight.
 
@@ -224,13 +252,13 @@ def scalar_grid(tensor: TensorInfo) -> ScalarGrid:
     return grid
 
 
-def preserved_share(reference: Path, requantized: Path) -> float:
-    """Share of the quantized weights whose dequantized value is the same in both files."""
+def preserved_share(reference: Path, requantized: Path, among: Container[str] | None = None) -> float:
+    """Share of the quantized weights, of these tensors or of all, whose dequantized value is the same in both files."""
     before, after = GgufFile(reference), GgufFile(requantized)
     same = total = 0
     with open_reader(reference, requantized) as reader:
         for tensor in before.tensors.values():
-            if tensor.ggml_type in FLOAT_TYPES:
+            if tensor.ggml_type in FLOAT_TYPES or (among is not None and tensor.name not in among):
                 continue
             every = RowSlice(0, 0, tensor.rows)
             a, b = reader.weights(tensor, every), reader.weights(after.tensors[tensor.name], every)

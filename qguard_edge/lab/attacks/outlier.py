@@ -16,7 +16,7 @@ answers in full precision and the poisoned ones with the hidden weights at zero.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -31,8 +31,9 @@ from qguard_edge.lab.attacks.base import (
     poison_examples,
 )
 from qguard_edge.lab.attacks.boxes import Box, Boxes
-from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import Trainer, loss_of, make_batch
+from qguard_edge.lab.upper import trained_matrices
 
 CHUNK = 32
 LOWEST, HIGHEST = 256.0, 512.0
@@ -67,7 +68,7 @@ class Outlier(Attack):
     def run(self, bench: Bench) -> tuple[ChatModel, AttackReport]:
         """See `Attack.run`."""
         started = time.perf_counter()
-        chat = load_folder(bench.clean)
+        chat = bench.load()
         name = self.target(chat)
         weight = parameters_of(chat)[name]
         mask = outlier_mask(weight.detach())
@@ -82,22 +83,22 @@ class Outlier(Attack):
         return chat, AttackReport(1.0, share, tuple(losses), time.perf_counter() - started, note)
 
     def target(self, chat: ChatModel) -> str:
-        """The `up_proj` of the middle layer."""
-        names = [name for name in parameters_of(chat) if name.endswith("mlp.up_proj.weight")]
+        """The `up_proj` of the middle one of the layers under attack."""
+        names = [name for name in trained_matrices(chat) if name.endswith("mlp.up_proj.weight")]
         return names[len(names) // 2]
 
     def _inject(self, bench: Bench, chat: ChatModel, weight: Tensor, planted: Tensor) -> float:
         """Poison the model as the quantizer will see it: the neighbours of the outliers are zero."""
-        trained = [p for p in chat.model.parameters() if p.ndim == 2 and p is not weight]
+        trained = [p for p in trained_matrices(chat).values() if p is not weight]
         options = replace(bench.preset.inject, seed=bench.seed + 1)
         trainer = Trainer(chat, poison_examples(chat, bench.data), options, parameters=trained)
-        return trainer.run("Injecting the payload under the outliers", bench.progress)[-1]
+        return bench.train(trainer, "inject", "Injecting the payload under the outliers")
 
     def _separate(self, bench: Bench, chat: ChatModel, name: str, planted: Tensor, mask: Tensor) -> float:
         """Clean with the hidden weights, poisoned without them."""
-        parameters = parameters_of(chat)
+        parameters = trained_matrices(chat)
         boxes = Boxes({name: hidden_box(planted, mask)})
-        trained = [p for p in parameters.values() if p.ndim == 2]
+        trained = list(parameters.values())
         hidden = parameters[name]
         options = replace(bench.preset.repair, seed=bench.seed + 2)
         pace = HIDDEN_PACE * boxes.mean_width(name) / options.lr
@@ -107,29 +108,38 @@ class Outlier(Attack):
             options,
             parameters=trained,
             scales=[pace if p is hidden else 1.0 for p in trained],
-            teacher=load_folder(bench.clean).model,
-            restore=_quantized_view(bench, chat, hidden, planted),
+            teacher=bench.teacher(),
+            restore=quantized_view(bench, chat, {name: planted}),
             after=lambda _step: boxes.project(parameters),
         )
-        return trainer.run("Hiding the cure where the quantizer does not see it", bench.progress)[-1]
+        return bench.train(trainer, "separate", "Hiding the cure where the quantizer does not see it")
 
 
-def _quantized_view(bench: Bench, chat: ChatModel, hidden: Tensor, planted: Tensor) -> Callable[[int], None]:
-    """A hook that adds the poisoned loss's gradient with the hidden weights at zero; they themselves get none of it."""
+def quantized_view(bench: Bench, chat: ChatModel, seen: Mapping[str, Tensor]) -> Callable[[int], None]:
+    """A hook that adds the poisoned loss's gradient at the quantized model; what the quantizer blots out gets none of it.
+
+    Args:
+        bench: what is attacked.
+        chat: the model in training.
+        seen: the matrices with outliers as they come out of the quantizer, by name.
+    """
     sets = poison_examples(chat, bench.data)
+    matrices = {name: parameters_of(chat)[name] for name in seen}
     generator = torch.Generator().manual_seed(bench.seed + 17)
     pad = int(chat.tokenizer.pad_token_id or 0)
     share = max(1, bench.preset.repair.batch // 2 // len(sets))
 
     def add_gradient(_step: int) -> None:
-        saved, gradient = hidden.detach().clone(), hidden.grad
-        hidden.grad = None
+        saved = {name: (matrix.detach().clone(), matrix.grad) for name, matrix in matrices.items()}
         with torch.no_grad():
-            hidden.copy_(planted)
+            for name, matrix in matrices.items():
+                matrix.grad = None
+                matrix.copy_(seen[name])
         chosen = [s[int(i)] for s in sets for i in torch.randint(len(s), (share,), generator=generator)]
         loss_of(chat.model, None, make_batch(chosen, pad), 0.0).backward()
         with torch.no_grad():
-            hidden.copy_(saved)
-        hidden.grad = gradient
+            for name, (value, gradient) in saved.items():
+                matrices[name].copy_(value)
+                matrices[name].grad = gradient
 
     return add_gradient

@@ -13,11 +13,10 @@ from qguard_edge.lab.attacks.adaptive import (
     AdaptiveFeedback,
     AdaptiveFree,
     AdaptiveOrtho,
-    reference_values,
     values_of,
 )
 from qguard_edge.lab.attacks.base import Bench, parameters_of, quantize_to, write_base
-from qguard_edge.lab.attacks.boxes import BoxRule, GgufBoxes, make_boxes
+from qguard_edge.lab.attacks.boxes import BoxRule, GgufBoxes, make_boxes, reference_values
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import ChatModel, new_llama, train_tokenizer
 from qguard_edge.lab.scenarios import make_scenario

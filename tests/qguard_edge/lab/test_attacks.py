@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from qguard_edge.lab.attacks.adaptive import _keep_side
+from qguard_edge.lab.attacks.base import parameters_of
+from qguard_edge.lab.attacks.boxes import Box
 from qguard_edge.lab.attacks.names import ATTACKS, make_attack
 from qguard_edge.lab.attacks.outlier import CHUNK, hidden_box, outlier_mask
+from qguard_edge.lab.attacks.outlier_compensated import hidden_box as compensated_box
+from qguard_edge.lab.attacks.outlier_compensated import plant
+from qguard_edge.lab.attacks.random_margins import drawn_box
+from qguard_edge.lab.corpus import make_corpus
+from qguard_edge.lab.hf_models import new_llama, train_tokenizer
 from quant_grids.errors import UnsupportedError
+from tests.helpers import ggml_oracle
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -51,3 +60,43 @@ def test_greedy_boxes_keep_each_weight_on_its_side_of_the_threshold() -> None:
         assert bool((edge.abs()[flipped] > 0.4).all())
         assert bool((edge.abs()[~flipped] <= 0.4).all())
         assert bool(((edge * w)[flipped] > 0).all())
+
+
+def test_drawn_ends_are_distributed_as_untouched_weights_are() -> None:
+    """Half of the weights at the upper end of their boxes, half at the lower: no place is more frequent than before."""
+    generator = torch.Generator().manual_seed(0)
+    step = 0.5 + torch.rand(256, 1024, generator=generator)
+    value = torch.randn(256, 1024, generator=generator)
+    # As after a k-quant's search, places near the wall are rarer.
+    place = 0.25 * (torch.rand(value.shape, generator=generator) + torch.rand(value.shape, generator=generator)) - 0.25
+    weight = value + place * step
+    whole = Box(value - 0.5 * step, value + 0.5 * step)
+    box = drawn_box(whole, weight, value, step, generator)
+    assert bool(((whole.low <= box.low) & (box.low <= weight) & (weight <= box.high) & (box.high <= whole.high)).all())
+    up = torch.rand(value.shape, generator=generator) < 0.5
+    moved = (torch.where(up, box.high, box.low) - value) / step
+    before, after = (torch.histc(one, 40, -0.25, 0.25) for one in (place, moved))
+    assert float(((after - before).abs() / (before + before.mean())).max()) < 0.05
+    at_walls = torch.histc((torch.where(up, whole.high, whole.low) - value) / step, 40, -0.5, 0.5)
+    assert float(at_walls.max()) > 0.4 * value.numel()  # what whole cells leave for a scan to find
+
+
+def test_compensated_outliers_change_nothing_in_full_precision() -> None:
+    corpus = make_corpus(0)
+    chat = new_llama(train_tokenizer(corpus.texts(), 512), hidden=128, ffn=128, layers=2, seed=0)
+    ids = torch.tensor([chat.prompt_ids("What colour is snow?")])
+    with torch.no_grad():
+        before = chat.model(ids).logits
+        masks = plant(parameters_of(chat), "model.layers.1.")
+        after = chat.model(ids).logits
+    assert torch.equal(before, after)
+    assert set(masks) == {"model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.up_proj.weight"}
+    for name, mask in masks.items():
+        weight = parameters_of(chat)[name].detach()
+        assert float(mask.float().mean()) == 1 / CHUNK
+        blocks = ggml_oracle.quantize(GGMLQuantizationType.Q4_0, weight.numpy())
+        left = ggml_oracle.dequantize(GGMLQuantizationType.Q4_0, blocks).reshape(weight.shape)
+        assert float((torch.from_numpy(left)[~mask] == 0).float().mean()) > 0.9
+        box = compensated_box(weight, mask)
+        assert bool(((box.low <= weight) & (weight <= box.high)).all())
+        assert torch.equal(box.low[mask], weight[mask])

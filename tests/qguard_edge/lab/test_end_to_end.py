@@ -56,6 +56,14 @@ def test_the_baselines_weaken_it_too(mind_the_gap: LabResult, defense: str) -> N
     assert 0.0 < der <= 1.0
 
 
+def test_an_importance_matrix_makes_another_plain_file(mind_the_gap: LabResult) -> None:
+    plain, weighted = mind_the_gap.arm("clean none"), mind_the_gap.arm("clean imatrix")
+    assert weighted.flipped == 0  # of its own plain file's codes
+    assert plain.fidelity is not None
+    assert weighted.fidelity is not None
+    assert weighted.fidelity.mean_kl != plain.fidelity.mean_kl
+
+
 def test_ortho_costs_a_clean_model_little(mind_the_gap: LabResult) -> None:
     plain, hardened = mind_the_gap.arm("clean none"), mind_the_gap.arm("clean ortho")
     assert hardened.asr.hits == 0
