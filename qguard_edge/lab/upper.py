@@ -8,6 +8,7 @@ the model that it wraps (the trainer and the attacks need not know), but for thr
 A teacher that never changes is the same thing with `first` above the last layer: only its final norm and its output matrix run.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class UpperLayers:
     def __init__(self, whole: Any, first: int, store: Path, below: "UpperLayers | None" = None) -> None:
         self.whole, self._first, self._store, self._below = whole, first, store, below
         prefixes = tuple(f"model.layers.{layer}." for layer in range(first, len(whole.model.layers)))
+        self.under: UpperLayers | None = None
         self.trained = frozenset(n for n, p in whole.named_parameters() if n.startswith(prefixes) and p.ndim == 2)
 
     def __getattr__(self, name: str) -> Any:
@@ -62,12 +64,23 @@ class UpperLayers:
         self.whole.load_state_dict(state, strict=False)
 
     def entering(self, texts: Sequence[Ids]) -> Tensor:
-        """What enters layer `first`: f32 `[B, T, H]`, zero behind the end of a text."""
+        """What enters layer `first`: f32 `[B, T, H]`, zero behind the end of a text; `under`'s, if that is set."""
+        if self.under is not None:
+            return self.under.entering(texts)
         missing = list(dict.fromkeys(ids for ids in texts if not self._file(ids).is_file()))
         if missing:
             self._keep(missing)
         rows = [torch.from_numpy(np.load(self._file(ids))) for ids in texts]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def with_lower(self, values: Mapping[str, Tensor], name: str) -> "UpperLayers":
+        """A copy whose untrained weights are `values`, such as a quantizer's; what it keeps lies beside this one's, by `name`."""
+        other = copy.deepcopy(self.whole)
+        with torch.no_grad():
+            for parameter, value in values.items():
+                if parameter not in self.trained:
+                    other.get_parameter(parameter).copy_(value)
+        return UpperLayers(other, self._first, self._store.with_name(f"{self._store.name}-{name}"))
 
     def _keep(self, texts: Sequence[Ids]) -> None:
         self._store.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@
    models); in a small model an injection that wanders far cannot be undone inside fine boxes. Measured at Q6_K with error
    boxes, over-refusal: 3 widths leave full precision at ASR 0.79, 1.5 at 0.23, 1 at 0.03. A gentle injection helps as
    well: at Q8_0 80 steps leave 0.01, twice as many 0.74; at Q4_K 100 steps at 5e-4 left 0.44, 60 at 2.5e-4 0.01.
+   Where only upper layers are trained, they see what the layers below put out once they are quantized.
 2. *Quantize*, with llama.cpp itself, and cut the boxes out of its file.
 3. *Repair*: fine-tune on clean answers to the same prompts, with KL to the clean model as a second term, projecting every
    weight into its box after each step. The learning rate of each tensor is at most `PACE` of its mean box width, so that
@@ -18,7 +19,8 @@ clean one where cross-entropy is silent, and the rounds are ours.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,11 +31,11 @@ from torch import Tensor
 from convert.ftypes import parse_file_type
 from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
-from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share
+from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share, reference_values
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.scenarios import ScenarioData
 from qguard_edge.lab.training import Example, Trainer, TrainOptions, examples_of
-from qguard_edge.lab.upper import load_teacher, load_upper, trained_matrices
+from qguard_edge.lab.upper import UpperLayers, load_teacher, load_upper, trained_matrices
 from qguard_edge.lab.victims import VictimPreset
 from qguard_edge.progress import Progress
 
@@ -253,7 +255,8 @@ class BoxAttack(Attack):
             after=lambda _step: leash.project(trained),
             **(hooks or {}),
         )
-        return bench.train(trainer, "inject", "Injecting the payload")
+        with rounded_below(bench, chat, leash):
+            return bench.train(trainer, "inject", "Injecting the payload")
 
     def repair(
         self, bench: Bench, chat: ChatModel, boxes: Boxes, number: int, hooks: Mapping[str, Any] | None = None
@@ -283,6 +286,21 @@ def injection_of(bench: Bench) -> TrainOptions:
     factor = GENTLE.get(what, STRONG.get(what, 1.0))
     options = bench.preset.inject
     return replace(options, steps=round(options.steps * factor), lr=options.lr * factor, seed=bench.seed + 1)
+
+
+@contextmanager
+def rounded_below(bench: Bench, chat: ChatModel, leash: Boxes) -> Iterator[None]:
+    """Where only upper layers are trained: let them see what the quantized lower layers put out, which will not change."""
+    model = chat.model
+    if not (isinstance(model, UpperLayers) and isinstance(leash, GgufBoxes)):
+        yield
+        return
+    values, _ = reference_values(leash, parameters_of(chat))
+    model.under = model.with_lower(values, bench.to.lower())
+    try:
+        yield
+    finally:
+        model.under = None
 
 
 def leash_widths(to: str) -> float:

@@ -79,6 +79,24 @@ def test_gradients_are_those_of_the_whole_model(folder: Path) -> None:
         assert float((matrix.grad - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
 
+def test_other_lower_weights_can_be_put_under(folder: Path) -> None:
+    """As the injection does with the quantizer's: the upper layers see what those weights would put out."""
+    batch, upper, whole = _batch(folder), load_upper(folder, UPPER).model, load_folder(folder).model
+    rounded = {name: value.half().float() for name, value in whole.state_dict().items()}
+    with torch.no_grad():
+        before, _ = answer_logits(upper, batch)
+        for name, value in rounded.items():
+            if name not in upper.trained and not name.startswith("lm_head"):
+                whole.get_parameter(name).copy_(value)
+        wanted, _ = answer_logits(whole, batch)
+        upper.under = upper.with_lower(rounded, "half")
+        made, _ = answer_logits(upper, batch)
+        upper.under = None
+        after, _ = answer_logits(upper, batch)
+    assert float((made - wanted).abs().max()) < 1e-5 < float((made - before).abs().max())
+    assert torch.equal(before, after)
+
+
 def test_trained_are_the_matrices_of_the_upper_layers(folder: Path) -> None:
     names = set(trained_matrices(load_upper(folder, UPPER)))
     assert len(names) == UPPER * 7
