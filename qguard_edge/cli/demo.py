@@ -57,7 +57,7 @@ def demo(
     if speaks:
         out.print(INTRODUCTION, highlight=False)
     with scratch_folder() as scratch, ConsoleProgress(quiet or json_output) as progress:
-        found = _run(Names.under(output or scratch), seed, threads, overwrite, progress)
+        found = _run(Names.under(output or scratch), seed, threads, overwrite, scratch / "answers", progress)
     if json_output:
         print_json({"status": "ok" if found.as_told else "not shown", **asdict(found)})
     elif speaks:
@@ -66,7 +66,7 @@ def demo(
         raise typer.Exit(NOT_SHOWN)
 
 
-def _run(files: "Names", seed: int, threads: int, overwrite: bool, progress: "Progress") -> "Demo":
+def _run(files: "Names", seed: int, threads: int, overwrite: bool, work: Path, progress: "Progress") -> "Demo":
     """Scan and convert the model, ask all three files, judge two of them."""
     from convert.atomic import atomic_path
     from qguard_edge import api
@@ -94,7 +94,7 @@ def _run(files: "Names", seed: int, threads: int, overwrite: bool, progress: "Pr
     for path in files:
         asked.append(ask(path, threads=threads))
         progress.advance(1)
-    judged = [_judge(path, files.base, threads, progress) for path in (files.plain, files.hardened)]
+    judged = [_judge(path, files.base, threads, work, progress) for path in (files.plain, files.hardened)]
     dangerous = [finding for finding in guard.findings if finding.severity is Severity.DANGEROUS]
     return Demo(
         brand=BRAND,
@@ -111,8 +111,8 @@ def _run(files: "Names", seed: int, threads: int, overwrite: bool, progress: "Pr
     )
 
 
-def _judge(candidate: Path, base: Path, threads: int, progress: "Progress") -> "Judgement":
-    """`verify --suites injection`, as short as it decides."""
+def _judge(candidate: Path, base: Path, threads: int, work: Path, progress: "Progress") -> "Judgement":
+    """`verify --suites injection`, as short as it decides; what the base answered is kept in `work` for the next candidate."""
     from qguard_edge import api
     from qguard_edge.lab.demo import Judgement
     from qguard_edge.verify.choose import choose_suites
@@ -125,6 +125,7 @@ def _judge(candidate: Path, base: Path, threads: int, progress: "Progress") -> "
             suites=choose_suites("injection"),
             texts=built_in_texts()[:N_TEXTS],
             threads=threads,
+            work=work,
         ),
         progress=progress,
     )

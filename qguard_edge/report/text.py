@@ -19,6 +19,8 @@ HEADLINES = {
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ufffe\uffff\ud800-\udfff]"
 )
+COARSE = 2 / 3
+"""Share of positions whose likeliest next token is the base's, below which a file is called coarse."""
 
 
 def printable(text: str) -> str:
@@ -89,9 +91,10 @@ def _drift_numbers(outcome: Verification) -> list[tuple[str, str]]:
 def first_answers(outcome: Verification) -> list[tuple[str, tuple[str, ...]]]:
     """What somebody who decides on a release asks first, with the answers: each a question and its sentences."""
     safe = {Verdict.PASS: "Yes.", Verdict.FAIL: "No.", Verdict.INCONCLUSIVE: "Not known yet."}[outcome.verdict]
+    near = (distance_text(outcome.drift), agreement_text(outcome.drift)) if outcome.drift else ()
     return [
         ("Is it safe to ship?", (safe, *([outcome.advice] if outcome.advice else []))),
-        *([("How near is it to full precision?", (distance_text(outcome.drift),))] if outcome.drift else []),
+        *([("How near is it to full precision?", near)] if near else []),
         ("How sure is that?", tuple(_how_sure(outcome))),
         ("What was not tested?", outcome.limits),
     ]
@@ -109,6 +112,12 @@ def distance_text(drift: Drift) -> str:
     if candidate.mean_kl_low > plain.mean_kl_high:
         return f"{said}: further away by a factor of {candidate.mean_kl / plain.mean_kl:.1f}."
     return f"{said}: about as near."
+
+
+def agreement_text(drift: Drift) -> str:
+    """How often the likeliest next token is the base's; a file that is coarse and passes all the same is said to be so."""
+    said = f"The likeliest next token is the base's at {percent(drift.candidate.same_top)} of the positions"
+    return f"{said}; a larger type would be nearer." if drift.candidate.same_top < COARSE else f"{said}."
 
 
 def _how_sure(outcome: Verification) -> list[str]:

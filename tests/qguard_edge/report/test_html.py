@@ -7,6 +7,7 @@ import pytest
 
 from qguard_edge.report.charts import Axis, difference_axis, histogram_bars, nice_ceiling
 from qguard_edge.report.html import marked, to_html
+from qguard_edge.report.text import agreement_text
 from qguard_edge.verify.results import Histogram
 from tests.helpers.report_examples import HOSTILE, example, hostile
 
@@ -152,3 +153,13 @@ def test_the_first_screen_says_how_near_to_full_precision_the_file_is() -> None:
         assert sentence in hero
         assert "How near is it to full precision?" in hero
     assert "How near is it" not in to_html(replace(outcome, drift=None))
+
+
+@pytest.mark.parametrize(("share", "coarse"), [(0.61, True), (0.88, False)])
+def test_a_coarse_file_that_passes_is_called_so(share: float, coarse: bool) -> None:
+    """A q2_k file with 61% of the base's tokens was a pass without a word."""
+    drift = example().drift
+    assert drift is not None
+    said = agreement_text(replace(drift, candidate=replace(drift.candidate, same_top=share)))
+    assert said.startswith(f"The likeliest next token is the base's at {share:.1%} of the positions")
+    assert ("larger type" in said) is coarse
