@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _LAYERS = {"full_attention": "attention", "linear_attention": "mamba"}
+_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "num_experts")
 _LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 
 
@@ -58,8 +59,9 @@ def _nemotron_h(config: dict[str, Any]) -> None:
     pattern = config.get("hybrid_override_pattern")
     if isinstance(pattern, str):
         config.setdefault("num_hidden_layers", len(pattern))
-        if "E" not in pattern:  # its presence makes the converter take a model for a mixture
-            config.pop("num_experts_per_tok", None)
+        if "E" not in pattern:  # their presence makes the converter take a model for a mixture
+            for key in _EXPERTS:
+                config.pop(key, None)
 
 
 def _minimax(config: dict[str, Any]) -> None:

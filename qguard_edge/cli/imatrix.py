@@ -26,6 +26,15 @@ def imatrix(
     chunk_size: Annotated[int, typer.Option(min=8, help="Tokens per piece of text.")] = 512,
     max_chunks: Annotated[int, typer.Option(min=1, help="Pieces of text to use at most.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    converter: Annotated[
+        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for other architectures, as for `convert`.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", help="Let that converter read a folder that brings Python code, which it may run."
+        ),
+    ] = False,
     overwrite: OverwriteFlag = False,
     json_output: JsonFlag = False,
 ) -> None:
@@ -33,7 +42,7 @@ def imatrix(
     from qguard_edge.runtimes.devices import resolve_device
     from qguard_edge.runtimes.imatrix import make_imatrix
 
-    hold({"--outfile": outfile}, (model, text), overwrite=overwrite)
+    hold({"--outfile": outfile}, (model, text, converter), overwrite=overwrite)
     with ConsoleProgress(json_output) as progress:
         report = make_imatrix(
             model,
@@ -43,6 +52,8 @@ def imatrix(
             chunk_size=chunk_size,
             max_chunks=max_chunks,
             device=resolve_device(device),
+            converter=converter,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_output:

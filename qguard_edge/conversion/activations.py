@@ -7,12 +7,13 @@ measured; the rule itself is fast, so nothing else is kept.
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from convert.gguf_file import GgufModel
 from convert.imatrix_file import write_imatrix
 from qguard_edge.defenses.feedback_pass import DAMPING
 from qguard_edge.learned.calibration import Calibration
@@ -22,6 +23,7 @@ from qguard_edge.runtimes.grams import Grams, GramSource
 
 CALIBRATION_SEED = 0
 """Of the choice among more texts than are wanted: the same for every conversion, so that what was measured can be used again."""
+_SHOWN_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ActivationReport:
         calibration_source: file name, or what made the text.
         tokens: that were run.
         unseen: matrices whose inputs were not seen: they are rounded as if their inputs were independent.
+        idle_experts: by matrix, the experts that the text never reached: they are rounded by what the others of their layer read.
         seconds: wall time.
         warnings: one sentence each.
     """
@@ -43,6 +46,7 @@ class ActivationReport:
     unseen: tuple[str, ...]
     seconds: float
     warnings: tuple[str, ...]
+    idle_experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,25 @@ def see_activations(
             unseen=tuple(weight.name for weight in weights if weight.name not in seen),
             seconds=time.perf_counter() - started,
             warnings=calibration.warnings,
+            idle_experts=grams.idle_experts,
         ),
     )
+
+
+def idle_warning(idle: Mapping[str, tuple[int, ...]], base: GgufModel) -> list[str]:
+    """A sentence about the experts that the text never reached, with their share of the weights; none: no sentence."""
+    if not idle:
+        return []
+    weights = sum(
+        base.tensors[name].n_weights // base.tensors[name].shape[2] * len(experts) for name, experts in idle.items()
+    )
+    layers = {name.removeprefix("blk.").partition(".")[0]: experts for name, experts in idle.items()}
+    named = [f"layer {layer}: {', '.join(map(str, experts))}" for layer, experts in layers.items()]
+    shown = "; ".join(named[:_SHOWN_LAYERS]) + ("; ..." if len(named) > _SHOWN_LAYERS else "")
+    return [
+        f"the text never reached {sum(map(len, layers.values()))} experts, {weights / base.n_weights:.1%} of the weights "
+        f"({shown}): they are rounded by what the other experts of their layer read; --calib-add FILE brings more text"
+    ]
 
 
 def write_importance(grams: Grams, path: Path, dataset: str, tokens: int, damping: float = DAMPING) -> Path:

@@ -111,6 +111,15 @@ class Grams:
         """Of these, the ones whose product cannot be read, with the reason."""
         return self.index.skipped
 
+    @property
+    def idle_experts(self) -> Mapping[str, tuple[int, ...]]:
+        """Experts that no row was sent to, by weight; weights of which every expert saw something are left out."""
+        found = {}
+        for name, entry in self._inputs.items():
+            if entry.routed and (idle := tuple(i for i in range(entry.slices) if not self.rows(name, i))):
+                found[name] = idle
+        return found
+
     def shares(self, tensor: str) -> tuple[str, ...]:
         """All weights that have the same inputs as this one, itself among them: their matrices are equal."""
         return self._input(tensor).weights

@@ -63,6 +63,8 @@ def make_imatrix(
     chunk_size: int = 512,
     max_chunks: int = 100,
     device: torch.device | None = None,
+    converter: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ImatrixReport:
     """Measure a model on a text file and write the importance matrix.
@@ -75,6 +77,8 @@ def make_imatrix(
         chunk_size: tokens per forward pass.
         max_chunks: pieces of text to use at most.
         device: where the model runs.
+        converter: for a folder of an architecture that is not built in, as for `convert`.
+        trust_remote_code: let that converter read a folder that brings Python code.
         progress: told about each chunk.
 
     Raises:
@@ -88,7 +92,8 @@ def make_imatrix(
         raise ImatrixError(f"cannot read the text {text.name} as UTF-8: {error}") from error
     source = resolve_source(model, revision)
     with work_folder(outfile) as place:
-        base = GgufModel(_base_of(source, place / "base.gguf", progress))
+        path = place / "base.gguf"
+        base = GgufModel(_base_of(source, path, progress, converter=converter, trust_remote_code=trust_remote_code))
         chunks = _chunks(base, content, chunk_size)[:max_chunks]
         if not chunks:
             raise ImatrixError(f"{text.name} holds no text")
@@ -105,11 +110,14 @@ def make_imatrix(
     return ImatrixReport(outfile, len(sums), grams.missing, sum(map(len, chunks)), len(chunks))
 
 
-def _base_of(source: Source, path: Path, progress: Progress) -> Path:
+def _base_of(source: Source, path: Path, progress: Progress, *, converter: Path | None, trust_remote_code: bool) -> Path:
     """The model's own GGUF, or one written at `path`."""
     if source.is_gguf:
         return source.path
-    for warning in write_base(source, path, base_type=None, pre=None, converter=None, progress=progress):
+    warnings = write_base(
+        source, path, base_type=None, pre=None, converter=converter, progress=progress, trust_remote_code=trust_remote_code
+    )
+    for warning in warnings:
         progress.note(warning)
     return path
 

@@ -145,6 +145,7 @@ TOYS: tuple[Toy, ...] = (
         {
             "head_dim": 64,
             "global_head_dim": 128,
+            "final_logit_softcapping": 30.0,  # as published; llama.cpp takes it for granted
             "vocab_size": 600,
             "hidden_size_per_layer_input": 256,
             "layer_types": WINDOWS,

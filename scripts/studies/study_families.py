@@ -6,17 +6,20 @@ Run: qguard-edge converter install
 Per family: transformers' model -> F32 base -> q4_k by none, ortho and feedback. The base's logits are compared with those of
 transformers on one prompt; every hardened file is loaded and decodes in llama.cpp; the share of protected weights is counted.
 Each family runs in a process of its own; FOLDER/families.jsonl keeps what is done, and a run goes on behind it. `--write` puts
-the table into docs/architectures.md; tests/test_families.py (slow) runs this script and holds the table to what it finds.
+the table into docs/architectures.md; test_families.py (slow) runs this script and holds the table to what it finds.
 """
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for what the toys share with the tests
 
 from family_toys import TOYS, VOCABULARY, Toy, save_toy
 
@@ -78,7 +81,9 @@ def reason_of(error: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table in Markdown, what works first."""
+    """The table in Markdown, what works first, in the order of the toys."""
+    order = [toy.family for toy in TOYS]
+    rows = sorted(rows, key=lambda row: order.index(row["family"]))
     lines = [
         "| family | `architectures` | llama.cpp | largest difference of logits | none, ortho, feedback at q4_k | protected |",
         "|---|---|---|---|---|---|",
@@ -128,10 +133,12 @@ def main() -> None:
         command = [sys.executable, __file__, "--work", str(place), "--one", toy.family]
         row = {"family": toy.family, "architecture": toy.architecture, "step": "process", "error": f"over {SECONDS} s"}
         try:
-            subprocess.run(command, timeout=SECONDS, check=True)
+            environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+            subprocess.run(command, timeout=SECONDS, check=True, env=environment, stderr=subprocess.PIPE, text=True)
             row = json.loads((place / "row.json").read_text())
         except subprocess.CalledProcessError as error:
-            row["error"] = f"ended with {error.returncode}"
+            asserted = re.findall(r"GGML_ASSERT\(.*\) failed|\w+\.cpp:\d+: .*", error.stderr)
+            row["error"] = f"llama.cpp aborts: {asserted[-1]}" if asserted else f"ended with {error.returncode}"
         except subprocess.TimeoutExpired:
             pass
         rows.append(row)

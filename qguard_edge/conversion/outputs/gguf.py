@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from convert.atomic import OutputError, commit
@@ -26,6 +27,7 @@ from qguard_edge.conversion.activations import (
     CALIBRATION_SEED,
     Activations,
     activations_folder,
+    idle_warning,
     see_activations,
     write_importance,
 )
@@ -217,6 +219,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
     quantized: QuantizeReport
     roundings: tuple[TensorRounding, ...] = ()
     plain_hash = ""
+    idle_experts: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def open(self) -> None:
         """See `Output.open`."""
@@ -235,7 +238,7 @@ class HardenedGguf(GgufFamily[Made, Report]):
         if request.max_memory is not None and draws_alone(request.defense):
             require_memory(self.base.tensors.values(), request.max_memory)
         job.progress.expect(self._expected())
-        return see_activations(
+        seen = see_activations(
             LlamaGramSource(self.base, identity=identity),
             wanted_weights(self.base),
             lambda: self._calibration(job),
@@ -244,6 +247,8 @@ class HardenedGguf(GgufFamily[Made, Report]):
             threads=request.threads,
             progress=job.progress,
         )
+        self.idle_experts = seen.report.idle_experts
+        return seen
 
     def _expected(self) -> tuple[tuple[str, float], ...]:
         """The stages to come, as `Progress.expect` takes them; the machine's speed shows on the way."""
@@ -396,7 +401,8 @@ class HardenedGguf(GgufFamily[Made, Report]):
     def late_warnings(self) -> list[str]:
         """See `Output.late_warnings`."""
         name, bits = self.request.options.file_type.name, bits_per_weight(self.plain)
-        return [*self.quantized.warnings, *fallback_warning(self.quantized.fallbacks, self.base, name, bits)]
+        fallen = fallback_warning(self.quantized.fallbacks, self.base, name, bits)
+        return [*self.quantized.warnings, *fallen, *idle_warning(self.idle_experts, self.base)]
 
     def hashes(self, job: Job, made: Path) -> dict[str, str]:
         """See `Output.hashes`."""

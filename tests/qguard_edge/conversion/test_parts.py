@@ -72,9 +72,20 @@ def test_a_mixture_of_32_experts(cli: CommandLine, tmp_path: Path) -> None:
         head_dim=64, moe_intermediate_size=256, num_experts=32, num_experts_per_tok=4, norm_topk_prob=True, num_hidden_layers=1
     )  # fmt: skip
     folder = save(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**options)), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.gate.weight"][5] = 0  # of 32 random scores, four are above that of this expert
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     base = base_of(folder, cli)
     assert GgufModel(base).tensors["blk.0.ffn_up_exps.weight"].shape == (256, 256, 32)
-    _, found = through_all(base, base, cli)
+    said, found = through_all(base, base, cli)
+    idle = said["activations"]["idle_experts"]
+    assert set(idle) == {f"blk.0.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
+    assert all(5 in experts and len(experts) < 16 for experts in idle.values())
+    share = 3 * 256 * 256 * len(idle["blk.0.ffn_up_exps.weight"]) / GgufModel(base).n_weights
+    named = ", ".join(map(str, idle["blk.0.ffn_up_exps.weight"]))
+    count = len(idle["blk.0.ffn_up_exps.weight"])
+    expected = f"the text never reached {count} experts, {share:.1%} of the weights (layer 0: {named})"
+    assert [one for one in said["warnings"] if one.startswith(expected)]
     assert changed_in(found, "_exps") == {f"blk.0.ffn_{name}_exps.weight" for name in ("gate", "up", "down")}
 
 
