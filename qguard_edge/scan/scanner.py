@@ -33,6 +33,8 @@ from quant_grids.base import ScalarGrid
 
 BOX_WEIGHTS = 1 << 17
 BOX_PIECES = 4
+ON_ITS_GRID = 0.5  # share of the weights on a level; clean ones have 0.02 of theirs there, and bf16 hides part of it
+_BY_SIZE = ("nf4", "fp4", "q4_0", "q4_1", "q5_0", "q5_1", "int8", "q8_0")
 DOUBTFUL_SHARE = 0.25  # of the matrices on a grid, from which box findings are at most suspicious
 Counts = npt.NDArray[np.int64]
 
@@ -176,6 +178,7 @@ def judge(
     coarse = [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, limits)]
     # Where many matrices were on a grid, the others may carry its traces too (a fine-tuned dequantized model, cast to bf16).
     doubtful = len(coarse) >= DOUBTFUL_SHARE * len(matrices)
+    findings += _trained_for(coarse)
     on_grid = {id(part) for part in coarse}
     usable = [
         part
@@ -203,6 +206,24 @@ def judge(
         outliers=tuple((tensor.name, stats.share, stats.median_ratio) for tensor, stats in shown),
         seconds=seconds,
     )
+
+
+def _trained_for(coarse: Sequence[TensorPart]) -> list[Finding]:
+    """The type on whose levels weights lie that were on a grid before, if it is one of those looked at; the smallest of several.
+
+    The levels of Q4_0 are levels of Q5_0 as well.
+    """
+    for kind in _BY_SIZE:
+        counts = [part.positions[kind] for part in coarse if kind in part.positions]
+        total = sum(int(found.sum()) for found in counts)
+        on_level = sum(int(found[: boxes.ON_LEVEL].sum()) for found in counts) / max(total, 1)
+        if total >= boxes.FEWEST and on_level >= ON_ITS_GRID:
+            text = (
+                f"{kind.upper()}: {on_level:.0%} of the weights of {len(counts)} matrices lie on a level: they were trained for "
+                f"this type (QAT), or quantized to it; --to {kind} keeps them there, another type rounds them a second time"
+            )
+            return [Finding("QG106", Severity.INFO, text, kind, (), {"on_level": on_level})]
+    return []
 
 
 def _capped(finding: Finding, doubtful: bool) -> Finding:
