@@ -32,6 +32,7 @@ def write_base(
     converter: Path | None,
     progress: Stages,
     trust_remote_code: bool = False,
+    allow_quantized: bool = False,
 ) -> tuple[str, ...]:
     """Write the full-precision GGUF of a folder: built in, or by llama.cpp's own converter.
 
@@ -47,11 +48,15 @@ def write_base(
         converter: llama.cpp's convert_hf_to_gguf.py, or its checkout.
         progress: told about the stage.
         trust_remote_code: let the external converter read a folder that brings Python code.
+        allow_quantized: have what `qguard-edge converter install` fetched multiply out a checkpoint that is quantized already,
+            where the built-in converter refuses it.
 
     Returns:
         Warnings, one sentence each.
     """
-    script = find_converter(converter, with_installed=not knows_architecture(source.path))
+    method = quantized_by(source.path)
+    asked = not knows_architecture(source.path) or bool(method and allow_quantized)
+    script = find_converter(converter, with_installed=asked)
     if script is not None and (converter is not None or not is_built_in(source.path)):
         progress.stage(f"Writing the base with {script.name}", 0, "lines")
         run_converter(
@@ -64,7 +69,8 @@ def write_base(
             trust_remote_code=trust_remote_code,
             on_line=lambda line: progress.advance(1, line[:60]),
         )
-        return (f"the base was made by {script.name}, which was not checked by qguard-edge",)
+        again = f"the checkpoint was quantized before ({method}): its first rounding cannot be undone and is not protected"
+        return (f"the base was made by {script.name}, which was not checked by qguard-edge", *((again,) if method else ()))
     progress.stage("Writing the base", 0, "B")
     done = 0
 
@@ -122,6 +128,12 @@ def other_halves(folder: Path) -> tuple[str, ...]:
     """What a folder's model has beside the language half: vision, audio, both, or nothing."""
     config = read_json(folder / "config.json")
     return tuple(half for half in ("vision", "audio") if config.get(f"{half}_config"))
+
+
+def quantized_by(folder: Path) -> str:
+    """The method by which a folder's checkpoint is quantized, by its own account; empty if it is not."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    return str(settings.get("quant_method") or "an unnamed method") if isinstance(settings, dict) and settings else ""
 
 
 def is_built_in(folder: Path) -> bool:

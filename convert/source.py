@@ -1,10 +1,14 @@
 """Where a model comes from: a Hugging Face folder, a hub id, or a GGUF file."""
 
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.gguf_file import GgufModel
+from gguf import GGMLQuantizationType
+
+from convert.gguf_file import GgufModel, TensorInfo
 from convert.missing import SourceError, looks_like_hub_id, missing
 from convert.reading import check_folder
 from convert.tensor_io import FLOAT_TYPES
@@ -12,6 +16,8 @@ from quant_grids.errors import UnsupportedError
 
 OFFLINE = "QGUARD_OFFLINE"
 """Environment variable that `--offline` sets: no hub is asked."""
+PUBLISHED_TYPES = frozenset({GGMLQuantizationType.MXFP4})
+"""Types that some models are published in (gpt-oss: its experts): a base may hold them, and they are not rounded again."""
 NO_LANGUAGE = ("clip",)
 """Architectures of files that are no language models."""
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
@@ -106,10 +112,20 @@ def open_base(path: Path, allow_requantize: bool, *, way_out: str = REQUANTIZE) 
             f"{path.name} holds the vision or audio part of a model (mmproj), which llama.cpp does not quantize as a language "
             "model; give the language model's file, and ship this one as it is"
         )
-    quantized = [tensor for tensor in base.tensors.values() if tensor.ggml_type not in FLOAT_TYPES]
+    quantized = [tensor for tensor in base.tensors.values() if tensor.ggml_type not in {*FLOAT_TYPES, *PUBLISHED_TYPES}]
     if quantized and not allow_requantize:
         raise UnsupportedError(
             f"{path.name} is already quantized ({quantized[0].name!r} is {quantized[0].ggml_type.name}); give an F32, F16 or "
             f"BF16 model{way_out}"
         )
     return base
+
+
+def published(base: GgufModel) -> list[TensorInfo]:
+    """Tensors of a base that are of a type which models are published in."""
+    return [tensor for tensor in base.tensors.values() if tensor.ggml_type in PUBLISHED_TYPES]
+
+
+def kept_types(tensors: Iterable[TensorInfo]) -> tuple[tuple[str, str], ...]:
+    """`--tensor-type` pairs by which llama.cpp copies these tensors."""
+    return tuple((f"^{re.escape(tensor.name)}$", tensor.ggml_type.name.lower()) for tensor in tensors)

@@ -17,7 +17,7 @@ from convert.hf.base import write_base_outline
 from convert.hf.checkpoint import PLAIN_DTYPES, SourceTensor
 from convert.quantizer import Fallback, check_tensor_types, quantize
 from convert.scratch import scratch_folder
-from convert.source import open_base
+from convert.source import kept_types, open_base, published
 from convert.tensor_io import FLOAT_TYPES, SLICE_WEIGHTS
 from qguard_edge.conversion.feedback_cost import PARENT_BYTES, FeedbackCost, cost_of, model_of
 from qguard_edge.conversion.honest_size import fallback_warning, require_no_fallback
@@ -108,6 +108,8 @@ def _dry_gguf(request: GgufRequest) -> DryRun:
             write_base_outline(source.path, outline, base_type=request.base_type, pre=request.pre, name=source.name)
             base = GgufModel(outline)
         check_tensor_types(request.options, base.tensors, source.name)
+        if not request.options.allow_requantize:
+            request = request.with_types(kept_types(published(base)))
         options = replace(request.options, imatrix=None)
         report = quantize(base.path, folder / "unused.gguf", options, dry_run=True)
         if request.no_fallback:

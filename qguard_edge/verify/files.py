@@ -6,6 +6,7 @@ from typing import Literal
 from convert.ftypes import FILE_TYPES
 from convert.gguf_file import GgufFile, GgufModel
 from convert.hashes import sha256_of
+from convert.source import PUBLISHED_TYPES
 from qguard_edge.verify.results import FileFacts, TensorChange
 from quant_grids.errors import FormatError, QGuardError
 
@@ -36,8 +37,8 @@ def model_facts(role: Role, model: GgufModel, name: str | None = None) -> FileFa
 
 
 def quantized_tensors(model: GgufModel) -> int:
-    """Tensors of a GGUF that are neither F32, F16, BF16 nor whole numbers."""
-    plain = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"}
+    """Tensors of a GGUF that are neither F32, F16, BF16 nor whole numbers, nor of a type that models are published in."""
+    plain = {"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64", *(kind.name for kind in PUBLISHED_TYPES)}
     return sum(tensor.ggml_type.name not in plain for shard in model.shards for tensor in shard.tensors.values())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.hf_sentencepiece import to_json, train_sentencepiece
 from tests.helpers.hf_tokenizers import digits_then_bytes, save_tokenizer, train_byte_bpe
@@ -31,6 +32,7 @@ class Toy:
         model: class of the model, if not the configuration's obvious one.
         text: where the configuration has halves, the name of the language half.
         published: what config.json of published models has, and what this transformers saves leaves out.
+        input_first: a part of the names of tensors that published models store with their last two dimensions changed over.
         special: tokens that the converter looks for.
         sentencepiece: the tokenizer is a SentencePiece one: "model" for tokenizer.model, "json" for a tokenizer.json made of it.
     """
@@ -41,6 +43,7 @@ class Toy:
     model: str = ""
     text: str = ""
     published: dict[str, Any] = field(default_factory=dict)
+    input_first: str = ""
     special: tuple[str, ...] = ()
     sentencepiece: str = ""
 
@@ -124,6 +127,7 @@ TOYS: tuple[Toy, ...] = (
         {**EXPERTS, "head_dim": 64, **SECTIONS},
         "Qwen3VLMoeForConditionalGeneration",
         "text_config",
+        input_first=".experts.",
     ),
     Toy(
         "Gemma 3n",
@@ -184,7 +188,13 @@ TOYS: tuple[Toy, ...] = (
         "Llama4ForCausalLM",
     ),
     Toy("Ministral 3", "Ministral3Config", {"head_dim": 64}),
-    Toy("Mistral 4", "Mistral4Config", {**DEEPSEEK_EXPERTS, **LATENT}),
+    Toy(
+        "Mistral 4",
+        "Mistral3Config",
+        {**DEEPSEEK_EXPERTS, **LATENT, "model_type": "mistral4"},
+        "Mistral3ForConditionalGeneration",
+        "text_config",
+    ),
     Toy("Granite", "GraniteConfig", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}),
     Toy("Granite-MoE", "GraniteMoeConfig", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256}),
     Toy(
@@ -280,6 +290,10 @@ def save_toy(toy: Toy, folder: Path, vocabulary: int = VOCABULARY) -> Any:
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | toy.published))
+    if toy.input_first:
+        weights = load_file(folder / "model.safetensors")
+        turned = {name: weights[name].transpose(1, 2).contiguous() for name in weights if toy.input_first in name}
+        save_file(weights | turned, folder / "model.safetensors", metadata={"format": "pt"})
     if toy.sentencepiece == "model":
         (folder / "tokenizer.model").write_bytes(train_sentencepiece("bpe"))
     elif toy.sentencepiece == "json":
@@ -295,7 +309,18 @@ def make_toy(toy: Toy, vocabulary: int, seed: int = 0) -> Any:
     if toy.config == "Gemma3nTextConfig" or toy.config == "Gemma4TextConfig":
         options["vocab_size_per_layer_input"] = options["vocab_size"]
     kind = getattr(transformers, toy.config)
-    tiny_vision = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
+    tiny_vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 256,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     config = kind(text_config=options, vision_config=tiny_vision) if toy.text else kind(**options)
     torch.manual_seed(seed)
     model = getattr(transformers, toy.architecture)(config)

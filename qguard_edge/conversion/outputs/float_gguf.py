@@ -6,7 +6,7 @@ from convert.hashes import sha256_of
 from convert.outputs import files_of
 from convert.quantizer import QuantizeReport
 from qguard_edge.conversion.outputs.base import Job
-from qguard_edge.conversion.outputs.gguf import GgufFamily
+from qguard_edge.conversion.outputs.gguf_family import GgufFamily
 from qguard_edge.conversion.report import ConversionReport, GgufReport
 from qguard_edge.conversion.request import GgufRequest
 

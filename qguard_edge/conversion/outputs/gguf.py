@@ -5,23 +5,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
 
-from convert.atomic import OutputError, commit
-from convert.base_gguf import other_halves, write_base, write_mmproj
 from convert.child import resident_bytes
 from convert.cores import available_cores
 from convert.diff import compare_files
-from convert.disk import least_bytes, require_space
-from convert.gguf_file import GgufFile, GgufModel
+from convert.gguf_file import GgufFile
 from convert.hashes import sha256_of
 from convert.imatrix_file import load_imatrix
 from convert.missing import require_llama
-from convert.outputs import Written, check_outputs, files_of
+from convert.outputs import files_of
 from convert.patch import GgufPatch
-from convert.quantizer import QuantizeReport, check_tensor_types, quantize
-from convert.source import open_base
-from convert.split import existing_shards, is_shard_name, shares_of, write_shards
+from convert.quantizer import QuantizeReport
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import (
     CALIBRATION_SEED,
@@ -33,182 +27,23 @@ from qguard_edge.conversion.activations import (
 )
 from qguard_edge.conversion.beside_plain import beside_plain, costs_little
 from qguard_edge.conversion.feedback_cost import STAGE_NAMES, expected_stages, model_of, reference
-from qguard_edge.conversion.honest_size import fallback_warning, require_no_fallback
+from qguard_edge.conversion.honest_size import fallback_warning
 from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
-from qguard_edge.conversion.naming import from_template, mmproj_path, plain_path
-from qguard_edge.conversion.outputs.base import Guard, Job, Output
+from qguard_edge.conversion.naming import plain_path
+from qguard_edge.conversion.outputs.base import Guard, Job
+from qguard_edge.conversion.outputs.gguf_family import GgufFamily, Made, SelfCheckError
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
-from qguard_edge.conversion.request import GgufRequest, QuantizeRequest
+from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.learned.calibration import Calibration, load_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
-from qguard_edge.learned.memory import ModelSize, draws_alone, size_of_gguf
-from qguard_edge.progress import Progress
+from qguard_edge.learned.memory import draws_alone
 from qguard_edge.rounding.gguf import Coverage, TensorRounding, WalkOptions, coverage_of, harden, require_coverage
 from qguard_edge.rounding.gguf_requantize import measure_requantized, write_moved_base
 from qguard_edge.runtimes.activations import LlamaGramSource
 from qguard_edge.runtimes.fidelity import BesidePlain
 from qguard_edge.runtimes.grams import wanted_weights
 from qguard_edge.runtimes.hf import load_hf_model
-from qguard_edge.runtimes.load_check import LoadCheck, load_check, load_pair
-from quant_grids.errors import QGuardError, UnsupportedError
-
-Made = TypeVar("Made", bound=QuantizeRequest)
-
-
-class SelfCheckError(QGuardError):
-    """The written file is not what the plan says; it was thrown away."""
-
-
-class GgufFamily(Output[Made, Report]):
-    """What all GGUF outputs have in common: how they are named, and where the base comes from."""
-
-    default_name = "{NAME}-{FTYPE}.gguf"
-    base: GgufModel
-    half: Path | None = None  # the vision or audio half, in the work folder
-
-    def files_beside(self, outfile: Path) -> tuple[Path, ...]:
-        """See `Output.files_beside`."""
-        return (self._half_name(outfile),) if self.request.mmproj else ()
-
-    @property
-    def mmproj_made(self) -> Path | None:
-        """The vision or audio half under its name, if it was written."""
-        return self._half_name(self.outfile) if self.half else None
-
-    def _half_name(self, outfile: Path) -> Path:
-        """The vision or audio half is one file for all types that a model is quantized to: it has the model's name."""
-        return mmproj_path(outfile, self.source.name, self.request.mmproj or "")
-
-    def choose_name(self) -> Path:
-        """See `Output.choose_name`."""
-        request = self.request
-        template = request.outfile or self.default_name.replace("{NAME}", self.source.name)
-        outfile = from_template(template, request.options.file_type.name)
-        self.check_names(outfile)
-        return outfile
-
-    def check_names(self, outfile: Path) -> None:
-        """See `Output.check_names`; how many shards there will be is not known yet, so those of any number count."""
-        super().check_names(outfile)
-        if self.request.split is None:
-            return
-        if is_shard_name(outfile.name):
-            raise OutputError(f"{outfile.name} is the name of a shard; give the name without -00001-of-... with --outfile")
-        shards = [shard for path in (outfile, *self.files_beside(outfile)) for shard in existing_shards(path)]
-        check_outputs([Written(shard) for shard in shards], self.inputs(), overwrite=self.request.overwrite)
-
-    def inputs(self) -> tuple[Path | None, ...]:
-        """See `Output.inputs`."""
-        return (*super().inputs(), self.request.options.imatrix, self.request.converter)
-
-    def make_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
-        """See `Output.make_base`: the input itself, or a GGUF written from the folder."""
-        warnings = self._open_base(work, progress)
-        options, split = self.request.options, self.request.split
-        if split and split.like_input and len(self.base.shards) == 1:
-            raise UnsupportedError(f"--keep-split: {self.source.name} is in one piece; give --split-max-size instead")
-        check_tensor_types(options, self.base.tensors, self.source.name)
-        if self.request.no_fallback:
-            require_no_fallback(self.base, options, work)
-        files = 2 if self.rounds else 1  # plain and the output stand side by side
-        require_space(work, files * least_bytes(options.file_type, self.base.n_weights), f"a {options.file_type.name} file")
-        return warnings
-
-    def _open_base(self, work: Path, progress: Progress) -> tuple[str, ...]:
-        request = self.request
-        if self.source.is_gguf:
-            self.base = open_base(self.source.path, request.options.allow_requantize)
-            if request.mmproj:
-                raise UnsupportedError("--mmproj takes the vision or audio half from a model folder; a GGUF has none")
-            if request.options.allow_requantize:
-                return ("the input is already quantized: only what the second rounding adds is protected",)
-            return ()
-        path = work / "base.gguf"
-        if request.base_type is None:
-            weights = sum(file.stat().st_size for file in self.source.path.glob("*.safetensors"))
-            require_space(work, weights, "the base in full precision")
-        warnings = write_base(
-            self.source,
-            path,
-            base_type=self.base_type(),
-            pre=request.pre,
-            converter=request.converter,
-            progress=progress,
-            trust_remote_code=request.trust_remote_code,
-        )
-        self.base = GgufModel(path)
-        if request.mmproj:
-            self.half = work / "mmproj.gguf"
-            write_mmproj(
-                self.source,
-                self.half,
-                request.mmproj,
-                converter=request.converter,
-                progress=progress,
-                trust_remote_code=request.trust_remote_code,
-            )
-        elif halves := other_halves(self.source.path):
-            warnings += (
-                f"only the language half is written; --mmproj f16 writes the {' and '.join(halves)} half beside it",
-            )
-        return warnings
-
-    def base_type(self) -> str | None:
-        """Precision of a base written from a folder."""
-        return self.request.base_type
-
-    def base_files(self) -> list[Path]:
-        """See `Output.base_files`."""
-        return [shard.path for shard in self.base.shards]
-
-    def size(self) -> ModelSize:
-        """See `Output.size`."""
-        return size_of_gguf(self.base)
-
-    def quantize(self, base: Path, out: Path, progress: Progress) -> QuantizeReport:
-        """llama.cpp quantizes a base."""
-        options = self.request.options
-        progress.stage(f"Quantizing with llama.cpp to {options.file_type.name}", len(self.base.tensors), "tensors")
-        return quantize(base, out, options, progress=lambda _i, _n, name: progress.advance(1, name))
-
-    def load(self, made: Path) -> LoadCheck:
-        """See `Output.load`; with its vision or audio half, as llama.cpp's multimodal library loads the two."""
-        loaded = load_check(made, threads=self.request.threads)
-        return replace(loaded, halves=load_pair(made, self.half)) if self.half else loaded
-
-    def base_bytes(self) -> int:
-        """See `Output.base_bytes`."""
-        return self.base.n_bytes
-
-    def divide(self, made: Path, outfile: Path) -> Path:
-        """See `Output.divide`: into shards, if the user asked for them."""
-        return self._cut(made, outfile) if self.request.split else made
-
-    def _cut(self, whole: Path, outfile: Path) -> Path:
-        """Cut a file into shards beside it, compare them with it, and remove it."""
-        rule, file = self.request.split, GgufFile(whole)
-        assert rule is not None
-        require_space(whole.parent, file.size, "the shards, beside the whole")
-        first = write_shards(file, shares_of(file, rule, self.base), whole.parent, outfile.name)[0]
-        if fault := compare_files(whole, first, threads=self.request.threads or available_cores()).fault({}):
-            raise SelfCheckError(f"cut into shards, {fault}; please report this")
-        whole.unlink()
-        return first
-
-    def name(self, made: Path, outfile: Path) -> Path:
-        """See `Output.name`: of shards the first one comes last, so that a model that can be found is complete."""
-        if self.half:
-            commit(self.half, self._half_name(self.outfile))
-        return self._commit(made, outfile)
-
-    def _commit(self, made: Path, outfile: Path) -> Path:
-        if not self.request.split:
-            commit(made, outfile)
-            return outfile
-        for shard in reversed(GgufModel(made).shards):
-            commit(shard.path, outfile.with_name(shard.path.name))
-        return outfile.with_name(made.name)
 
 
 class HardenedGguf(GgufFamily[Made, Report]):
