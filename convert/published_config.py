@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _LAYERS = {"full_attention": "attention", "linear_attention": "mamba"}
-_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "num_experts")
+_EXPERTS = ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "num_experts", "n_group", "topk_group")
 _LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 
 

@@ -65,6 +65,13 @@ def plan(
     calib_seqlen: CalibSeqlenFlag = 256,
     max_memory: MaxMemoryFlag = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Let transformers run Python code that the folder brings: in this process, unlimited.",
+        ),
+    ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0 means all cores.")] = 0,
     allow_unprotected: Annotated[
         bool, typer.Option("--allow-unprotected", help="Accept tensors whose type no defense can reach.")
@@ -97,6 +104,7 @@ def plan(
         device=device,
         seed=seed,
         threads=threads,
+        trust_remote_code=trust_remote_code,
         allow_unprotected=allow_unprotected,
         calibration=CalibrationOptions(calib, calib_samples, calib_seqlen, calib_add),
         max_memory=parse_size(max_memory) if max_memory else None,

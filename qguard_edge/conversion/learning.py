@@ -24,14 +24,14 @@ from qguard_edge.progress import Progress
 from qguard_edge.runtimes.hf import HfLoadError, check_hf_model
 
 
-def require_transformers(defense: DefenseOptions, model: Path) -> None:
+def require_transformers(defense: DefenseOptions, model: Path, *, trust_remote_code: bool = False) -> None:
     """Make sure, before anything takes minutes, that transformers knows the model that a defense will run.
 
     Raises:
         HfLoadError: it does not; says what can be done.
     """
     try:
-        check_hf_model(model)
+        check_hf_model(model, trust_remote_code=trust_remote_code)
     except HfLoadError as error:
         ways = "give the folder of a model that it knows, or take --defense feedback, which runs in llama.cpp"
         raise HfLoadError(f"--defense {defense.name} runs the model in transformers: {error}; {ways}") from error
@@ -93,6 +93,7 @@ class Learning:
                 checkpoint=self.checkpoint,
                 threads=request.threads,
                 progress=progress,
+                trust_remote_code=request.trusts_in_transformers,
             )
         )
 

@@ -55,6 +55,11 @@ class ConversionRequest(ABC):
     def threads(self) -> int:
         """Processor threads; 0 for all cores."""
 
+    @property
+    def trusts_in_transformers(self) -> bool:
+        """Whether transformers may run Python code that the folder brings, in this process, without a limit: for a plan alone."""
+        return False
+
     def check(self) -> None:
         """Hold the options against their limits and against each other.
 
@@ -202,6 +207,7 @@ class PlanRequest(ConversionRequest):
         outfile: the plan.
         threads: 0 for all cores.
         allow_unprotected: accept tensors of types without a grid.
+        trust_remote_code: let transformers run Python code that the folder brings.
     """
 
     base: Path
@@ -209,6 +215,12 @@ class PlanRequest(ConversionRequest):
     outfile: str | Path
     threads: int = 0
     allow_unprotected: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def trusts_in_transformers(self) -> bool:
+        """See `ConversionRequest.trusts_in_transformers`."""
+        return self.trust_remote_code
 
     def check(self) -> None:
         """See `ConversionRequest.check`."""

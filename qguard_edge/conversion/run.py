@@ -150,7 +150,7 @@ def _stages(
             work, progress, clock, learning.seed, make_defense(request.defense), resolve_device(request.device), base_hash
         )
         if output.rounds and isinstance(job.defense, LearnedDefense) and job.defense.runs_transformers:
-            require_transformers(request.defense, output.model_path())
+            require_transformers(request.defense, output.model_path(), trust_remote_code=request.trusts_in_transformers)
         # What the scan refuses in the light of the plain file is refused before the minutes that activations take.
         first = not output.plain_wants_inputs()
         if first:

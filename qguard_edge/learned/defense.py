@@ -30,7 +30,7 @@ class LearnedDefense(Defense[Options], Generic[Options]):
 
 def load_model_and_text(task: LearnTask) -> tuple[HfModel, Calibration]:
     """The full-precision model, on the CPU still, and its calibration samples: those that are known already, else new ones."""
-    loaded = load_hf_model(task.model, device=torch.device("cpu"))
+    loaded = load_hf_model(task.model, device=torch.device("cpu"), trust_remote_code=task.trust_remote_code)
     if task.text is not None:
         return loaded, task.text
     key = task.target.model_key() if task.calibration.self_written else ""

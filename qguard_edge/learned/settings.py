@@ -26,6 +26,7 @@ class LearnTask:
         checkpoint: file that keeps the state of an unfinished run; None keeps none.
         threads: for torch, 0 for all cores.
         progress: told about each step.
+        trust_remote_code: run the Python code that the model's folder brings.
     """
 
     model: Path
@@ -38,6 +39,7 @@ class LearnTask:
     checkpoint: Path | None = None
     threads: int = 0
     progress: Progress = field(default_factory=NoProgress)
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

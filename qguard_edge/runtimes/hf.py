@@ -128,16 +128,23 @@ def require_sound(path: Path) -> None:
         raise HfLoadError(f"there is no model at {path}")
 
 
-def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> HfModel:
+def load_hf_model(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> HfModel:
     """Load a Hugging Face folder, or a full-precision GGUF of an architecture that transformers reads.
 
     Args:
         path: folder or .gguf file.
         dtype: of the weights in memory.
         device: where to put them; default CPU.
+        trust_remote_code: run the Python code that a folder brings, in this process.
 
     Raises:
-        HfLoadError: transformers cannot read it. No remote code is run.
+        HfLoadError: transformers cannot read it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,15 +154,16 @@ def load_hf_model(path: Path, *, dtype: torch.dtype = torch.float32, device: tor
     weights: dict[str, Any] = {} if path.is_file() else {"use_safetensors": True}
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(**where, **weights, dtype=dtype, trust_remote_code=False)
+            trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+            tokenizer = AutoTokenizer.from_pretrained(**where, **trust)
+            model = AutoModelForCausalLM.from_pretrained(**where, **weights, **trust, dtype=dtype)
     except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(f"transformers cannot load {path.name}: {first_line(error)}") from error
     model = model.eval().to(device or torch.device("cpu"))
     return HfModel(model, tokenizer, str(model.config.model_type), int(model.config.num_hidden_layers))
 
 
-def check_hf_model(path: Path) -> None:
+def check_hf_model(path: Path, *, trust_remote_code: bool = False) -> None:
     """Read a model's settings alone, to see whether `load_hf_model` knows its architecture.
 
     Raises:
@@ -166,7 +174,7 @@ def check_hf_model(path: Path) -> None:
     require_sound(path)
     try:
         with quiet():
-            AutoConfig.from_pretrained(**_where(path), trust_remote_code=False)
+            AutoConfig.from_pretrained(**_where(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a config of foreign origin makes it raise
         raise HfLoadError(f"transformers cannot load {path.name}: {first_line(error)}") from error
 

@@ -96,7 +96,8 @@ class PlanOutput(Output[PlanRequest, PlanReport]):
 
     def see_activations(self, job: Job) -> Activations:
         """See `Output.see_activations`: in transformers, where the model that was given runs."""
-        loaded = load_hf_model(self.source.path, device=job.device)
+        trust = self.request.trust_remote_code
+        loaded = load_hf_model(self.source.path, device=job.device, trust_remote_code=trust)
         return see_activations(
             TransformersGramSource(loaded, self.base),
             wanted_weights(self.base),
