@@ -50,8 +50,8 @@ def open_weights(folder: Path, config: Section) -> tuple[Checkpoint, tuple[str, 
     if method not in ("", "fp8", "gguf"):
         raise UnsupportedError(
             f"The checkpoint is already quantized ({method}); convert the original F16 or BF16 model instead, because a "
-            "second rounding cannot undo what the first one did. If there is no original, --allow-requantize has llama.cpp's "
-            "converter multiply it out, where it knows the method (`qguard-edge converter install`)."
+            "second rounding cannot undo what the first one did; where there is no original, --allow-requantize has llama.cpp's "
+            "converter multiply it out, if it knows the method (`qguard-edge converter install`)."
         )
     checkpoint = Checkpoint.open(folder)
     if method == "fp8":
