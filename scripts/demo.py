@@ -108,7 +108,7 @@ def main() -> None:
         backdoor()
     if given.only != "backdoor":
         smollm2(given.prompts)
-    print(f"\nthe demo took {time.monotonic() - started:.0f} s", flush=True)
+    print(f"\nthe demo took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from demo_text import BEGIN, END, WIDTH, page_with
+from demo_text import COMMANDS, WIDTH, marks, page_with
 from docs_pages import FROM_THE_ROOT, LINK, SCHEMAS, anchor, pages, relinked
 from typer.main import get_command
 
@@ -148,14 +148,30 @@ def test_the_other_pages_that_code_writes_are_whole() -> None:
     assert {written[name] for name in FROM_THE_ROOT} == {(ROOT / path).read_text() for path in FROM_THE_ROOT.values()}
 
 
-def test_the_text_of_the_demo_is_that_of_a_narrow_terminal() -> None:
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("backdoor", ("Zingaloo", "fail", "pass")),
+        ("smollm2", ("Only code bits differ", "full precision than plain rounding", "verdict:        pass", "report.html")),
+    ],
+)
+def test_the_text_of_the_demo_is_that_of_a_narrow_terminal(part: str, told: tuple[str, ...]) -> None:
     page = (DOCS / "demo.md").read_text()
-    text = page.partition(BEGIN)[2].partition(END)[0]
-    assert "$ qguard-edge demo" in text
+    begin, end = marks(part)
+    text = page.partition(begin)[2].partition(end)[0]
+    assert f"$ {COMMANDS[part][0]}\n" in text
     assert max(len(line) for line in text.splitlines()) <= WIDTH
-    assert all(word in text for word in ("Zingaloo", "fail", "pass"))
-    inner = text.partition("$ qguard-edge demo\n")[2].partition("\n```")[0]
-    assert page_with(page, inner) == page
+    assert all(word in " ".join(text.split()) for word in (" ".join(words.split()) for words in told))
+    inner = text.partition(f"$ {COMMANDS[part][0]}\n")[2].partition("\n```")[0]
+    assert page_with(page, part, inner) == page
+
+
+def test_a_long_line_is_folded_as_a_terminal_does() -> None:
+    begin, end = marks("smollm2")
+    page = page_with(f"a\n{begin}{end}b\n", "smollm2", f"{'x' * WIDTH}yy\n\nz\n")
+    assert f"{'x' * WIDTH}\nyy\n\nz\n```" in page
+    assert page.startswith("a\n")
+    assert page.endswith("b\n")
 
 
 def test_the_site_is_built_in_continuous_integration() -> None:
