@@ -132,9 +132,28 @@ def test_agrees_with_the_built_in_converter(tmp_path: Path) -> None:
     assert differing(next(case for case in CASES if case.name == "qwen3-tied"), tmp_path) == []
 
 
+NOT_COMPARED = {
+    "qwen3-tied": "see above",
+    "qwen2": "transformers' tokenizer for it adds tokens behind the last one of these models",
+    "qwen2-tied-old-config": "the same",
+    "gemma": "it asks for a tokenizer.model",
+    "gemma2": "the same",
+    "gemma2-mixed-windows": "the same",
+    "phi3": "the same",
+    "phi3-window": "the same",
+    "phi3-longrope": "the same",
+    "phi3-longrope-long": "the same",
+    "phi4-tied-partial": "the same",
+    "gpt2": "it asks for n_ctx, which today's transformers does not save",
+    "gpt2-untied-wide": "the same",
+    "starcoder-all-heads": "it stacks q, k and v in another order; our logits are those of transformers",
+}
+"""Cases in which it does not convert, or converts otherwise."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.name != "qwen3-tied"], ids=lambda case: case.name)
-def test_agrees_with_every_built_in_family(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.name not in NOT_COMPARED], ids=lambda case: case.name)
+def test_agrees_with_the_built_in_families(case: Case, tmp_path: Path) -> None:
     """All but the factors of RoPE, which it computes in single precision and we in double."""
     assert set(differing(case, tmp_path)) <= {"rope_freqs.weight"}
 
