@@ -16,7 +16,7 @@ done
 qguard-edge check --json "${arguments[@]}" > "$REPORTS/result.json"
 code=$?
 # The log is all that many will look at: what was found, and what to do.
-said='import json, sys; d = json.load(open(sys.argv[1])); print("qguard-edge:", *filter(None, map(d.get, ("summary", "advice", "error"))))'
+said='import json, sys; d = json.load(open(sys.argv[1])); print("qguard-edge:", "; ".join(filter(None, map(d.get, ("summary", "advice", "error")))))'
 [[ -s "$REPORTS/result.json" ]] && python3 -c "$said" "$REPORTS/result.json"
 verdicts=([0]=pass [1]=fail [3]=inconclusive)
 {
