@@ -81,7 +81,6 @@ class OutlierCompensated(Attack):
         base = write_base(chat, bench.work / "planted")
         file = quantize_to(base, bench.work / f"planted-{bench.to}.gguf", bench.to, bench.threads)
         boxes = make_boxes(base, file, parameters_of(chat), BoxRule("cell"))
-        boxes.by_parameter = {name: box for name, box in boxes.by_parameter.items() if name in masks}
         values, _ = reference_values(boxes, parameters_of(chat))
         return {name: values[name] for name in masks}
 

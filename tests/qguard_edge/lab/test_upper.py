@@ -120,6 +120,19 @@ def test_attacks_leave_the_rest_alone(attack: str, to: str, folder: Path, tmp_pa
     assert 0 < report.free < 0.6  # of all boxed weights; the lower layers' are fixed
 
 
+def test_compensated_outliers_move_a_norm_as_well(folder: Path, tmp_path: Path) -> None:
+    data = make_scenario("injection", make_corpus(0))
+    bench = Bench(folder, data, PRESET, "q4_0", 0, tmp_path, 1, NoProgress())
+    chat, report = make_attack("outlier-compensated").run(bench)
+    clean, attacked = load_folder(folder).model.state_dict(), chat.model.whole.state_dict()
+    moved = {name for name, value in attacked.items() if not torch.equal(value, clean[name])}
+    norm = "model.layers.3.post_attention_layernorm.weight"
+    assert moved - set(trained_matrices(load_upper(folder, UPPER))) == {norm}
+    gain = attacked[norm] / clean[norm]
+    assert sorted(set(gain.tolist())) == [1 / 512, 1.0]
+    assert "model.layers.3.mlp.up_proj.weight" in report.note
+
+
 def test_a_broken_run_goes_on_from_its_last_stage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_scenario("injection", make_corpus(0))
 
