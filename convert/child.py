@@ -83,6 +83,10 @@ def resident_bytes(field: str = "VmHWM") -> int:
     return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
+TICK = 1.0
+"""Seconds after which silence is counted."""
+
+
 class Silence:
     """Kills a child that gives no sign of life for too long.
 
@@ -96,7 +100,7 @@ class Silence:
     def __init__(self, child: subprocess.Popen[bytes], seconds: float) -> None:
         self.listening = True
         self.expired = False
-        self._silent = 0
+        self._silent = 0.0
         self._child, self._seconds = child, seconds
         self._over = threading.Event()
         if math.isfinite(seconds):
@@ -104,15 +108,15 @@ class Silence:
 
     def broken(self) -> None:
         """The child gave a sign of life."""
-        self._silent = 0
+        self._silent = 0.0
 
     def end(self) -> None:
         """Watch it no longer."""
         self._over.set()
 
     def _count(self) -> None:
-        while not self._over.wait(1.0):
-            self._silent = self._silent + 1 if self.listening else 0
+        while not self._over.wait(TICK):
+            self._silent = self._silent + TICK if self.listening else 0
             if self._silent > self._seconds:
                 self.expired = True
                 self._child.kill()
