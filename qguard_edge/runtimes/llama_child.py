@@ -179,7 +179,7 @@ class LlamaProcess:
     def _ask(self, request: Mapping[str, Any], doing: str, space: Callable[[int], memoryview]) -> None:
         if self._ended:
             raise LlamaRuntimeError(self._ended)
-        message = json.dumps(request, ensure_ascii=False).encode()
+        message = json.dumps(request).encode()  # escaped: a file's name need not be UTF-8
         self._silence.broken()
         self._silence.listening = True
         try:

@@ -18,6 +18,7 @@ when a load fails.
 
 import ctypes
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ class NativeModel:
         params.vocab_only = vocab_only
         if on_loading is not None:
             params.progress_callback = _loading_callback(on_loading)
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise LlamaRuntimeError(f"llama.cpp cannot load {self._name}: {_last_error()}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)

@@ -83,8 +83,9 @@ def test_a_usage_error_with_json_is_one_document(arguments: list[str], cli: Comm
 def test_an_output_name_that_is_not_utf8(tiny_base: Path, tmp_path: Path, cli: CommandLine) -> None:
     """It was an internal error."""
     out = tmp_path / "o\udcff.gguf"
-    options = ["--to", "q4_0", "--defense", "none", "--threads", "1", "--no-scan", "--no-load-check"]
+    options = ["--to", "q4_0", "--defense", "none", "--threads", "1", "--no-scan"]
     done = cli("convert", tiny_base, *options, "-o", out, "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["load_check"]
     assert out.is_file()
     assert json.loads(done.stdout)["outfile"] == out.name
