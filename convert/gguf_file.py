@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.reading import open_file
 from quant_grids.errors import FormatError
@@ -32,6 +32,8 @@ from quant_grids.ggml_type import GgmlType, layout_of, type_of
 
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4  # GGML_MAX_DIMS
+PUBLISHED_TYPES = frozenset({GGMLQuantizationType.MXFP4})
+"""Types that some models are published in (gpt-oss: its experts): a base may hold them, and they are not rounded again."""
 MAX_NAME = 64  # GGML_MAX_NAME
 MAX_KEY = 1024  # bytes; the longest that llama.cpp defines has some 60
 MAX_FIELDS = 10_000  # metadata entries; a model has some 40, and each becomes an object of some 500 bytes

@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGMLQuantizationType
-
-from convert.gguf_file import GgufModel, TensorInfo
+from convert.gguf_file import PUBLISHED_TYPES, GgufModel, TensorInfo
 from convert.missing import SourceError, looks_like_hub_id, missing
 from convert.reading import check_folder
 from convert.tensor_io import FLOAT_TYPES
@@ -16,8 +14,6 @@ from quant_grids.errors import UnsupportedError
 
 OFFLINE = "QGUARD_OFFLINE"
 """Environment variable that `--offline` sets: no hub is asked."""
-PUBLISHED_TYPES = frozenset({GGMLQuantizationType.MXFP4})
-"""Types that some models are published in (gpt-oss: its experts): a base may hold them, and they are not rounded again."""
 NO_LANGUAGE = ("clip",)
 """Architectures of files that are no language models."""
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from convert.ftypes import FILE_TYPES
-from convert.gguf_file import GgufFile, GgufModel
+from convert.gguf_file import PUBLISHED_TYPES, GgufFile, GgufModel
 from convert.hashes import sha256_of
-from convert.source import PUBLISHED_TYPES
 from qguard_edge.verify.results import FileFacts, TensorChange
 from quant_grids.errors import FormatError, QGuardError
 
