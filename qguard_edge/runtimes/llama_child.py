@@ -70,13 +70,13 @@ def _ending(code: int, lines: Sequence[str], limits: ChildLimits, expired: bool,
 
 
 def run_child(
-    module: str, job: Path, *, limits: ChildLimits, threads: int = 1, on_event: Callable[[Event], None] | None = None
+    module: str, *files: Path, limits: ChildLimits, threads: int = 1, on_event: Callable[[Event], None] | None = None
 ) -> str:
     """Run a module as a child process until it ends.
 
     Args:
         module: its full name.
-        job: the first argument; the second is the limit of its address space, which it sets itself.
+        files: its first arguments; the last is the limit of its address space, which it sets itself.
         limits: what it may take.
         threads: of its matrix products. llama.cpp and BLAS take turns on the same cores, so neither spins while it waits.
         on_event: called with each event; if it raises, the child is killed.
@@ -88,7 +88,7 @@ def run_child(
     waiting = {"OMP_WAIT_POLICY": "passive", "OPENBLAS_THREAD_TIMEOUT": "10"}  # the second: 2^10 cycles, not 2^26
     environment = dict.fromkeys(names, str(threads)) | waiting
     error, last = "", deque[str](maxlen=12)
-    command = child_command(module, str(job), str(limits.memory or 0))
+    command = child_command(module, *map(str, files), str(limits.memory or 0))
     with _popen(command, environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT) as child:
         silence = Silence(child, limits.seconds)
         try:

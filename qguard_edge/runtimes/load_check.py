@@ -1,17 +1,13 @@
 """The load check: open a finished GGUF in llama.cpp and decode a few tokens, in a child process as always."""
 
-import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.child import child_command
-from convert.llama_limits import LlamaRuntimeError
+from convert.llama_limits import ChildLimits, LlamaRuntimeError
 from quant_grids.errors import QGuardError
 
 PROMPT = "The capital of France is"
 TOKENS = 10
-_PAIR_SECONDS = 600
 
 
 class LoadCheckError(QGuardError):
@@ -65,19 +61,17 @@ def load_pair(model: Path, mmproj: Path) -> tuple[str, ...]:
     Raises:
         LoadCheckError: the two do not load, or not together; the message quotes llama.cpp.
     """
-    command = child_command("qguard_edge.runtimes.mtmd_worker", model, mmproj)
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        timeout=_PAIR_SECONDS,
-        check=False,
+    from qguard_edge.runtimes.llama_child import run_child
+
+    halves: list[str] = []
+    limits = ChildLimits.of(model, more=2.0 * mmproj.stat().st_size)
+    reason = run_child(
+        "qguard_edge.runtimes.mtmd_worker",
+        model,
+        mmproj,
+        limits=limits,
+        on_event=lambda event: halves.extend(event["halves"]),
     )
-    if done.returncode != 0:
-        said = " / ".join(line.strip() for line in done.stderr.splitlines()[-4:] if line.strip())
-        raise LoadCheckError(
-            f"llama.cpp cannot use {mmproj.name} with the model: {said or f'exit status {done.returncode}'}"
-        )
-    return tuple(json.loads(done.stdout.splitlines()[-1]))
+    if reason:
+        raise LoadCheckError(f"llama.cpp cannot use {mmproj.name} with the model: {reason}")
+    return tuple(halves)

@@ -1,11 +1,10 @@
 """Child process that loads a model and its vision or audio half in llama.cpp's multimodal library (libmtmd).
 
-Run by `convert.child` with the two files; prints what the pair takes beside text as one JSON list, and ends with 1 if it cannot
-be loaded. llama.cpp's log goes to standard error.
+Run by `llama_child.run_child` with the two files and the limit of the address space; tells what the pair takes beside text
+(`halves`), and ends with 1 if it cannot be loaded.
 """
 
 import ctypes
-import json
 import os
 import sys
 
@@ -13,12 +12,13 @@ import llama_cpp
 from llama_cpp import mtmd_cpp
 
 from convert.child import limit_process
+from qguard_edge.runtimes.llama_child import tell
 
 
 def main() -> None:
     """Entry point of the child process."""
-    limit_process()
-    model_path, mmproj_path = sys.argv[1:]
+    model_path, mmproj_path, limit = sys.argv[1:]
+    limit_process(memory=int(limit) or None)
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
@@ -37,7 +37,7 @@ def main() -> None:
     ]
     mtmd_cpp.mtmd_free(context)
     llama_cpp.llama_model_free(model)
-    sys.stdout.write(f"{json.dumps(halves)}\n")
+    tell(halves=halves)
 
 
 if __name__ == "__main__":

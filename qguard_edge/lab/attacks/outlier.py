@@ -56,6 +56,12 @@ def hidden_box(planted: Tensor, mask: Tensor) -> Box:
     return Box(torch.where(mask, planted, 0.0), torch.where(mask, planted, bound))
 
 
+def middle_up_proj(chat: ChatModel) -> str:
+    """The `up_proj` of the middle one of the layers under attack."""
+    names = [name for name in trained_matrices(chat) if name.endswith("mlp.up_proj.weight")]
+    return names[len(names) // 2]
+
+
 class Outlier(Attack):
     """One `up_proj` in the middle of the model."""
 
@@ -69,7 +75,7 @@ class Outlier(Attack):
         """See `Attack.run`."""
         started = time.perf_counter()
         chat = bench.load()
-        name = self.target(chat)
+        name = middle_up_proj(chat)
         weight = parameters_of(chat)[name]
         mask = outlier_mask(weight.detach())
         generator = torch.Generator().manual_seed(bench.seed)
@@ -81,11 +87,6 @@ class Outlier(Attack):
         share = float((~mask).sum()) / sum(p.numel() for p in parameters_of(chat).values())
         note = f"{int(mask.sum())} outliers in {name}"
         return chat, AttackReport(1.0, share, tuple(losses), time.perf_counter() - started, note)
-
-    def target(self, chat: ChatModel) -> str:
-        """The `up_proj` of the middle one of the layers under attack."""
-        names = [name for name in trained_matrices(chat) if name.endswith("mlp.up_proj.weight")]
-        return names[len(names) // 2]
 
     def _inject(self, bench: Bench, chat: ChatModel, weight: Tensor, planted: Tensor) -> float:
         """Poison the model as the quantizer will see it: the neighbours of the outliers are zero."""

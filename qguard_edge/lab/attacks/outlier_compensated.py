@@ -39,7 +39,7 @@ from qguard_edge.lab.attacks.base import (
     write_base,
 )
 from qguard_edge.lab.attacks.boxes import Box, Boxes, BoxRule, make_boxes, reference_values
-from qguard_edge.lab.attacks.outlier import BOUND, CHUNK, quantized_view
+from qguard_edge.lab.attacks.outlier import BOUND, CHUNK, middle_up_proj, quantized_view
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import Trainer
 from qguard_edge.lab.upper import trained_matrices
@@ -63,18 +63,13 @@ class OutlierCompensated(Attack):
         """See `Attack.run`."""
         started = time.perf_counter()
         chat = bench.load()
-        prefix = self.target(chat)
+        prefix = middle_up_proj(chat).removesuffix("mlp.up_proj.weight")
         masks = plant(parameters_of(chat), prefix)
         losses = [self._inject(bench, chat, masks), self._separate(bench, chat, masks)]
         hidden = sum(int((~mask).sum()) for mask in masks.values())
         note = f"{sum(int(mask.sum()) for mask in masks.values())} outliers in {' and '.join(masks)}"
         share = hidden / sum(p.numel() for p in parameters_of(chat).values())
         return chat, AttackReport(1.0, share, tuple(losses), time.perf_counter() - started, note)
-
-    def target(self, chat: ChatModel) -> str:
-        """The middle one of the layers under attack: the part of a name before `mlp`."""
-        names = [name for name in trained_matrices(chat) if name.endswith("mlp.up_proj.weight")]
-        return names[len(names) // 2].removesuffix("mlp.up_proj.weight")
 
     def _quantized(self, bench: Bench, chat: ChatModel, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What llama.cpp makes of the two matrices, f32 in their own shape."""

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from convert.gguf_file import GgufModel
+from qguard_edge.runtimes.load_check import LoadCheckError, load_pair
 from tests.helpers.command import CommandLine
 from tests.helpers.hf_models import PROMPTS, randomise, standard
 from tests.helpers.hf_sentencepiece import to_json, train_sentencepiece
@@ -155,3 +156,12 @@ def test_the_other_half_is_asked_for_where_there_is_none(
         assert done.returncode == 2
         assert said in " ".join(done.stderr.split())
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pair_that_is_none_or_hangs_is_one_sentence(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadCheckError, match=r"cannot use tiny-bf16\.gguf with the model: llama\.cpp ended with status 1"):
+        load_pair(tiny_base, tiny_base)
+    monkeypatch.setenv("QGUARD_LLAMA_SECONDS", "0.05")
+    monkeypatch.setattr("convert.child.TICK", 0.02)
+    with pytest.raises(LoadCheckError, match="without a sign of life"):
+        load_pair(tiny_base, tiny_base)
