@@ -175,7 +175,7 @@ def judge(
     findings += outliers.judge(sound, limits)
     findings += _unprotected(plain_files)
     blotted = {name for finding in findings if finding.code == "QG201" for name in finding.tensors}
-    coarse = [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, limits)]
+    coarse = on_grids(matrices, limits)
     # Where many matrices were on a grid, the others may carry its traces too (a fine-tuned dequantized model, cast to bf16).
     doubtful = len(coarse) >= DOUBTFUL_SHARE * len(matrices)
     findings += _trained_for(coarse)
@@ -208,22 +208,47 @@ def judge(
     )
 
 
-def _trained_for(coarse: Sequence[TensorPart]) -> list[Finding]:
-    """The type on whose levels weights lie that were on a grid before, if it is one of those looked at; the smallest of several.
+@dataclass(frozen=True)
+class Levels:
+    """On whose levels the weights of a model lie that were on a grid before.
 
-    The levels of Q4_0 are levels of Q5_0 as well.
+    Attributes:
+        kind: the type, in lower case; of several the smallest, for the levels of Q4_0 are levels of Q5_0 as well.
+        on_level: share of the weights, of those that count, that lie on a level.
+        matrices: that were on a grid.
     """
+
+    kind: str
+    on_level: float
+    matrices: int
+
+
+def levels_of(coarse: Sequence[TensorPart]) -> Levels | None:
+    """The type on whose levels weights lie that were on a grid before, if it is one of those looked at."""
     for kind in _BY_SIZE:
         counts = [part.positions[kind] for part in coarse if kind in part.positions]
         total = sum(int(found.sum()) for found in counts)
         on_level = sum(int(found[: boxes.ON_LEVEL].sum()) for found in counts) / max(total, 1)
         if total >= boxes.FEWEST and on_level >= ON_ITS_GRID:
-            text = (
-                f"{kind.upper()}: {on_level:.0%} of the weights of {len(counts)} matrices lie on a level: they were trained for "
-                f"this type (QAT), or quantized to it; --to {kind} keeps them there, another type rounds them a second time"
-            )
-            return [Finding("QG106", Severity.INFO, text, kind, (), {"on_level": on_level})]
-    return []
+            return Levels(kind, on_level, len(counts))
+    return None
+
+
+def on_grids(matrices: Sequence[TensorPart], limits: Limits) -> list[TensorPart]:
+    """The matrices whose weights were on a grid before."""
+    return [part for part in matrices if sanity.on_a_grid(part.sanity, part.precision, limits)]
+
+
+def _trained_for(coarse: Sequence[TensorPart]) -> list[Finding]:
+    """The finding that names the type of `levels_of`."""
+    found = levels_of(coarse)
+    if found is None:
+        return []
+    text = (
+        f"{found.kind.upper()}: {found.on_level:.0%} of the weights of {found.matrices} matrices lie on a level: they were trained "
+        f"for this type (QAT), or quantized to it; --to {found.kind} keeps them there, another type rounds them a second time"
+    )
+    return [Finding("QG106", Severity.INFO, text, found.kind, (), {"on_level": found.on_level})]
 
 
 def _capped(finding: Finding, doubtful: bool) -> Finding:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,31 @@ def with_default_suites(arguments: Sequence[str]) -> list[str]:
     return given
 
 
+def with_type(flags: ConvertFlags) -> ConvertFlags:
+    """The flags with the type that the model was trained for, where the user named none.
+
+    Raises:
+        UnsupportedError: it was trained for none.
+    """
+    if flags.to:
+        return flags
+    from qguard_edge.scan.trained import trained_for
+
+    with ConsoleProgress(flags.quiet) as progress:
+        found = trained_for(flags.model, flags.revision, flags.threads, progress)
+        progress.note(
+            f"--to {found.kind}: the weights of {found.matrices} matrices lie on its levels ({found.on_level:.0%} of those that "
+            "count), so they were trained for it (QAT) or quantized to it before"
+        )
+    return replace(flags, to=found.kind)
+
+
 @with_defense_flags
 @with_flags
 def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
     """Replaced by HELP when the command is registered."""
     model_exists(flags.model)
+    flags = with_type(flags)
     request = request_from(flags, defense_flags)
 
     from qguard_edge.conversion.request import FolderRequest, GgufRequest

@@ -56,9 +56,11 @@ class ConvertFlags:
         typer.Option(
             "--to",
             metavar="TYPE",
-            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf, gguf.",
+            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf, gguf. Only a model that was "
+            "trained for a type (QAT), on whose levels its weights lie, needs none.",
+            show_default=False,
         ),
-        MISSING,
+        "",
     )
     outfile: str | None = flag(
         typer.Option("-o", "--outfile", help="Output; {ftype} is replaced. Default: NAME-FTYPE.gguf in this folder.")

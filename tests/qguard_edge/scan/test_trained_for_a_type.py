@@ -41,3 +41,18 @@ def test_hardening_leaves_a_weight_on_its_level(on_levels: Path, cli: CommandLin
     found = json.loads(cli("diff", tmp_path / "out.plain.gguf", tmp_path / "out.gguf", "--json").stdout)
     assert found["only_code_bits"]
     assert found["codes_changed"] == 0
+
+
+def test_convert_needs_no_type_where_the_weights_name_it(on_levels: Path, cli: CommandLine, tmp_path: Path) -> None:
+    done = cli("convert", on_levels, "--pure", "--defense", "ortho", "--no-load-check", "--threads", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--to q4_0: the weights of " in done.stderr
+    assert "trained for it (QAT)" in done.stderr
+    assert [made.name for made in tmp_path.glob("*Q4_0.gguf")] == [f"{on_levels.stem}-Q4_0.gguf"]
+
+
+def test_convert_asks_for_a_type_where_they_do_not(tiny_base: Path, cli: CommandLine, tmp_path: Path) -> None:
+    done = cli("convert", tiny_base, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "which type? Give --to, for example --to q4_k" in done.stderr
+    assert not list(tmp_path.iterdir())
