@@ -18,6 +18,7 @@ from quant_grids.errors import UnsupportedError
 if TYPE_CHECKING:
     from convert.diff import FileDifference
     from convert.inspection import GgufSummary
+    from convert.split import SplitRule
     from qguard_edge.compare.defenses import DefenseRow
     from qguard_edge.conversion.dry_run import DryRun
     from qguard_edge.conversion.outputs.plan import ApplyReport
@@ -138,15 +139,22 @@ def plan(request: "PlanRequest", *, scan: "ScanGuard | bool" = True, progress: P
 
 
 def apply(
-    plan: str | Path, plain: str | Path, outfile: str | Path, *, overwrite: bool = False, progress: Progress | None = None
+    plan: str | Path,
+    plain: str | Path,
+    outfile: str | Path,
+    *,
+    overwrite: bool = False,
+    split: "SplitRule | None" = None,
+    progress: Progress | None = None,
 ) -> "ApplyReport":
     """Write the hardened GGUF of a plan.
 
     Args:
         plan: what `plan` wrote.
-        plain: the file that the plan was made for.
+        plain: the file that the plan was made for, or the first shard of it.
         outfile: the hardened GGUF.
         overwrite: replace an existing output.
+        split: cut the output into shards (`convert.split.SplitRule`), named after `outfile`; None: one file.
         progress: told about the tensors.
 
     Raises:
@@ -155,7 +163,9 @@ def apply(
     """
     from qguard_edge.conversion.outputs.plan import apply_to
 
-    return apply_to(Path(plan), Path(plain), Path(outfile), overwrite=overwrite, progress=progress or NoProgress())
+    return apply_to(
+        Path(plan), Path(plain), Path(outfile), overwrite=overwrite, progress=progress or NoProgress(), split=split
+    )
 
 
 def scan(request: "ScanRequest", *, progress: Progress | None = None) -> "Scan":

@@ -17,6 +17,7 @@ from qguard_edge.cli.console import ConsoleProgress, JsonFlag, count_text, out, 
 from qguard_edge.cli.convert.scan_first import refusals, show_findings
 from qguard_edge.cli.convert.tables import show_learned
 from qguard_edge.cli.defense_flags import options_from, with_defense_flags
+from qguard_edge.cli.split_flags import KeepSplitFlag, SplitMaxSizeFlag, SplitMaxTensorsFlag, split_rule
 
 PLAN_HELP = """Choose the rounding of a plain GGUF and write it down as a plan, without llama.cpp.
 
@@ -136,6 +137,9 @@ def apply(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="What `qguard-edge plan` wrote.")],
     plain: Annotated[Path, typer.Option(metavar="FILE", help="The plain file that the plan was made for.")],
     outfile: Annotated[Path, typer.Option("-o", "--outfile", help="The hardened GGUF.")],
+    split_max_size: SplitMaxSizeFlag = None,
+    split_max_tensors: SplitMaxTensorsFlag = None,
+    keep_split: KeepSplitFlag = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     json_output: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -144,13 +148,14 @@ def apply(
     from qguard_edge import api
 
     with ConsoleProgress(quiet) as progress:
-        report = api.apply(plan_file, plain, outfile, overwrite=overwrite, progress=progress)
+        split = split_rule(split_max_size, split_max_tensors, keep_split)
+        report = api.apply(plan_file, plain, outfile, overwrite=overwrite, split=split, progress=progress)
     changed = sum(report.changed.values())
     if json_output:
         metadata = dict(report.header["metadata"])
-        print_json({"status": "ok", "outfile": outfile.name, "codes_changed": changed, "qguard": metadata})
+        print_json({"status": "ok", "outfile": report.outfile.name, "codes_changed": changed, "qguard": metadata})
     elif not quiet:
-        text = f"{changed} codes changed in {len(report.changed)} tensors, nothing else; wrote {outfile.name}"
+        text = f"{changed} codes changed in {len(report.changed)} tensors, nothing else; wrote {report.outfile.name}"
         out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -245,8 +245,9 @@ def _trained_for(coarse: Sequence[TensorPart]) -> list[Finding]:
     if found is None:
         return []
     text = (
-        f"{found.kind.upper()}: {found.on_level:.0%} of the weights of {found.matrices} matrices lie on a level: they were trained "
-        f"for this type (QAT), or quantized to it; --to {found.kind} keeps them there, another type rounds them a second time"
+        f"{found.kind.upper()}: {found.on_level:.0%} of the weights of {found.matrices} matrices lie on a level: they were "
+        f"trained for this type (QAT), or quantized to it; --to {found.kind} keeps them there, another type rounds them a "
+        "second time"
     )
     return [Finding("QG106", Severity.INFO, text, found.kind, (), {"on_level": found.on_level})]
 

@@ -20,6 +20,7 @@ from qguard_edge.cli.calibration_flags import (
     calib_seqlen_option,
     max_memory_option,
 )
+from qguard_edge.cli.split_flags import keep_split_option, split_max_size_option, split_max_tensors_option
 from qguard_edge.defenses.options import DEFAULT_DEFENSE
 from quant_grids.errors import UnsupportedError
 
@@ -56,8 +57,8 @@ class ConvertFlags:
         typer.Option(
             "--to",
             metavar="TYPE",
-            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf, gguf. Only a model that was "
-            "trained for a type (QAT), on whose levels its weights lie, needs none.",
+            help="llama.cpp file type, any case: q4_k (= Q4_K_M), q8_0, ... f16; or nf4, fp4, int8, hf, gguf. Only a model that "
+            "was trained for a type (QAT), on whose levels its weights lie, needs none.",
             show_default=False,
         ),
         "",
@@ -87,17 +88,17 @@ class ConvertFlags:
         only=(GGUF, FLOAT),
     )
     split_max_size: str | None = flag(
-        typer.Option(metavar="N(M|G)", help="Cut the output into shards of at most this size, as llama-gguf-split does."),
+        split_max_size_option(),
         panel=OUTPUT,
         only=(GGUF, FLOAT, MOVED_GGUF),
     )
     split_max_tensors: int | None = flag(
-        typer.Option(min=1, help="Cut the output into shards of at most this many tensors."),
+        split_max_tensors_option(),
         panel=OUTPUT,
         only=(GGUF, FLOAT, MOVED_GGUF),
     )
     keep_split: bool = flag(
-        typer.Option("--keep-split", help="Cut the output as the input is cut."),
+        keep_split_option(),
         False,
         panel=OUTPUT,
         only=(GGUF, FLOAT, MOVED_GGUF),

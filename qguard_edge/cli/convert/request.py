@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from qguard_edge.cli.convert.flags import GGUF, ConvertFlags
 from qguard_edge.cli.defense_flags import options_from
+from qguard_edge.cli.split_flags import split_rule
 from quant_grids.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from convert.split import SplitRule
     from qguard_edge.conversion.request import FolderRequest, GgufRequest, MovedGgufRequest
     from qguard_edge.progress import Progress
 
@@ -56,7 +56,7 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         "converter": flags.converter,
         "trust_remote_code": flags.trust_remote_code,
         "no_fallback": flags.no_fallback,
-        "split": _split(flags),
+        "split": split_rule(flags.split_max_size, flags.split_max_tensors, flags.keep_split),
         "mmproj": flags.mmproj.lower() if flags.mmproj else None,
         "keep_plain": flags.keep_plain,
         "fidelity": flags.output == GGUF and not (flags.no_fidelity or flags.no_load_check),
@@ -71,18 +71,6 @@ def request_from(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> "Gguf
         calibration=CalibrationOptions(flags.calib, flags.calib_samples, flags.calib_seqlen, flags.calib_add),
         **given,
     )
-
-
-def _split(flags: ConvertFlags) -> "SplitRule | None":
-    """How the output is cut, if it is."""
-    if flags.split_max_size is None and flags.split_max_tensors is None and not flags.keep_split:
-        return None
-    from convert.split import SplitRule, parse_split_size
-
-    size = parse_split_size(flags.split_max_size) if flags.split_max_size is not None else 0
-    rule = SplitRule(size, flags.split_max_tensors or 0, flags.keep_split)
-    rule.check()
-    return rule
 
 
 def with_searched_strength(request: "GgufRequest", flags: ConvertFlags, progress: "Progress") -> "GgufRequest":

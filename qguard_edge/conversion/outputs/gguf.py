@@ -32,9 +32,10 @@ from qguard_edge.conversion.memory_limit import require_memory, walk_limit
 from qguard_edge.conversion.metadata import qguard_entries
 from qguard_edge.conversion.naming import plain_path
 from qguard_edge.conversion.outputs.base import Guard, Job
-from qguard_edge.conversion.outputs.gguf_family import GgufFamily, Made, SelfCheckError
+from qguard_edge.conversion.outputs.gguf_family import GgufFamily, Made
 from qguard_edge.conversion.report import ConversionReport, GgufReport, Report
 from qguard_edge.conversion.request import GgufRequest
+from qguard_edge.conversion.shards import SelfCheckError
 from qguard_edge.learned.calibration import Calibration, load_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import draws_alone

@@ -4,31 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from convert.atomic import OutputError, commit
+from convert.atomic import commit
 from convert.base_gguf import other_halves, write_base, write_mmproj
-from convert.cores import available_cores
-from convert.diff import compare_files
 from convert.disk import least_bytes, require_space
-from convert.gguf_file import GgufFile, GgufModel
-from convert.outputs import Written, check_outputs
+from convert.gguf_file import GgufModel
 from convert.quantizer import QuantizeReport, check_tensor_types, quantize
 from convert.source import kept_types, open_base, published
-from convert.split import existing_shards, is_shard_name, shares_of, write_shards
 from qguard_edge.conversion.honest_size import require_no_fallback
 from qguard_edge.conversion.naming import from_template, mmproj_path
 from qguard_edge.conversion.outputs.base import Output
 from qguard_edge.conversion.report import Report
 from qguard_edge.conversion.request import QuantizeRequest
+from qguard_edge.conversion.shards import check_shard_names, commit_shards, cut
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
 from qguard_edge.progress import Progress
 from qguard_edge.runtimes.load_check import LoadCheck, load_check, load_pair
-from quant_grids.errors import QGuardError, UnsupportedError
+from quant_grids.errors import UnsupportedError
 
 Made = TypeVar("Made", bound=QuantizeRequest)
-
-
-class SelfCheckError(QGuardError):
-    """The written file is not what the plan says; it was thrown away."""
 
 
 class GgufFamily(Output[Made, Report]):
@@ -60,14 +53,10 @@ class GgufFamily(Output[Made, Report]):
         return outfile
 
     def check_names(self, outfile: Path) -> None:
-        """See `Output.check_names`; how many shards there will be is not known yet, so those of any number count."""
+        """See `Output.check_names`."""
         super().check_names(outfile)
-        if self.request.split is None:
-            return
-        if is_shard_name(outfile.name):
-            raise OutputError(f"{outfile.name} is the name of a shard; give the name without -00001-of-... with --outfile")
-        shards = [shard for path in (outfile, *self.files_beside(outfile)) for shard in existing_shards(path)]
-        check_outputs([Written(shard) for shard in shards], self.inputs(), overwrite=self.request.overwrite)
+        if self.request.split is not None:
+            check_shard_names((outfile, *self.files_beside(outfile)), self.inputs(), overwrite=self.request.overwrite)
 
     def inputs(self) -> tuple[Path | None, ...]:
         """See `Output.inputs`."""
@@ -171,14 +160,8 @@ class GgufFamily(Output[Made, Report]):
 
     def _cut(self, whole: Path, outfile: Path) -> Path:
         """Cut a file into shards beside it, compare them with it, and remove it."""
-        rule, file = self.request.split, GgufFile(whole)
-        assert rule is not None
-        require_space(whole.parent, file.size, "the shards, beside the whole")
-        first = write_shards(file, shares_of(file, rule, self.base), whole.parent, outfile.name)[0]
-        if fault := compare_files(whole, first, threads=self.request.threads or available_cores()).fault({}):
-            raise SelfCheckError(f"cut into shards, {fault}; please report this")
-        whole.unlink()
-        return first
+        assert self.request.split is not None
+        return cut(whole, self.request.split, self.base, outfile.name, self.request.threads)
 
     def name(self, made: Path, outfile: Path) -> Path:
         """See `Output.name`: of shards the first one comes last, so that a model that can be found is complete."""
@@ -190,6 +173,4 @@ class GgufFamily(Output[Made, Report]):
         if not self.request.split:
             commit(made, outfile)
             return outfile
-        for shard in reversed(GgufModel(made).shards):
-            commit(shard.path, outfile.with_name(shard.path.name))
-        return outfile.with_name(made.name)
+        return commit_shards(made, outfile)

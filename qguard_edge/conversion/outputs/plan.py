@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.atomic import atomic_path, commit, work_folder
+from convert.atomic import commit, work_folder
 from convert.cores import available_cores
 from convert.diff import FileDifference, compare_files
 from convert.gguf_file import GgufFile, GgufModel
@@ -20,7 +20,7 @@ from convert.hashes import sha256_of
 from convert.outputs import Written, writing
 from convert.pinned import Pinned
 from convert.source import open_base
-from convert.split import in_one_piece
+from convert.split import SplitRule, in_one_piece
 from qguard_edge import __version__
 from qguard_edge.conversion.activations import CALIBRATION_SEED, Activations, activations_folder, see_activations
 from qguard_edge.conversion.memory_limit import walk_limit
@@ -29,6 +29,7 @@ from qguard_edge.conversion.outputs.base import Guard, Job, Output
 from qguard_edge.conversion.plan_file import PlanError, PlanRecorder, apply_plan, read_plan, write_plan
 from qguard_edge.conversion.report import ConversionReport, PlanReport
 from qguard_edge.conversion.request import PlanRequest
+from qguard_edge.conversion.shards import check_shard_names, commit_shards, cut
 from qguard_edge.learned.calibration import load_calibration
 from qguard_edge.learned.matrices import GgufTarget, Target
 from qguard_edge.learned.memory import ModelSize, size_of_gguf
@@ -188,20 +189,51 @@ class ApplyReport:
     header: Mapping[str, Any]
 
 
-def apply_to(plan_path: Path, plain_path: Path, outfile: Path, *, overwrite: bool, progress: Progress) -> ApplyReport:
+def apply_to(
+    plan_path: Path,
+    plain_path: Path,
+    outfile: Path,
+    *,
+    overwrite: bool,
+    progress: Progress,
+    split: SplitRule | None = None,
+) -> ApplyReport:
     """Write the hardened file of a plan and hold every bit of it against the plain file.
+
+    Args:
+        plan_path: the plan.
+        plain_path: the file that it was made for, or the first shard of it.
+        outfile: the output; its shards are named after it.
+        overwrite: replace an existing output.
+        progress: told about the tensors.
+        split: cut the output; None: one file.
 
     Raises:
         PlanError: the plan does not belong to the plain file, or the output is not what the plan says.
         OutputError: the output exists or cannot be written.
+        UnsupportedError: it is to be cut as a file in one piece is.
     """
-    with writing([Written(outfile)], [plan_path, plain_path], overwrite=overwrite):
-        pinned = Pinned([plan_path, plain_path])
-        plan = read_plan(plan_path)
-        with work_folder(outfile) as work, atomic_path(outfile) as temporary:
-            changed = apply_plan(plan, in_one_piece(plain_path, work), temporary, progress)
-            difference = compare_files(plain_path, temporary, threads=available_cores())
+    read = [plan_path, plain_path]
+    if split:
+        split.check()
+    with writing([Written(outfile)], read, overwrite=overwrite):
+        if split:
+            check_shard_names([outfile], read, overwrite=overwrite)
+        pinned = Pinned(read)
+        plan, like = read_plan(plan_path), GgufModel(plain_path)
+        if split and split.like_input and len(like.shards) == 1:
+            raise UnsupportedError(f"--keep-split: {plain_path.name} is in one piece; give --split-max-size instead")
+        with work_folder(outfile) as work:
+            made = work / "hardened.gguf"
+            changed = apply_plan(plan, in_one_piece(plain_path, work), made, progress)
+            difference = compare_files(plain_path, made, threads=available_cores())
             if fault := difference.fault(changed):
                 raise PlanError(f"{fault}; please report this")
+            if split:
+                made = cut(made, split, like, outfile.name)
             pinned.check()
+            if split:
+                outfile = commit_shards(made, outfile)
+            else:
+                commit(made, outfile)
     return ApplyReport(outfile, changed, difference, plan.header)

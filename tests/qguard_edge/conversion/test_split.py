@@ -169,7 +169,26 @@ def test_apply_takes_a_split_plain_file(tiny_base: Path, tiny_folder: Path, cli:
     assert done.returncode == 0, done.stderr
     done = cli("apply", plan, "--plain", plain, "-o", tmp_path / "applied.gguf", "--quiet")
     assert done.returncode == 0, done.stderr
-    assert json.loads(cli("diff", tmp_path / "one.gguf", tmp_path / "applied.gguf", "--json").stdout)["codes_changed"] == 0
+    applied = GgufFile(tmp_path / "applied.gguf")
+    assert json.loads(cli("diff", tmp_path / "one.gguf", applied.path, "--json").stdout)["codes_changed"] == 0
+    for flags, name in ((("--keep-split",), "kept"), (("--split-max-tensors", "9"), "cut")):
+        done = cli("apply", plan, "--plain", plain, *flags, "-o", tmp_path / f"{name}.gguf", "--json")
+        assert done.returncode == 0, done.stderr
+        shares = shares_of(applied, SplitRule(max_tensors=9), GgufModel(applied.path))
+        first = tmp_path / shard_name(f"{name}.gguf", 0, len(shares))
+        assert json.loads(done.stdout)["outfile"] == first.name
+        (tmp_path / f"{name}-expected").mkdir()
+        expected = write_shards(applied, shares, tmp_path / f"{name}-expected", f"{name}.gguf")
+        assert [shard.path.read_bytes() for shard in GgufModel(first).shards] == [path.read_bytes() for path in expected]
+        assert not (tmp_path / f"{name}.gguf").exists()
+    for source, name, more, said in (
+        (plain, "kept.gguf", (), "exists"),
+        (plain, "p.gguf", ("--overwrite",), "same file"),
+        (tmp_path / "one.plain.gguf", "no.gguf", (), "in one piece"),
+    ):
+        done = cli("apply", plan, "--plain", source, "--keep-split", "-o", tmp_path / name, *more)
+        assert done.returncode == 2
+        assert said in " ".join(done.stderr.split())
 
 
 def test_names_that_exist_are_not_replaced(tiny_base: Path, cli: CommandLine, tmp_path: Path) -> None:
