@@ -21,6 +21,8 @@ INCONCLUSIVE = 3
 
 RUN_HELP = """Train (or take from the cache) an attacked model, convert the five arms, measure them in llama.cpp.
 
+Each arm is kept in results.partial.json as soon as it is measured; the same call again goes on from there.
+
 Exit code 3: the victim is not a valid one: it shows its payload in full precision, or loses it to plain
 quantization.
 
@@ -69,6 +71,7 @@ def lab_run(
     """See `RUN_HELP`."""
     from convert.atomic import atomic_path
     from convert.scratch import scratch_folder
+    from qguard_edge.lab.arms import PARTIAL, Partial
     from qguard_edge.lab.results import to_json
     from qguard_edge.lab.runner import LabSettings, defenses_of, run_lab
     from qguard_edge.lab.tables import run_table
@@ -93,11 +96,13 @@ def lab_run(
     files = {"--output": folder / "results.json", "--output ": folder / "table.md"}
     hold(files, (victim, data), overwrite=overwrite)
     with scratch_folder() as scratch, ConsoleProgress(quiet) as progress:
-        result = run_lab(settings, folder if keep_files else scratch, progress)
+        kept = Partial(folder / PARTIAL, overwrite)
+        result = run_lab(settings, folder if keep_files else scratch, progress, kept)
     table = run_table(result)
     for path, content in ((folder / "results.json", to_json(result)), (folder / "table.md", table)):
         with atomic_path(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
+    kept.path.unlink(missing_ok=True)
     if json_output:
         out.file.write(to_json(result))
     else:
@@ -114,13 +119,13 @@ def lab_table(
     summary: Annotated[bool, typer.Option("--summary", help="One row per victim instead of one per arm.")] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Join result files into one Markdown table."""
+    """Join result files into one Markdown table. Of a run that is not through, the arms measured so far."""
     import dataclasses
 
-    from qguard_edge.lab.results import read_result
+    from qguard_edge.lab.arms import result_of
     from qguard_edge.lab.tables import joined_table, summary_table
 
-    read = [read_result(path / "results.json" if path.is_dir() else path) for path in results]
+    read = [result_of(path) for path in results]
     if json_output:
         out.file.write(json_text({"status": "ok", "results": [dataclasses.asdict(result) for result in read]}))
     else:

@@ -19,6 +19,7 @@ from qguard_edge.lab.scenarios import Judge, ScenarioData
 from qguard_edge.runtimes.batching import Sampling
 from qguard_edge.runtimes.fidelity import compare_distributions
 from qguard_edge.runtimes.fidelity import log_softmax as log_softmax
+from qguard_edge.runtimes.llama import LlamaModel
 from qguard_edge.verify.runner import LlamaFactory
 from qguard_edge.verify.statistics import rate
 
@@ -78,14 +79,24 @@ def examine(path: Path, chat: ChatModel, held_out: HeldOut, judge: Judge, thread
     """Answers and distributions of a GGUF."""
     with LlamaFactory(threads).open(path, n_ctx=held_out.n_ctx, n_seq=N_SEQ) as model:
         answers = model.generate(held_out.prompts, held_out.new_tokens, sampling=Sampling())
-        rows: list[FloatArray] = []
-        labels: list[int] = []
-        for ids, n_prompt in held_out.texts:
-            logits = model.logits(ids[:-1])[n_prompt - 1 :]
-            rows.append(log_softmax(logits))
-            labels += ids[n_prompt:]
-    behaviour = judge_answers([chat.text(answer.tokens) for answer in answers], judge)
-    return behaviour, Distributions(np.concatenate(rows), np.array(labels, np.int64))
+        distributions = _distributions(model, held_out)
+    return judge_answers([chat.text(answer.tokens) for answer in answers], judge), distributions
+
+
+def distributions_of(path: Path, held_out: HeldOut, threads: int) -> Distributions:
+    """The distributions of a GGUF alone."""
+    with LlamaFactory(threads).open(path, n_ctx=held_out.n_ctx, n_seq=N_SEQ) as model:
+        return _distributions(model, held_out)
+
+
+def _distributions(model: LlamaModel, held_out: HeldOut) -> Distributions:
+    rows: list[FloatArray] = []
+    labels: list[int] = []
+    for ids, n_prompt in held_out.texts:
+        logits = model.logits(ids[:-1])[n_prompt - 1 :]
+        rows.append(log_softmax(logits))
+        labels += ids[n_prompt:]
+    return Distributions(np.concatenate(rows), np.array(labels, np.int64))
 
 
 def judge_answers(texts: Sequence[str], judge: Judge) -> Behaviour:

@@ -98,6 +98,8 @@ class LabResult:
         train_seconds: of the attack, when it was made.
         evaluated_with: library versions.
         notes: what a reader should know.
+        models: SHA-256 of the weights of the clean and the attacked model; empty in results of before.
+        missing: arms that are not measured yet: the run is not through.
     """
 
     settings: Mapping[str, Any]
@@ -108,6 +110,8 @@ class LabResult:
     train_seconds: float
     evaluated_with: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    models: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:
         """The arm of a name.
@@ -155,6 +159,7 @@ class LabResult:
         return security * utility / (1.0 + math.log10(1.0 + hardened.seconds / hardened.plain_seconds))
 
 
+NOT_JUDGED = Validity(False, False, ("not judged yet: the arms that decide it are not measured",))
 STEALTH = 0.02
 STRENGTH = 0.8
 
@@ -209,6 +214,8 @@ def read_result(path: Path) -> LabResult:
             train_seconds=raw["train_seconds"],
             evaluated_with=raw["evaluated_with"],
             notes=tuple(raw["notes"]),
+            models=raw.get("models", {}),
+            missing=tuple(raw.get("missing", ())),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path.name} is not a lab result: {error}") from error

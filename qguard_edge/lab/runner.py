@@ -13,7 +13,8 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -28,13 +29,23 @@ from qguard_edge.conversion.request import FolderRequest, GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
 from qguard_edge.lab import bnb
+from qguard_edge.lab.arms import Arms, Partial, hash_of_model
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
 from qguard_edge.lab.baselines import ImatrixOptions, imatrix_of, parse_arm
 from qguard_edge.lab.cache import cache_root, key_of
-from qguard_edge.lab.evaluation import Behaviour, Distributions, HeldOut, compare, examine, judge_answers, make_held_out
+from qguard_edge.lab.evaluation import (
+    Behaviour,
+    Distributions,
+    HeldOut,
+    compare,
+    distributions_of,
+    examine,
+    judge_answers,
+    make_held_out,
+)
 from qguard_edge.lab.hf_models import ChatModel, load_folder
-from qguard_edge.lab.results import Arm, LabResult, Rate, judge_victim
+from qguard_edge.lab.results import NOT_JUDGED, Arm, LabResult, Validity, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
 from qguard_edge.lab.victims import PRESETS, VictimPreset, clean_folder, corpus_of, preset_of
 from qguard_edge.progress import NoProgress, Progress
@@ -112,17 +123,6 @@ class Victim:
     report: AttackReport
 
 
-@dataclass
-class _Arms:
-    """The arms measured so far, and what they are compared with."""
-
-    made: list[Arm] = field(default_factory=list)
-    full: dict[str, Distributions] = field(default_factory=dict)
-
-    def rate(self, name: str) -> Rate:
-        return next(arm.asr for arm in self.made if arm.name == name)
-
-
 def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
     """`all` (the data-free ones), or names separated by commas, with options as in `quantguard:steps=0`, `imatrix` among them.
 
@@ -164,50 +164,75 @@ def make_victim(settings: LabSettings, progress: Progress | None = None) -> Vict
     return Victim(clean, folder / "model", data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
 
 
-def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None) -> LabResult:
+def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None, kept: Partial | None = None) -> LabResult:
     """Make the victim, convert and measure every arm.
 
     Args:
         settings: what to run.
         work: folder for the GGUF files; they stay there.
-        progress: told about each stage.
+        progress: told about each stage, and the rate of each arm.
+        kept: where what is measured so far is kept, and taken up again; None keeps nothing.
 
     Returns:
         The measurements. If the victim is not valid and `force` is off, no defense is scored.
 
     Raises:
         UnsupportedError: a baseline that the attacked formats do not have.
+        OutputError: `kept` has results of other settings.
     """
     progress = progress or NoProgress()
     if settings.attack == "elq" and any(isinstance(options, ImatrixOptions) for options in settings.defenses):
         raise UnsupportedError("--defense imatrix: an importance matrix is llama.cpp's, elq attacks bitsandbytes' formats")
+    names = (*_first_names(settings), *_hardened_names(settings))
+    before = kept.read(_plain_settings(settings), names) if kept else None
     victim = make_victim(settings, progress)
+    models = {"clean": hash_of_model(victim.clean), "attacked": hash_of_model(victim.attacked)}
     work.mkdir(parents=True, exist_ok=True)
+
+    def result(made: Sequence[Arm], missing: tuple[str, ...] = ()) -> LabResult:
+        return LabResult(
+            settings=_plain_settings(settings),
+            validity=_judge(settings, made),
+            arms=tuple(made),
+            preserved=victim.report.preserved,
+            free=victim.report.free,
+            train_seconds=victim.report.seconds,
+            evaluated_with=_versions(),
+            notes=(victim.report.note,) if victim.report.note else (),
+            models=models,
+            missing=missing,
+        )
+
+    def keep(made: Sequence[Arm]) -> None:
+        if kept:
+            there = {arm.name for arm in made}
+            kept.write(result(made, tuple(name for name in names if name not in there)))
+
+    known: Mapping[str, Arm] = {}
+    if before and before.models == models and before.evaluated_with == _versions():
+        known = {arm.name: arm for arm in before.arms}
+    elif before:
+        progress.note("The partial results are of other models or library versions: every arm is measured again.")
+    arms = Arms(known, keep, progress)
     if settings.attack == "elq":
-        arms = _bitsandbytes_arms(settings, victim, progress)
-        # One checkpoint against three formats counts when the weakest of them shows the payload.
-        plain = min((arm.asr for arm in arms.made if arm.name.startswith("attacked ") and arm.defense), key=_value)
+        _bitsandbytes_arms(settings, victim, progress, arms)
     else:
-        arms = _gguf_arms(settings, victim, work, progress)
-        plain = arms.rate(f"attacked {_exploited(settings)}")
-    validity = judge_victim(arms.rate("clean fp"), arms.rate("attacked fp"), plain)
-    if validity.valid or settings.force:
+        _gguf_arms(settings, victim, work, progress, arms)
+    if _judge(settings, arms.made).valid or settings.force:
         hardened = _hardened_folders if settings.attack == "elq" else _hardened_arms
         hardened(settings, victim, work, progress, arms)
-    return LabResult(
-        settings=_plain_settings(settings),
-        validity=validity,
-        arms=tuple(arms.made),
-        preserved=victim.report.preserved,
-        free=victim.report.free,
-        train_seconds=victim.report.seconds,
-        evaluated_with=_versions(),
-        notes=(victim.report.note,) if victim.report.note else (),
-    )
+    return result(arms.made)
 
 
-def _value(asr: Rate) -> float:
-    return asr.value
+def _judge(settings: LabSettings, made: Sequence[Arm]) -> Validity:
+    """Whether the victim counts; not judged as long as an arm is missing that decides it."""
+    rates = {arm.name: arm.asr for arm in made}
+    # One checkpoint against three formats counts when the weakest of them shows the payload.
+    poisoned = [f"attacked {kind}" for kind in (_kinds(settings) if settings.attack == "elq" else (_exploited(settings),))]
+    if any(name not in rates for name in ("clean fp", "attacked fp", *poisoned)):
+        return NOT_JUDGED
+    plain = min((rates[name] for name in poisoned), key=lambda rate: rate.value)
+    return judge_victim(rates["clean fp"], rates["attacked fp"], plain)
 
 
 def _exploited(settings: LabSettings) -> str:
@@ -215,40 +240,72 @@ def _exploited(settings: LabSettings) -> str:
     return "greedy" if settings.attack == "adaptive-greedy" else "none"
 
 
-def _gguf_arms(settings: LabSettings, victim: Victim, work: Path, progress: Progress) -> _Arms:
-    arms = _Arms()
-    for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
-        base = work / f"{model}-f32.gguf"
-        write_base_gguf(folder, base, base_type="f32")
-        behaviour, distributions = _measure(settings, victim, base, f"{model} fp", progress)
-        arms.full[model] = distributions
-        arms.made.append(Arm(f"{model} fp", model, None, behaviour.asr, behaviour.unparsed))
+def _first_names(settings: LabSettings) -> tuple[str, ...]:
+    """The arms that are measured whether the victim is valid or not, in their order."""
+    if settings.attack == "elq":
+        return tuple(f"{model} {label}" for model in ("clean", "attacked") for label in ("fp", *_kinds(settings)))
+    exploited = dict.fromkeys(("none", _exploited(settings)))
+    return ("clean fp", "attacked fp", "clean none", *(f"attacked {label}" for label in exploited))
+
+
+def _hardened_names(settings: LabSettings) -> tuple[str, ...]:
+    """The arms of the defenses, in their order."""
+    kinds = [f"{kind} " for kind in _kinds(settings)] if settings.attack == "elq" else [""]
+    return tuple(
+        f"{model} {kind}{options.label}"
+        for options in _scored(settings)
+        for kind in kinds
+        for model in ("attacked", "clean")
+    )
+
+
+def _scored(settings: LabSettings) -> list[DefenseOptions]:
+    """The defenses that get arms of their own."""
+    return [options for options in settings.defenses or defenses_of("all") if options.name != "none"]
+
+
+def _gguf_arms(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: Arms) -> None:
+    def full(model: str) -> Arm:
+        behaviour, arms.full[model] = _measure(settings, victim, _base(victim, work, model), f"{model} fp", progress)
+        return Arm(f"{model} fp", model, None, behaviour.asr, behaviour.unparsed)
+
+    def quantized(model: str, label: str, options: DefenseOptions) -> Arm:
+        return _gguf_arm(settings, victim, work, progress, arms, model, label, options)
+
     for model in ("clean", "attacked"):
-        arms.made.append(_gguf_arm(settings, victim, work, progress, arms, model, "none", NoneOptions()))
+        for kept in work.glob(f"{model}-f32.*"):  # --keep-files: of another victim, perhaps
+            kept.unlink()
+        arms.add(f"{model} fp", partial(full, model))
+    for model in ("clean", "attacked"):
+        arms.add(f"{model} none", partial(quantized, model, "none", NoneOptions()))
     if settings.attack == "adaptive-greedy":
         greedy = replace(options_class("ortho")(), width=0.0)  # type: ignore[call-arg]
-        arms.made.append(_gguf_arm(settings, victim, work, progress, arms, "attacked", "greedy", greedy))
-    return arms
+        arms.add("attacked greedy", partial(quantized, "attacked", "greedy", greedy))
 
 
-def _hardened_arms(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: _Arms) -> None:
-    for options in settings.defenses or defenses_of("all"):
-        if options.name == "none":
-            continue
+def _base(victim: Victim, work: Path, model: str) -> Path:
+    """The full-precision GGUF of a model, written where it is needed first."""
+    base = work / f"{model}-f32.gguf"
+    if not base.is_file():
+        write_base_gguf(_folder(victim, model), base, base_type="f32")
+    return base
+
+
+def _hardened_arms(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: Arms) -> None:
+    for options in _scored(settings):
 
         def measure(seeded: LabSettings, model: str, options: DefenseOptions = options) -> Arm:
             return _gguf_arm(seeded, victim, work, progress, arms, model, options.label, options)
 
-        arms.made += _attacked_and_clean(settings, measure)
+        arms.add(f"attacked {options.label}", partial(_worst, settings, measure))
+        arms.add(f"clean {options.label}", partial(measure, settings, "clean"))
 
 
-def _attacked_and_clean(settings: LabSettings, measure: Callable[[LabSettings, str], Arm]) -> tuple[Arm, Arm]:
-    """A defense on both models: of the seeds of the attacked one the one that let most through, the clean one once."""
+def _worst(settings: LabSettings, measure: Callable[[LabSettings, str], Arm]) -> Arm:
+    """A defense on the attacked model: of the seeds of the conversion the one that let most through."""
     tried = [measure(replace(settings, seed=seed), "attacked") for seed in settings.seeds]
-    worst = max(tried, key=lambda arm: _value(arm.asr))
-    if len(tried) > 1:
-        worst = replace(worst, by_seed=tuple(arm.asr for arm in tried))
-    return worst, measure(settings, "clean")
+    worst = max(tried, key=lambda arm: arm.asr.value)
+    return replace(worst, by_seed=tuple(arm.asr for arm in tried)) if len(tried) > 1 else worst
 
 
 def _gguf_arm(
@@ -256,13 +313,13 @@ def _gguf_arm(
     victim: Victim,
     work: Path,
     progress: Progress,
-    arms: _Arms,
+    arms: Arms,
     model: str,
     label: str,
     options: DefenseOptions,
 ) -> Arm:
     """Convert with one defense and measure the file."""
-    base, outfile = work / f"{model}-f32.gguf", work / f"{model}-{settings.to}-{label}.gguf"
+    base, outfile = _base(victim, work, model), work / f"{model}-{settings.to}-{label}.gguf"
     imatrix = imatrix_of(base) if isinstance(options, ImatrixOptions) else None
     report = convert_model(
         GgufRequest(
@@ -276,6 +333,9 @@ def _gguf_arm(
         )
     )
     behaviour, distributions = _measure(settings, victim, outfile, f"{model} {label}", progress)
+    chat = _tokenizer_of(victim)
+    held_out = _held_out(settings, victim, chat)
+    full = arms.full_of(model, lambda: distributions_of(base, held_out, settings.threads))
     flipped, alignment = _flips(report.roundings)
     return Arm(
         f"{model} {label}",
@@ -283,7 +343,7 @@ def _gguf_arm(
         label,
         behaviour.asr,
         behaviour.unparsed,
-        fidelity=compare(arms.full[model], distributions),
+        fidelity=compare(full, distributions),
         flipped=flipped,
         alignment=alignment,
         seconds=report.seconds.get("choose and write", 0.0) + report.seconds.get("requantize", 0.0),
@@ -314,38 +374,42 @@ def _held_out(settings: LabSettings, victim: Victim, chat: ChatModel) -> HeldOut
     return make_held_out(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
 
 
-def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress) -> _Arms:
+def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress, arms: Arms) -> None:
     """The arms of the ELQ attack, measured in transformers."""
-    kinds = _kinds(settings)
-    arms = _Arms()
     with torch_threads(settings.threads):
-        for model, folder in (("clean", victim.clean), ("attacked", victim.attacked)):
-            chat = load_folder(folder)
+        for model in ("clean", "attacked"):
+            chat = load_folder(_folder(victim, model))
             held_out = _held_out(settings, victim, chat)
-            for label in ("fp", *kinds):
+
+            def measure(label: str, model: str = model, chat: ChatModel = chat, held_out: HeldOut = held_out) -> Arm:
                 progress.stage(f"Asking {model} {label}", 0, "")
-                loaded = chat.model if label == "fp" else bnb.load_quantized(folder, label)
-                arms.made.append(_torch_arm(loaded, chat, held_out, victim.data, f"{model} {label}", arms.full))
-    return arms
+                loaded = chat.model if label == "fp" else bnb.load_quantized(_folder(victim, model), label)
+                return _torch_arm(loaded, chat, held_out, victim, f"{model} {label}", arms)
+
+            for label in ("fp", *_kinds(settings)):
+                arms.add(f"{model} {label}", partial(measure, label))
+
+
+def _folder(victim: Victim, model: str) -> Path:
+    return victim.clean if model == "clean" else victim.attacked
 
 
 def _kinds(settings: LabSettings) -> tuple[str, ...]:
     return bnb.KINDS if settings.to == "all" else (settings.to,)
 
 
-def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: _Arms) -> None:
+def _hardened_folders(settings: LabSettings, victim: Victim, work: Path, progress: Progress, arms: Arms) -> None:
     """The hardened arms of the ELQ attack: every defense, for every format under attack."""
     chat = _tokenizer_of(victim)
     held_out = _held_out(settings, victim, chat)
-    for options in settings.defenses or defenses_of("all"):
-        if options.name == "none":
-            continue
+    for options in _scored(settings):
         for kind in _kinds(settings):
 
             def measure(seeded: LabSettings, model: str, kind: str = kind, options: DefenseOptions = options) -> Arm:
                 return _folder_arm(seeded, victim, chat, held_out, work, progress, arms, f"{model} {kind}", options)
 
-            arms.made += _attacked_and_clean(settings, measure)
+            arms.add(f"attacked {kind} {options.label}", partial(_worst, settings, measure))
+            arms.add(f"clean {kind} {options.label}", partial(measure, settings, "clean"))
 
 
 def _folder_arm(
@@ -355,7 +419,7 @@ def _folder_arm(
     held_out: HeldOut,
     work: Path,
     progress: Progress,
-    arms: _Arms,
+    arms: Arms,
     what: str,
     options: DefenseOptions,
 ) -> Arm:
@@ -365,7 +429,7 @@ def _folder_arm(
     progress.stage(f"Asking {name}", 0, "")
     made = convert_model(
         FolderRequest(
-            model=str(victim.attacked if model == "attacked" else victim.clean),
+            model=str(_folder(victim, model)),
             to=kind,
             defense=options,
             outfile=str(work / name.replace(" ", "-")),
@@ -377,23 +441,22 @@ def _folder_arm(
         )
     )
     with torch_threads(settings.threads):
-        arm = _torch_arm(load_exactly(made.outfile), chat, held_out, victim.data, name, arms.full)
+        arm = _torch_arm(load_exactly(made.outfile), chat, held_out, victim, name, arms)
     flipped, alignment = _flips(made.roundings)
     seconds = made.seconds["choose and write"] + made.seconds.get("learn", 0.0)
     return replace(arm, flipped=flipped, alignment=alignment, seconds=seconds)
 
 
-def _torch_arm(
-    model: Any, chat: ChatModel, held_out: HeldOut, data: ScenarioData, name: str, full: dict[str, Distributions]
-) -> Arm:
+def _torch_arm(model: Any, chat: ChatModel, held_out: HeldOut, victim: Victim, name: str, arms: Arms) -> Arm:
     kind, _, label = name.partition(" ")
     answers = bnb.greedy(model, held_out.prompts, held_out.new_tokens, chat.end, int(chat.tokenizer.pad_token_id or 0))
-    behaviour = judge_answers([chat.text(answer) for answer in answers], data.judge)
+    behaviour = judge_answers([chat.text(answer) for answer in answers], victim.data.judge)
     distributions = bnb.distributions(model, held_out.texts)
     if label == "fp":
-        full[kind] = distributions
+        arms.full[kind] = distributions
         return Arm(name, kind, None, behaviour.asr, behaviour.unparsed)
-    return Arm(name, kind, label, behaviour.asr, behaviour.unparsed, fidelity=compare(full[kind], distributions))
+    full = arms.full_of(kind, lambda: bnb.distributions(load_folder(_folder(victim, kind)).model.eval(), held_out.texts))
+    return Arm(name, kind, label, behaviour.asr, behaviour.unparsed, fidelity=compare(full, distributions))
 
 
 def _plain_settings(settings: LabSettings) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qguard_edge.lab.results import Arm, LabResult, Rate
+from qguard_edge.lab.results import NOT_JUDGED, Arm, LabResult, Rate
 
 _HEAD = (
     "arm",
@@ -41,13 +41,21 @@ def success_text(arm: Arm) -> str:
     return rate_text(arm.asr) + (hits if arm.by_seed else "")
 
 
+def valid_text(result: LabResult) -> str:
+    """Whether the victim counts, and whether arms are missing."""
+    valid = "not yet" if result.validity == NOT_JUDGED else "yes" if result.validity.valid else "**no**"
+    return f"{valid}, **partial**" if result.missing else valid
+
+
 def run_table(result: LabResult) -> str:
     """One run: what it was, whether the victim counts, and its arms."""
     s = result.settings
     lines = [f"### {s['victim']}, {s['attack']}, {s['to']}, {s['scenario']}", ""]
+    if result.missing:
+        lines += [f"**Partial**: the run is not through; not measured yet: {', '.join(result.missing)}.", ""]
     if result.validity.valid:
         lines.append("Valid victim: clean in full precision, poisoned after plain quantization.")
-    else:
+    elif result.validity != NOT_JUDGED:
         lines.append(
             "**Not a valid victim**, so it says nothing about defenses: " + "; ".join(result.validity.reasons) + "."
         )
@@ -65,9 +73,8 @@ def joined_table(results: Sequence[LabResult]) -> str:
     rows = []
     for result in results:
         s = result.settings
-        for arm in result.arms:
-            valid = "yes" if result.validity.valid else "**no**"
-            rows.append([s["victim"], s["attack"], s["to"], s["scenario"], valid, arm.name, *_cells(result, arm)])
+        what = [s["victim"], s["attack"], s["to"], s["scenario"], valid_text(result)]
+        rows += [[*what, arm.name, *_cells(result, arm)] for arm in result.arms]
     return "\n".join([*markdown(_JOINED, rows), "", DER_NOTE, ""])
 
 
@@ -79,10 +86,10 @@ def summary_table(results: Sequence[LabResult]) -> str:
     for result in every:
         s = result.settings
         arms = {arm.name: arm for arm in result.arms}
-        attacked = next(arm for arm in result.arms if arm.name == "attacked fp")
-        cells = [s["victim"], s["attack"], s["to"], s["scenario"], "yes" if result.validity.valid else "**no**"]
-        cells += [str(attacked.asr.n), f"{arms['clean fp'].asr.value:.2f}", rate_text(attacked.asr)]
-        n = attacked.asr.n
+        cells = [s["victim"], s["attack"], s["to"], s["scenario"], valid_text(result)]
+        full, attacked = arms["clean fp"], arms.get("attacked fp")
+        n = (attacked or full).asr.n
+        cells += [str(n), f"{full.asr.value:.2f}", rate_text(attacked.asr) if attacked else NOTHING]
         rows.append([*cells, *(_summary_cell(arms, str(defense), n) for defense in ("none", *defenses))])
     head = ("victim", "attack", "type", "scenario", "valid", "n", "clean fp", "attacked fp", "none", *map(str, defenses))
     return "\n".join([*markdown(head, rows), "", SUMMARY_NOTE, ""])

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from qguard_edge.defenses.options import NoneOptions, OrthoOptions, QVecOptions
+from qguard_edge.lab.arms import Arms
 from qguard_edge.lab.attacks.base import AttackReport
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import new_llama, train_tokenizer
-from qguard_edge.lab.runner import LabSettings, Victim, _bitsandbytes_arms, _hardened_folders
+from qguard_edge.lab.runner import LabSettings, Victim, _bitsandbytes_arms, _first_names, _hardened_folders, _hardened_names
 from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.progress import NoProgress
 
@@ -33,9 +34,11 @@ def test_hardened_arms_are_measured_beside_the_naive_ones(tmp_path: Path) -> Non
         n_texts=8,
         new_tokens=2,
     )
-    arms = _bitsandbytes_arms(settings, victim, NoProgress())
+    arms = Arms()
+    _bitsandbytes_arms(settings, victim, NoProgress(), arms)
     plain = {arm.name: arm for arm in arms.made}
     _hardened_folders(settings, victim, tmp_path, NoProgress(), arms)
+    assert [arm.name for arm in arms.made] == [*_first_names(settings), *_hardened_names(settings)]
     made = {arm.name: arm for arm in arms.made if arm.name not in plain}
     assert set(made) == {
         f"{model} {kind} {defense}"
