@@ -17,7 +17,8 @@ from quant_grids import Outcome
 
 CARD_NAME = "README.md"
 
-_KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Fields of the original's card that hold for what is made of it."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 
 def _card(facts: CardFacts) -> str:
-    kept = _front_matter(facts.source / CARD_NAME)
+    kept = front_matter(facts.source / CARD_NAME)
     tags = ["qguard-edge", "quantized", "bitsandbytes", facts.to] if facts.to != "hf" else ["qguard-edge", "bitsandbytes"]
     data = ModelCardData(
         library_name="transformers",
         tags=tags,
         base_model=facts.repo,
         base_model_relation="quantized" if facts.repo and facts.to != "hf" else None,
-        **{key: kept[key] for key in _KEPT_KEYS if key in kept},
+        **{key: kept[key] for key in KEPT_KEYS if key in kept},
     )
     title = (
         f"{facts.name}, {facts.to.upper()} for bitsandbytes" if facts.to != "hf" else f"{facts.name}, moved for bitsandbytes"
@@ -150,7 +151,7 @@ def _usage(facts: CardFacts) -> list[str]:
     ]
 
 
-def _front_matter(path: Path) -> Mapping[str, Any]:
+def front_matter(path: Path) -> Mapping[str, Any]:
     """The YAML head of the original's card; nothing where there is none or it cannot be read."""
     if not path.is_file() or path.stat().st_size > 1 << 20:
         return {}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from qguard_edge.cli.convert.scan_first import refusals, show_findings
 from qguard_edge.cli.convert.tables import show_dry_run, show_report
 from qguard_edge.cli.defense_flags import with_defense_flags
 from qguard_edge.cli.outputs import hold, model_exists
+
+if TYPE_CHECKING:
+    from qguard_edge.conversion.report import GgufReport
 
 HELP = """Convert MODEL to a hardened GGUF, or to a hardened folder for bitsandbytes.
 
@@ -83,6 +86,15 @@ def with_type(flags: ConvertFlags) -> ConvertFlags:
     return replace(flags, to=found.kind)
 
 
+def write_model_card(path: Path, report: "GgufReport", model: str) -> None:
+    """Write the model card of a conversion of `model`."""
+    from convert.atomic import atomic_path
+    from qguard_edge.conversion.gguf_card import gguf_card
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(gguf_card(report, model), encoding="utf-8")
+
+
 @with_defense_flags
 @with_flags
 def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
@@ -91,6 +103,7 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
     flags = with_type(flags)
     request = request_from(flags, defense_flags)
 
+    from qguard_edge.conversion.report import GgufReport
     from qguard_edge.conversion.request import FolderRequest, GgufRequest
     from qguard_edge.defenses.options import QVecOptions
 
@@ -104,7 +117,8 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
     from qguard_edge import api
     from qguard_edge.scan.guard import ScanGuard
 
-    hold({"--report": flags.report_file}, flags.files_read(), overwrite=flags.overwrite)
+    written = {"--report": flags.report_file, "--card": flags.card}
+    hold(written, flags.files_read(), overwrite=flags.overwrite)
     with ConsoleProgress(flags.quiet) as progress:
         if flags.qvec_text and isinstance(request, GgufRequest):
             request = with_searched_strength(request, flags, progress)
@@ -120,6 +134,8 @@ def convert(flags: ConvertFlags, defense_flags: Mapping[str, Any]) -> None:
             strength = request.defense.strength
             progress.note(f"qvec: lambda {strength} is a fixed default; --qvec-text FILE searches it on your text")
 
+    if flags.card and isinstance(report, GgufReport):
+        write_model_card(flags.card, report, flags.model)
     deliver(
         api.to_document(report, scan=guard),
         lambda: show_report(report, flags.model, verbose=flags.verbose),

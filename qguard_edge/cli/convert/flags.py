@@ -128,6 +128,11 @@ class ConvertFlags:
     report_file: Path | None = flag(
         typer.Option("--report", metavar="FILE", help="Also write the JSON document to this file."), panel=OUTPUT
     )
+    card: Path | None = flag(
+        typer.Option("--card", metavar="FILE", help="Also write a model card to this file, for the hub: README.md, say."),
+        panel=OUTPUT,
+        only=(GGUF, FLOAT),
+    )
     quiet: bool = flag(typer.Option("--quiet", "-q", help="No progress, no table."), False, panel=OUTPUT)
 
     revision: str | None = flag(typer.Option(help="Branch, tag or commit of a hub id."), panel=MODEL)

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from convert.gguf_file import GgufModel
+from convert.hashes import sha256_of
 from qguard_edge.runtimes.load_check import LoadCheckError, load_pair
 from tests.helpers.command import CommandLine
 from tests.helpers.hf_models import PROMPTS, randomise, standard
@@ -139,13 +140,24 @@ def test_vision_beside_language(cli: CommandLine, tmp_path: Path) -> None:
         )
     )
     base = base_of(folder, cli)
-    said, found = through_all(folder, base, cli, "--mmproj", "f16")
+    said, found = through_all(folder, base, cli, "--mmproj", "f16", "--card", str(tmp_path / "README.md"))
     half = tmp_path / said["mmproj"]
     assert half.name == "mmproj-model-F16.gguf"
     assert said["load_check"]["halves"] == ["vision"]
     assert GgufModel(half).first.value("general.type") == "mmproj"
     assert not any(name.startswith(("v.", "mm.")) for name in GgufModel(base).tensors)
     assert changed_in(found, "blk.1.")
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        f"| `made.gguf` | language model | Q4_K_M | 100.0% of the rounded weights, `feedback` | `{said['sha256']['output']}` |"
+        in card
+    )
+    assert (
+        f"| `{half.name}` | vision half (`--mmproj`) | F16 | no: as llama.cpp's converter wrote it | `{sha256_of([half])}` |"
+        in card
+    )
+    assert "llama-mtmd-cli -m made.gguf --mmproj mmproj-model-F16.gguf" in card
+    assert "The other half of the model is not protected." in card
 
 
 def test_the_other_half_is_asked_for_where_there_is_none(
