@@ -67,6 +67,97 @@ def test_compressed_tensors_of_8_bits(cli: CommandLine, tmp_path: Path) -> None:
     assert torch.allclose(found, expected, rtol=1e-2)
 
 
+GROUP = 64
+
+
+def codes_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A matrix rounded to four bits in groups of a row: codes 0 to 15, scales and zero points f32 `[rows, groups]`."""
+    groups = weight.float().view(len(weight), -1, GROUP)
+    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    scale = ((high - low) / 15).half().float()
+    zero = (-low / scale).round().clamp(1, 15)
+    codes = (groups / scale.unsqueeze(2) + zero.unsqueeze(2)).round().clamp(0, 15)
+    return codes.view(weight.shape).int(), scale, zero.int()
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Eight codes along the last dimension in an i32, the first one in its lowest bits."""
+    parts = codes.long().view(*codes.shape[:-1], -1, 8) << (4 * torch.arange(8))
+    return parts.sum(-1).to(torch.uint32).view(torch.int32)
+
+
+def stored_compressed(weight: torch.Tensor, symmetric: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """As compressed-tensors stores it (`pack-quantized`), and the values: zero points are packed along the rows."""
+    codes, scale, zero = codes_of(weight)
+    zero = torch.full_like(zero, 8) if symmetric else zero
+    tensors = {"weight_packed": packed(codes), "weight_scale": scale.bfloat16(), "weight_shape": torch.tensor(weight.shape)}
+    if not symmetric:
+        tensors["weight_zero_point"] = packed(zero.T.contiguous()).T.contiguous()
+    return tensors, _multiplied(codes, tensors["weight_scale"].float(), zero)
+
+
+def stored_gptq(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """As GPTQ stores it, and the values: codes are packed along the inputs; zero points, less one, along the outputs."""
+    codes, scale, zero = codes_of(weight)
+    tensors = {
+        "qweight": packed(codes).T.contiguous(),
+        "qzeros": packed((zero - 1).T.contiguous()),
+        "scales": scale.T.contiguous().half(),
+        "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+    }
+    return tensors, _multiplied(codes, scale.half().float(), zero)
+
+
+def _multiplied(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    groups = codes.view(len(codes), -1, GROUP) - zero.unsqueeze(2)
+    return (groups * scale.unsqueeze(2)).view(codes.shape)
+
+
+@pytest.mark.parametrize("kind", ["compressed-tensors, symmetric", "compressed-tensors, asymmetric", "gptq"])
+def test_four_bits_in_groups(kind: str, cli: CommandLine, tmp_path: Path) -> None:
+    """Refused without --allow-requantize; with it the base is codes times scales, and it is said what cannot be undone."""
+    method, _, symmetric = kind.partition(", ")
+    folder = tmp_path / "model"
+    config = transformers.LlamaConfig(**standard(num_hidden_layers=1, tie_word_embeddings=False))
+    weights = save(transformers.LlamaForCausalLM(config), folder)
+    stored, values = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for name, weight in weights.items():
+        if ".layers." not in name or weight.ndim != 2:
+            stored[name] = weight
+            continue
+        tensors, values[name] = (
+            stored_gptq(weight) if method == "gptq" else stored_compressed(weight, symmetric == "symmetric")
+        )
+        stored |= {name.removesuffix("weight") + part: tensor for part, tensor in tensors.items()}
+    scheme = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": symmetric == "symmetric"}
+    settings: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}
+    if method != "gptq":
+        settings = {"quant_method": method, "format": "pack-quantized", "ignore": ["lm_head"]}
+        settings["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": scheme}}
+    rewrite(folder, stored, settings)
+    refused = cli("convert", folder, *OPTIONS, "-o", tmp_path / "out.gguf")
+    assert refused.returncode == 2
+    assert f"already quantized ({method})" in refused.stderr
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    done = cli("convert", folder, "--to", "f32", "--allow-requantize", "--no-load-check", "--json", "-o", base)
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout)["warnings"]
+    assert [one for one in warnings if f"quantized before ({method})" in one and "cannot be undone" in one]
+    for part in ("ffn_down", "ffn_up", "attn_v"):
+        tensor = GgufModel(base).tensors[f"blk.0.{part}.weight"]
+        raw = bytearray(base.read_bytes()[tensor.offset : tensor.offset + tensor.n_bytes])
+        name = {"ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj", "attn_v": "self_attn.v_proj"}[part]
+        expected = values[f"model.layers.0.{name}.weight"]
+        found = torch.frombuffer(raw, dtype=torch.float32).view(expected.shape)
+        assert torch.allclose(found, expected, rtol=1e-2, atol=1e-6), part
+        assert torch.allclose(found, weights[f"model.layers.0.{name}.weight"].float(), atol=float(expected.abs().max()) / 2)
+    done = cli("convert", base, *OPTIONS, "-o", out)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["load_check"]["tokens"]
+    assert said["protected_share"] == 1.0
+
+
 def test_mxfp4_experts_stay_as_they_are(cli: CommandLine, tmp_path: Path) -> None:
     """gpt-oss as published: its experts are kept bit for bit, everything else is rounded and protected, and that is said."""
     folder = tmp_path / "model"
