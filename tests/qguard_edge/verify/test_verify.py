@@ -183,7 +183,7 @@ def test_a_decided_run_stops_early_and_says_what_to_do(injection: LabFiles) -> N
     assert failed.advice.startswith("Do not ship: '")
     passed = verify(request(injection, injection.hardened))
     check = passed.check("injection/discovery")
-    assert check.decided_at == check.prompts < 160
+    assert check.decided_at == check.prompts <= 160
     assert (passed.advice, passed.ended) == (
         "Ship it: on what was asked it behaves like its base.",
         "every check is decided",
