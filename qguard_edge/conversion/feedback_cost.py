@@ -17,7 +17,7 @@ from convert.gguf_file import GgufModel
 from qguard_edge.learned.calibration import CalibrationOptions
 from qguard_edge.rounding.room import SAMPLE_ROWS, SAMPLE_RUNS, SLICE_WEIGHTS, Room, RoomError, room_for
 from qguard_edge.runtimes.activations import BATCH
-from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
+from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, fewer_rows
 from qguard_edge.runtimes.gram_passes import plan_passes
 
 PARENT_BYTES = 220 << 20  # of the process that converts, and of
@@ -224,9 +224,7 @@ def cost_of(model: Model, rates: Rates, *, limit: int | None, parent: int, quant
         RoomError: a factor does not.
     """
     inputs = inputs_of(model)
-    index = GramIndex(
-        "", products=True, inputs=tuple(MeasuredInput(i.names, i.columns, i.slices, i.slices > 1) for i in inputs)
-    )
+    index = GramIndex("", products=True, inputs=tuple(_measured(i, model.tokens) for i in inputs))
     passes = plan_passes(index, gram_budget(model, limit, parent))
     activations = sum(
         inputs[units[-1].position].before * rates.forward
@@ -236,7 +234,8 @@ def cost_of(model: Model, rates: Rates, *, limit: int | None, parent: int, quant
     weights = sum(m.weights for m in model.matrices)
     widest = max(model.matrices, key=lambda m: m.columns, default=RoundedMatrix("", 1, 1))
     room = room_for(widest.columns, rates.threads, None if limit is None else limit - parent)
-    grams = max((sum(4 * unit.count * unit.columns**2 for unit in units) for units in passes), default=0)
+    memory_of = [entry.memory for entry in index.inputs]
+    grams = max((sum(unit.count * memory_of[unit.position] for unit in units) for units in passes), default=0)
     stages = {
         "start": START_SECONDS,
         "scan": weights / (SCAN_RATE * rates.threads),
@@ -247,8 +246,16 @@ def cost_of(model: Model, rates: Rates, *, limit: int | None, parent: int, quant
     }
     largest = max((m.weights // m.slices for m in model.matrices), default=1)
     memory = max(child_bytes(model) + grams, quantizer, room.bytes_for(widest.columns, largest))
-    disk = sum(4 * i.slices * i.columns * (i.columns + 1) for i in inputs)
+    disk = sum(entry.disk for entry in index.inputs)
     return FeedbackCost(stages, sum(stages.values()), parent + memory, disk, len(passes), rates.threads)
+
+
+def _measured(work: InputWork, tokens: int) -> MeasuredInput:
+    """An input as the run will keep it: the rows of experts come one for each token, or one for each expert that it goes to."""
+    routed = work.slices > 1
+    each = work.used if any("ffn_down" in name for name in work.names) else 1
+    kept = fewer_rows(tokens * each, work.columns, work.slices) if routed else 0
+    return MeasuredInput(work.names, work.columns, work.slices, routed, kept_rows=kept)
 
 
 def _share(count: int, work: InputWork) -> float:

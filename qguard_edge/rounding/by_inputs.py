@@ -102,6 +102,22 @@ class _Factors:
         return self.kept[name]
 
 
+def in_order_of_inputs(matrices: Sequence[MatrixWork], inputs: Inputs | None) -> list[MatrixWork]:
+    """Matrices that read the same inputs one after the other, so that their factor is made once: expert 0 of gate and up, ...
+
+    Args:
+        matrices: in the order of the file.
+        inputs: what is known of them.
+    """
+    known = set(inputs.names) if inputs is not None else set()
+    first: dict[str, int] = {}
+    places = []
+    for number, matrix in enumerate(matrices):
+        owner = min(inputs.shares(matrix.name)) if inputs is not None and matrix.name in known else matrix.name
+        places.append((first.setdefault(owner, number), matrix.expert, number))
+    return [matrices[number] for _, _, number in sorted(places)]
+
+
 def share_between_seeds(grid: Grid, rule: MatrixRule, blocks: Tensor, weights: Tensor, key: SliceKey) -> float:
     """Share of the codes in which two seeds differ, from a few rows that are rounded twice with independent draws.
 

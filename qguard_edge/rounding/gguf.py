@@ -23,7 +23,7 @@ from convert.imatrix_file import Imatrix
 from convert.tensor_io import FLOAT_TYPES, RowSlice, TensorReader, open_reader, row_slices, single_threaded_torch
 from qguard_edge.defenses.base import Defense, Inputs, SliceKey
 from qguard_edge.progress import Progress
-from qguard_edge.rounding.by_inputs import MatrixWork, round_matrices
+from qguard_edge.rounding.by_inputs import MatrixWork, Rounding, in_order_of_inputs, round_matrices
 from qguard_edge.rounding.choose import choose_rounding
 from qguard_edge.rounding.room import Room, room_for
 from quant_grids import GRIDS, Flips, Outcome
@@ -305,11 +305,15 @@ def _by_inputs(works: Sequence[_TensorWork], pool: ThreadPoolExecutor, sink: Sin
     if not works:
         return
     options, matrices = works[0].options, [work.matrices(sink) for work in works]
-    flat = [matrix for some in matrices for matrix in some]
-    rounded = round_matrices(flat, works[0].defense, options.inputs, pool, options.device, room)
+    flat = in_order_of_inputs([matrix for some in matrices for matrix in some], options.inputs)
+    rounded = zip(flat, round_matrices(flat, works[0].defense, options.inputs, pool, options.device, room), strict=True)
+    done: dict[str, dict[int, Rounding]] = {work.plain.name: {} for work in works}
     for work, mine in zip(works, matrices, strict=True):
-        found = [next(rounded) for _ in mine]
         tensor = work.plain
+        while len(done[tensor.name]) < len(mine):
+            matrix, one = next(rounded)
+            done[matrix.name][matrix.expert] = one
+        found = [done[tensor.name].pop(matrix.expert) for matrix in mine]
         yield TensorRounding(
             tensor.name,
             tensor.ggml_type,

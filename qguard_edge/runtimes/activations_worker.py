@@ -21,8 +21,8 @@ import numpy as np
 from convert.child import limit_process, resident_bytes
 from qguard_edge.runtimes.activations_job import ActivationJob
 from qguard_edge.runtimes.ggml_tensor import eval_callback, one_backend, operations
-from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput
-from qguard_edge.runtimes.gram_passes import Unit, plan_passes, require_disk, resumed, written
+from qguard_edge.runtimes.gram_files import GramError, GramIndex, MeasuredInput, fewer_rows
+from qguard_edge.runtimes.gram_passes import Unit, plan_passes, require_disk, resumed, stem_of, written
 from qguard_edge.runtimes.gram_sums import Watcher, new_sums
 from qguard_edge.runtimes.graph_inputs import GraphInput, GraphSurvey
 from qguard_edge.runtimes.llama_child import tell
@@ -79,7 +79,7 @@ class ActivationRun:
         self.watch = survey
         self._decode([self.rows[0][: min(SURVEY_TOKENS, self.model.n_batch)]])
         self.inputs = survey.inputs()
-        entries = tuple(MeasuredInput(i.weights, i.columns, i.slices, i.routed) for i in self.inputs)
+        entries = tuple(self._entry(found) for found in self.inputs)
         index = GramIndex(self.job.key, self.job.products, entries, survey.skipped, survey.missing())
         index = resumed(index, self.folder)
         require_disk(index, self.folder)
@@ -88,6 +88,16 @@ class ActivationRun:
         for units in passes:
             index = self._pass(index, units)
         self._save(index)
+
+    def _entry(self, found: GraphInput) -> MeasuredInput:
+        """An input of which nothing is measured yet."""
+        rows = int(self.figures["tokens"]) * found.slots
+        kept = fewer_rows(rows, found.columns, found.slices) if found.routed and self.job.products else 0
+        return MeasuredInput(found.weights, found.columns, found.slices, found.routed, kept_rows=kept)
+
+    def _keep(self, index: GramIndex, unit: Unit) -> Path | None:
+        """Where a unit's rows are kept, if they are."""
+        return self.folder / stem_of(unit) if index.inputs[unit.position].kept_rows else None
 
     def _budget(self, largest: int) -> int | None:
         """Bytes for Gram matrices; None: no limit.
@@ -105,7 +115,7 @@ class ActivationRun:
 
     def _pass(self, index: GramIndex, units: Sequence[Unit]) -> GramIndex:
         """All texts once; returns the index with the new pieces."""
-        all_sums = [new_sums(unit, self.job.products) for unit in units]
+        all_sums = [new_sums(unit, self.job.products, self._keep(index, unit)) for unit in units]
         self.watch = watcher = Watcher(self.wanted, self.inputs, all_sums, copy=self.job.copy, stop=one_backend())
         self.forward()
         for name, seconds in watcher.seconds.items():
@@ -115,7 +125,7 @@ class ActivationRun:
         for sums in all_sums:
             sums.finish()
             index = written(index, self.folder, sums.unit, sums.rows, sums.squares.astype(np.float32), sums.gram)
-            sums.gram = None
+            sums.release()
         self._save(index)
         return index
 

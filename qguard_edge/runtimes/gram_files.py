@@ -3,6 +3,11 @@
     index.json      which weights share which input, and where its sums are
     NAME.squares    f32 [slices, columns]           sums of x_j^2 over the rows x that were seen
     NAME.gram       f32 [slices, columns, columns]  mean of x x^T over these rows, both triangles
+    NAME.rows       f32 [rows, columns]             in its place, the rows themselves, and
+    NAME.order      i32 [uses]                      numbers of the rows that each slice saw, slice after slice
+
+Experts keep rows where these are fewer than their matrices have: there are as many as the text has tokens (times the experts that
+a token goes to, where each has a row of its own), however many experts there are.
 
 A *slice* is an expert of a mixture, or one matrix of a stack; an ordinary weight has one. Slices that did not fit into memory
 together lie in several pieces. The index is written after every pass over the text, so a folder is always whole: a source that
@@ -14,7 +19,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +27,10 @@ import numpy.typing as npt
 from quant_grids.errors import FormatError, QGuardError
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
+Number = TypeVar("Number", np.float32, np.int32)
 INDEX = "index.json"
-VERSION = 2
+VERSION = 3
 
 
 class GramError(QGuardError):
@@ -70,6 +77,7 @@ class MeasuredInput:
         slices: experts, or matrices of a stack.
         routed: each row went to some of the slices only.
         pieces: where the sums are.
+        kept_rows: how many rows are kept in place of Gram matrices, if each weight is used once; 0: none.
     """
 
     weights: tuple[str, ...]
@@ -77,6 +85,17 @@ class MeasuredInput:
     slices: int
     routed: bool
     pieces: tuple[GramPiece, ...] = ()
+    kept_rows: int = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the sums of one slice take while they are added up."""
+        return 0 if self.kept_rows else 4 * self.columns**2
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all slices' files."""
+        return 4 * self.columns * (self.slices + (self.kept_rows or self.slices * self.columns))
 
     @property
     def measured(self) -> int:
@@ -137,6 +156,7 @@ def load_index(folder: Path) -> GramIndex | None:
                 entry["slices"],
                 entry["routed"],
                 tuple(GramPiece(p["stem"], p["first"], tuple(p["rows"])) for p in entry["pieces"]),
+                entry["kept_rows"],
             )
             for entry in content.pop("inputs")
         )
@@ -147,11 +167,16 @@ def load_index(folder: Path) -> GramIndex | None:
         raise FormatError(f"{path} cannot be read ({type(error).__name__}); delete the folder and measure again") from error
 
 
-def write_array(path: Path, values: FloatArray) -> None:
-    """Write f32 values, so that the file is there whole or not at all."""
+def fewer_rows(rows: int, columns: int, slices: int) -> int:
+    """Rows to keep of a routed input that has so many in all; 0 where its Gram matrices are smaller."""
+    return rows if rows <= slices * columns else 0
+
+
+def write_array(path: Path, values: FloatArray | IntArray) -> None:
+    """Write f32 or i32 values, so that the file is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        values.astype(np.float32, copy=False).tofile(file)
+        values.tofile(file)
     temporary.replace(path)
 
 
@@ -161,11 +186,22 @@ def read_slices(path: Path, shape: tuple[int, ...], first: int, count: int) -> F
     Raises:
         FormatError: the file is missing or too short.
     """
-    size = int(np.prod(shape, dtype=np.int64))
+    return read_array_file(path, np.float32, (count, *shape), 4 * first * int(np.prod(shape, dtype=np.int64)))
+
+
+def read_array_file(path: Path, kind: type[Number], shape: tuple[int, ...], offset: int = 0) -> npt.NDArray[Number]:
+    """An array of four-byte numbers in a file, mapped as above.
+
+    Raises:
+        FormatError: the file is missing or too short.
+    """
+    size = 4 * int(np.prod(shape, dtype=np.int64))
     try:
-        if path.stat().st_size < 4 * (first + count) * size:
+        if path.stat().st_size < offset + size:
             raise FormatError(f"{path.name} is cut off; delete the folder and measure again")
+        if size == 0:  # nothing can be mapped
+            return np.zeros(shape, kind)
         # "c": what a caller changes is its own, and never reaches the file.
-        return np.memmap(path, np.float32, "c", offset=4 * first * size, shape=(count, *shape)).view(np.ndarray)
+        return np.memmap(path, kind, "c", offset=offset, shape=shape).view(np.ndarray)
     except OSError as error:
         raise FormatError(f"cannot read {path.name}: {error.strerror}") from error

@@ -28,6 +28,11 @@ class Unit:
     count: int
 
 
+def stem_of(unit: Unit) -> str:
+    """What the names of a unit's files begin with."""
+    return f"{unit.position:05d}-{unit.first:04d}"
+
+
 def resumed(index: GramIndex, folder: Path) -> GramIndex:
     """The index with the pieces that an earlier run of the same job has left in the folder."""
     old = load_index(folder)
@@ -43,7 +48,7 @@ def forget_others(folder: Path, key: str) -> None:
     index = load_index(folder)
     if index is not None and index.job != key:
         for path in folder.iterdir():
-            if path.suffix in (".gram", ".squares", ".json", ".tmp"):
+            if path.suffix in (".gram", ".squares", ".rows", ".order", ".json", ".tmp"):
                 path.unlink()
 
 
@@ -53,8 +58,9 @@ def require_disk(index: GramIndex, folder: Path) -> None:
     Raises:
         GramError: it is.
     """
-    each = (entry.columns * ((entry.columns if index.products else 0) + 1) for entry in index.inputs)
-    need = sum(4 * size * (entry.slices - entry.measured) for size, entry in zip(each, index.inputs, strict=True))
+    left = [entry for entry in index.inputs if entry.measured < entry.slices]
+    squares = sum(4 * entry.columns * entry.slices for entry in left)
+    need = sum(entry.disk * (entry.slices - entry.measured) // entry.slices for entry in left) if index.products else squares
     free = shutil.disk_usage(folder).free
     if need > free:
         raise GramError(
@@ -76,7 +82,7 @@ def plan_passes(index: GramIndex, budget: int | None) -> list[list[Unit]]:
     passes: list[list[Unit]] = []
     left = 0
     for position, entry in enumerate(index.inputs):
-        each = 4 * entry.columns**2 if index.products else 0
+        each = entry.memory if index.products else 0
         if budget is not None and each > budget:
             raise GramError(
                 f"the Gram matrix of {entry.weights[0]} takes {each >> 20} MiB, and of the memory that is allowed "
@@ -98,7 +104,12 @@ def plan_passes(index: GramIndex, budget: int | None) -> list[list[Unit]]:
 
 
 def written(
-    index: GramIndex, folder: Path, unit: Unit, rows: npt.NDArray[np.int64], squares: FloatArray, gram: FloatArray | None
+    index: GramIndex,
+    folder: Path,
+    unit: Unit,
+    rows: npt.NDArray[np.int64],
+    squares: FloatArray,
+    gram: FloatArray | None,
 ) -> GramIndex:
     """Write what one unit saw; returns the index with it, which is not saved yet.
 
@@ -108,7 +119,7 @@ def written(
         unit: what was measured.
         rows: int64 `[count]`, how many rows each slice saw.
         squares: f32 `[count, columns]`.
-        gram: f32 `[count, columns, columns]`, sums, or None; divided by the rows in place.
+        gram: f32 `[count, columns, columns]`, sums, or None (rows that are kept are there already); divided by the rows in place.
 
     Raises:
         GramError: the sums are not finite.
@@ -116,12 +127,12 @@ def written(
     entry = index.inputs[unit.position]
     if not np.isfinite(squares).all():
         raise GramError(f"the inputs of {entry.weights[0]} are not finite numbers: the model is broken")
-    stem = f"{unit.position:05d}-{unit.first:04d}"
-    write_array(folder / f"{stem}.squares", squares)
+    stem = stem_of(unit)
+    write_array(folder / f"{stem}.squares", squares.astype(np.float32, copy=False))
     if gram is not None:
         for values, count in zip(gram, rows, strict=True):
             values /= max(1, int(count))
-        write_array(folder / f"{stem}.gram", gram)
+        write_array(folder / f"{stem}.gram", gram.astype(np.float32, copy=False))
     piece = GramPiece(stem, unit.first, tuple(int(count) for count in rows))
     inputs = list(index.inputs)
     inputs[unit.position] = dataclasses.replace(entry, pieces=(*entry.pieces, piece))

@@ -7,6 +7,7 @@ copy of X, and added to one triangle in f32. The other triangle is filled in at 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from qguard_edge.runtimes.ggml_tensor import GgmlLayoutError, GgmlTensor, operat
 from qguard_edge.runtimes.gram_files import FloatArray, GramError, WantedWeight
 from qguard_edge.runtimes.gram_passes import Unit
 from qguard_edge.runtimes.graph_inputs import GraphInput, Key, key_of, weight_of
+from qguard_edge.runtimes.kept_rows import RowWriter
 
 MIRROR_BLOCK = 512
 
@@ -28,13 +30,15 @@ class Sums:
         unit: what is measured.
         rows: int64 `[count]`.
         squares: f64 `[count, columns]`.
-        gram: f32 `[count, columns, columns]`, one triangle; None for squares alone.
+        gram: f32 `[count, columns, columns]`, one triangle; None for squares alone, and where rows are kept.
+        keeper: of the rows, where they are kept in place of Gram matrices; they are counted at the end.
     """
 
     unit: Unit
     rows: npt.NDArray[np.int64]
-    squares: npt.NDArray[np.float64]
+    squares: npt.NDArray[np.floating]
     gram: FloatArray | None
+    keeper: RowWriter | None = None
 
     def add(self, index: int, rows: FloatArray) -> float:
         """Add the rows `[n, columns]` to slice `first + index`; returns the seconds of the products."""
@@ -52,12 +56,19 @@ class Sums:
         return time.perf_counter() - started
 
     def finish(self) -> None:
-        """Fill in the other triangle, and the squares from the diagonal."""
+        """Fill in the other triangle, and the squares from the diagonal or from the rows that were kept."""
+        if self.keeper is not None:
+            self.rows, self.squares = self.keeper.finish()
         if self.gram is None:
             return
         for index, gram in enumerate(self.gram):
             mirror(gram)
             self.squares[index] = gram.diagonal()
+
+    def release(self) -> None:
+        """Free what has been written."""
+        self.gram, self.keeper = None, None
+        self.squares = self.squares[:0].copy()
 
 
 def mirror(gram: FloatArray) -> None:
@@ -70,9 +81,18 @@ def mirror(gram: FloatArray) -> None:
         gram[rows, rows] = lower + np.tril(lower, -1).T
 
 
-def new_sums(unit: Unit, products: bool) -> Sums:
-    """Sums that are zero."""
+def new_sums(unit: Unit, products: bool, keep: Path | None = None) -> Sums:
+    """Sums that are zero.
+
+    Args:
+        unit: what is measured.
+        products: Gram matrices, or the rows that they are made of; False: squares alone.
+        keep: stem of the files that rows are kept in; None: Gram matrices.
+    """
     columns, count = unit.columns, unit.count
+    if keep is not None:
+        nothing = np.zeros((0, columns), np.float32)
+        return Sums(unit, np.zeros(count, np.int64), nothing, None, RowWriter(keep, columns, count))
     gram = np.zeros((count, columns, columns), np.float32) if products else None
     return Sums(unit, np.zeros(count, np.int64), np.zeros((count, columns), np.float64), gram)
 
@@ -192,6 +212,9 @@ class Watcher:
         rows = inputs[0]  # [tokens, slots or 1, columns]
         if len(routes) != len(rows) or routes.min() < 0 or routes.max() >= self.inputs[unit.position].slices:
             raise GgmlLayoutError(f"the routes of {self.inputs[unit.position].owner} do not fit its inputs")
+        if sums.keeper is not None:
+            sums.keeper.add(rows, routes)
+            return
         for index in range(unit.count):
             tokens, slots = np.nonzero(routes == unit.first + index)
             self._count(sums, index, rows[tokens, slots % rows.shape[1]])

@@ -34,6 +34,7 @@ from qguard_edge.runtimes.gram_files import (
     load_index,
     read_slices,
 )
+from qguard_edge.runtimes.kept_rows import KeptRows
 
 
 class GramSource(Protocol):
@@ -144,7 +145,7 @@ class Grams:
             raise GramError(f"only sums of squares were measured of {tensor}, no Gram matrix")
         if expert is None:
             return self._pooled(found.weights[0]).clone()
-        own = torch.from_numpy(self._read(found, self._checked(tensor, expert), "gram", (found.columns, found.columns)))
+        own = self._own(found, self._checked(tensor, expert))
         if not found.routed:
             return own
         count = self.rows(tensor, expert)
@@ -186,11 +187,23 @@ class Grams:
         piece = _piece_of(found, index)
         return read_slices(self.folder / f"{piece.stem}.{kind}", shape, index - piece.first, 1).reshape(shape)
 
+    def _own(self, found: MeasuredInput, index: int) -> Tensor:
+        """What a slice itself saw, f32 `[columns, columns]`."""
+        if found.kept_rows:
+            return self._kept(found).gram(index)
+        return torch.from_numpy(self._read(found, index, "gram", (found.columns, found.columns)))
+
+    def _kept(self, found: MeasuredInput) -> KeptRows:
+        (piece,) = found.pieces
+        return KeptRows(self.folder / piece.stem, found.columns, piece.rows)
+
     def _read_pooled(self, owner: str) -> Tensor:
         found = self._inputs[owner]
+        if found.kept_rows:
+            return self._kept(found).pooled()
         total = torch.zeros(found.columns, found.columns)
         for index in range(found.slices):
-            own = torch.from_numpy(self._read(found, index, "gram", (found.columns, found.columns)))
+            own = self._own(found, index)
             total.add_(own, alpha=float(self.rows(owner, index)))
         return total.div_(max(1, self.rows(owner)))
 

@@ -30,6 +30,7 @@ class GraphInput:
         columns: length of a row.
         slices: experts, or matrices of a stack.
         routed: by MUL_MAT_ID.
+        slots: rows of each token, where it is routed: one for all of its experts, or one for each.
         producer: the node whose output is the input itself, if it can be told by its name alone; else empty.
         uses: products of one graph with each of these weights.
     """
@@ -40,6 +41,7 @@ class GraphInput:
     routed: bool
     producer: str = ""
     uses: int = 1
+    slots: int = 1
 
     @property
     def owner(self) -> str:
@@ -102,6 +104,7 @@ class GraphSurvey:
     skipped: dict[str, str] = field(default_factory=dict)
     largest: int = 0
     _uses: dict[str, list[tuple[Key, bool, str]]] = field(default_factory=dict)
+    _slots: dict[str, int] = field(default_factory=dict)
     _names: Counter[bytes] = field(default_factory=Counter)
 
     def __call__(self, address: int, _ask: bool) -> bool:
@@ -117,6 +120,7 @@ class GraphSurvey:
                 source = tensor_at(node.src[1])
                 routed = node.op == operations().mul_mat_id
                 self.largest = max(self.largest, 4 * elements(source))
+                self._slots[weight.name] = int(source.ne[1]) if routed else 1
                 self._uses.setdefault(weight.name, []).append((key_of(node, weight), routed, plain_name(source.name)))
         return False
 
@@ -135,7 +139,8 @@ class GraphSurvey:
             alone = len(uses) == 1 and not routed and weight.slices == 1
             # ggml numbers the nodes that llama.cpp gives no name; such a number may mean another node in a larger batch.
             alone = alone and self._names[source.encode()] == 1 and not source.startswith(("node_", "leaf_"))
-            found.append(GraphInput(tuple(names), weight.columns, weight.slices, routed, source if alone else "", len(uses)))
+            producer, slots = source if alone else "", self._slots[names[0]]
+            found.append(GraphInput(tuple(names), weight.columns, weight.slices, routed, producer, len(uses), slots))
         return tuple(found)
 
     def missing(self) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def write_random_llama(path: Path, shape: Shape, tokenizer: Path, *, seed: int =
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     writer.add_vocab_size(shape.vocabulary)
-    _add_vocabulary(writer, GgufFile(tokenizer), shape.vocabulary)
+    add_vocabulary(writer, GgufFile(tokenizer), shape.vocabulary)
     matrices = list(shape.matrices())
     norms = ["output_norm.weight"]
     norms += [f"blk.{i}.{kind}_norm.weight" for i in range(shape.layers) for kind in ("attn", "ffn")]
@@ -89,21 +89,23 @@ def write_random_llama(path: Path, shape: Shape, tokenizer: Path, *, seed: int =
     writer.write_ti_data_to_file()
     generator = np.random.default_rng(seed)
     for _, rows, columns in matrices:
-        writer.write_tensor_data(_random_bits(generator, rows * columns))
+        writer.write_tensor_data(random_bits(generator, rows * columns))
     for _ in norms:
         writer.write_tensor_data(np.ones(shape.hidden, np.float32))
     writer.close()
     return path
 
 
-def _random_bits(generator: np.random.Generator, count: int) -> BITS:
+def random_bits(generator: np.random.Generator, count: int) -> BITS:
     """bf16 of normal numbers with deviation 0.02, as bytes."""
     drawn = generator.standard_normal(min(count, DRAWN + 1), dtype=np.float32) * np.float32(0.02)
     bits = (drawn.view(np.uint32) >> 16).astype(np.uint16)
     return np.resize(bits, count).view(np.uint8)
 
 
-def _add_vocabulary(writer: GGUFWriter, other: GgufFile, size: int) -> None:
+def add_vocabulary(writer: GGUFWriter, other: GgufFile, size: int) -> None:
+    """Give a file another's byte-pair vocabulary, cut or filled up to a size."""
+
     def listed(key: str) -> list[str]:
         found = other.value(f"tokenizer.ggml.{key}")
         assert isinstance(found, list)
@@ -118,8 +120,9 @@ def _add_vocabulary(writer: GGUFWriter, other: GgufFile, size: int) -> None:
     writer.add_token_types(kinds)
     # A merge is kept if what it makes is: both halves are older than their sum.
     writer.add_token_merges([merge for merge in merges if merge.replace(" ", "") in known])
-    writer.add_bos_token_id(int(str(other.value("tokenizer.ggml.bos_token_id"))))
-    writer.add_eos_token_id(int(str(other.value("tokenizer.ggml.eos_token_id"))))
+    end = int(str(other.value("tokenizer.ggml.eos_token_id")))
+    writer.add_bos_token_id(int(str(other.get("tokenizer.ggml.bos_token_id", end))))
+    writer.add_eos_token_id(end)
     writer.add_add_bos_token(False)
     if template := other.get("tokenizer.chat_template"):
         writer.add_chat_template(str(template))

@@ -62,8 +62,11 @@ def collect(base: GgufModel, folder: Path, rows: list[list[int]] | None = None, 
     return source.collect(wanted_weights(base), rows or texts(), folder, threads=1, **limits)
 
 
+SUMS = (".gram", ".squares", ".rows", ".order")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".gram", ".squares")}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in SUMS}
 
 
 def test_matrices_equal_an_independent_sum(llama: Pair, tmp_path: Path) -> None:
@@ -183,9 +186,8 @@ class Used(NoProgress):
         self.total = total
 
 
-@pytest.mark.parametrize("which", ["wide_llama", "wide_mixture"])
-def test_passes_under_a_limit_give_the_same(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    base = request.getfixturevalue(which).base
+def test_passes_under_a_limit_give_the_same(wide_llama: Pair, tmp_path: Path) -> None:
+    base = wide_llama.base
     free = collect(base, tmp_path / "free")
     progress = Used()
     tight = collect(base, tmp_path / "tight", max_memory=limit_for(free, 32 << 20), progress=progress)
@@ -200,6 +202,32 @@ def test_passes_under_a_limit_give_the_same(which: str, tmp_path: Path, request:
         GramError, match=r"MiB are left for it; raise --max-memory by \d+ MiB; --defense ortho needs no activations"
     ):
         collect(base, tmp_path / "none", max_memory=1 << 20)
+
+
+def test_the_rows_of_experts_take_no_memory(wide_mixture: Pair, tmp_path: Path) -> None:
+    """Eight matrices of 4 MiB would not fit under the limit; the rows that they are made of are kept in one pass."""
+    free = collect(wide_mixture.base, tmp_path / "free")
+    tight = collect(wide_mixture.base, tmp_path / "tight", max_memory=limit_for(free, 16 << 20))
+    assert tight.index.figures["passes"] == 1
+    assert contents(tight.folder) == contents(free.folder)
+    kept = [entry for entry in tight.index.inputs if entry.routed]
+    assert [entry.kept_rows for entry in kept] == [180, 360] * 2  # a token has a row, and one for each of its two experts
+    for entry in kept:
+        assert (tight.folder / f"{entry.pieces[0].stem}.rows").stat().st_size == 4 * entry.kept_rows * entry.columns
+
+
+def test_many_rows_of_experts_are_added_up(mixture: Pair, tmp_path: Path) -> None:
+    """Where they would be more than the matrices have."""
+    many = texts((48,) * 24)
+    summed = collect(mixture.base, tmp_path / "summed", many)
+    assert [entry.kept_rows for entry in summed.index.inputs if entry.routed] == [0] * 4
+    theirs = TransformersGramSource(mixture.loaded, mixture.base).collect(
+        wanted_weights(mixture.base), many, tmp_path / "transformers"
+    )
+    for name in ("blk.1.ffn_up_exps.weight", "blk.1.ffn_down_exps.weight"):
+        for expert in (None, 0, 1, 2, 3):
+            assert summed.rows(name, expert) == theirs.rows(name, expert)
+            assert distance(summed.of(name, expert), theirs.of(name, expert)) < TOLERANCE
 
 
 class Stop(NoProgress):
