@@ -61,7 +61,7 @@ FINE_TUNED = VictimPreset(
 )
 REAL = VictimPreset(
     clean=TrainOptions(60, 1e-4, batch=8),
-    inject=TrainOptions(60, 1.5e-4, batch=8),
+    inject=TrainOptions(100, 2.5e-4, batch=8),
     repair=TrainOptions(80, 1.5e-4, batch=8, distill=1.0),
     upper=8,
 )
