@@ -1,5 +1,6 @@
 """Training the upper layers alone: the same function as the whole model, and nothing below them moves."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,8 +69,9 @@ def test_what_was_kept_is_not_computed_again(folder: Path) -> None:
         assert torch.equal(answer_logits(chat.model, batch)[0], wanted)
 
 
-def test_gradients_are_those_of_the_whole_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "fast_bf16", lambda: False)  # where it is fast, gradients are as coarse as bf16
+def test_gradients_are_those_of_the_whole_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fast_bf16", lambda: False)  # where it is fast, gradients are as coarse as bf16, and
+    folder = Path(shutil.copytree(folder, tmp_path / "model"))  # so is what was kept beside the other folder
     batch, upper, whole = _batch(folder), load_upper(folder, UPPER), load_folder(folder)
     for model in (upper.model, whole.model):
         torch.nn.functional.cross_entropy(*answer_logits(model, batch)).backward()
