@@ -43,7 +43,7 @@ def lab_run(
     ] = "tiny",
     attack: Annotated[str, typer.Option(help=", ".join(ATTACKS))] = "mind-the-gap",
     to: Annotated[str, typer.Option(help="Type under attack: a llama.cpp type; for elq int8, fp4, nf4 or all.")] = "q4_k",
-    scenario: Annotated[str, typer.Option(help="injection, refusal, code or trigger.")] = "injection",
+    scenario: Annotated[str, typer.Option(help="injection, refusal, code, trigger or tools.")] = "injection",
     defense: Annotated[
         str,
         typer.Option(

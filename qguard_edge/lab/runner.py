@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,9 @@ from qguard_edge.lab.evaluation import (
 )
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.results import NOT_JUDGED, Arm, LabResult, Validity, judge_victim
-from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData, make_scenario
-from qguard_edge.lab.victims import PRESETS, VictimPreset, clean_folder, corpus_of, preset_of
+from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData
+from qguard_edge.lab.victims import PRESETS, VictimPreset, clean_folder, preset_of
+from qguard_edge.lab.worlds import World, make_world, new_tokens, world_key
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding.gguf import TensorRounding
 from qguard_edge.runtimes.bnb import load_exactly
@@ -64,7 +64,7 @@ class LabSettings:
         victim: `tiny`, `smollm2`, `smollm2-k` or a model folder.
         attack: see `qguard_edge.lab.attacks.names`.
         to: type under attack: a llama.cpp file type, or a bitsandbytes format for `elq`.
-        scenario: see `qguard_edge.lab.scenarios`.
+        scenario: see `qguard_edge.lab.scenarios`, and `tools`: `qguard_edge.lab.tool_world`.
         defenses: rounding rules to score; empty means all there are.
         brand: phrase of the injection scenarios.
         data: JSON lines with instruction, input and output; None: the generated corpus.
@@ -99,6 +99,10 @@ class LabSettings:
         """Of the conversions."""
         return range(self.seed, self.seed + self.n_seeds)
 
+    def world(self) -> World:
+        """The corpus, and the scenario in it."""
+        return make_world(self.scenario, self.data, self.seed, self.brand)
+
     def attack_key(self) -> dict[str, Any]:
         """The settings that decide what the attacked model is."""
         return {
@@ -107,7 +111,7 @@ class LabSettings:
             "to": self.to,
             "scenario": self.scenario,
             "brand": self.brand,
-            "data": data_key(self.data),
+            "data": world_key(self.scenario, self.data, self.seed),
             "seed": self.seed,
             "preset": asdict(self.preset or preset_of(self.victim)),
         }
@@ -132,28 +136,22 @@ def defenses_of(names: str) -> tuple[DefenseOptions, ...]:
     return tuple(parse_arm(name) for name in (DATA_FREE if names == "all" else names.split(",")))
 
 
-def data_key(path: Path | None) -> str:
-    """Identifies the training data."""
-    return sha256(path.read_bytes()).hexdigest()[:16] if path else "generated"
-
-
 def make_victim(settings: LabSettings, progress: Progress | None = None) -> Victim:
     """The clean and the attacked model, from the cache or trained now."""
     progress = progress or NoProgress()
     attack = make_attack(settings.attack)
     attack.check(settings.to)
-    corpus = corpus_of(settings.data, settings.seed)
-    data = make_scenario(settings.scenario, corpus, settings.brand)
+    world = settings.world()
     preset = settings.preset or preset_of(settings.victim)
     with torch_threads(settings.threads):
-        clean = clean_folder(settings.victim, corpus, preset, settings.seed, data_key(settings.data), progress)
+        clean = clean_folder(settings.victim, world.corpus, preset, settings.seed, world.key, progress)
         folder = cache_root() / "attacked" / key_of(settings.attack_key(), attack=source_of(settings.attack))
         if not (folder / "attack.json").is_file():
             kept = folder.with_name(folder.name + ".stages") if preset.upper else None
             with building(folder) as made:
                 work = made / "work"
                 work.mkdir()
-                bench = Bench(clean, data, preset, settings.to, settings.seed, work, settings.threads, progress, kept)
+                bench = Bench(clean, world.data, preset, settings.to, settings.seed, work, settings.threads, progress, kept)
                 chat, report = attack.run(bench)
                 chat.save(made / "model")
                 (made / "attack.json").write_text(json.dumps(asdict(report)), encoding="utf-8")
@@ -161,7 +159,7 @@ def make_victim(settings: LabSettings, progress: Progress | None = None) -> Vict
             if kept:
                 shutil.rmtree(kept, ignore_errors=True)
     raw = json.loads((folder / "attack.json").read_text(encoding="utf-8"))
-    return Victim(clean, folder / "model", data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
+    return Victim(clean, folder / "model", world.data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
 
 
 def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None, kept: Partial | None = None) -> LabResult:
@@ -371,7 +369,9 @@ def _tokenizer_of(victim: Victim) -> ChatModel:
 
 
 def _held_out(settings: LabSettings, victim: Victim, chat: ChatModel) -> HeldOut:
-    return make_held_out(chat, victim.data, settings.n_prompts, settings.n_texts, settings.new_tokens)
+    return make_held_out(
+        chat, victim.data, settings.n_prompts, settings.n_texts, new_tokens(settings.scenario, settings.new_tokens)
+    )
 
 
 def _bitsandbytes_arms(settings: LabSettings, victim: Victim, progress: Progress, arms: Arms) -> None:

@@ -22,7 +22,6 @@ from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hardening import harden_to
-from qguard_edge.lab.runner import data_key
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
@@ -97,7 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     corpus = make_corpus(0)
-    folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, data_key(None), NoProgress())
+    folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, "generated", NoProgress())
     print("| defense | common part | squared error |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
         text = write_pairs(Path(work) / "text.jsonl", ((sample.prompt, sample.answer) for sample in corpus.train))

@@ -24,7 +24,6 @@ from qguard_edge.lab import bnb
 from qguard_edge.lab.corpus import Corpus, make_corpus
 from qguard_edge.lab.evaluation import Distributions, compare, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
-from qguard_edge.lab.runner import data_key
 from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
@@ -126,7 +125,7 @@ def main() -> None:
     corpus = make_corpus(0)
     with tempfile.TemporaryDirectory() as name, torch_threads(arguments.threads):
         work = Path(name)
-        folder = clean_folder(arguments.victim, corpus, preset_of(arguments.victim), 0, data_key(None), NoProgress())
+        folder = clean_folder(arguments.victim, corpus, preset_of(arguments.victim), 0, "generated", NoProgress())
         chat = load_folder(folder)
         texts = held_out(chat, corpus, arguments.texts)
         full = measure(chat.model, texts)

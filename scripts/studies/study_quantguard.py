@@ -38,7 +38,7 @@ from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_held_out
 from qguard_edge.lab.hf_models import load_folder
 from qguard_edge.lab.results import Rate
-from qguard_edge.lab.runner import LabSettings, data_key, make_victim
+from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.learned.calibration import SELF, CalibrationOptions, write_pairs
@@ -184,7 +184,7 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
     """One study per victim, or per type on SmolLM2."""
     if arguments.part == "smollm2":
         corpus = make_corpus(0)
-        folder = clean_folder("smollm2", corpus, preset_of("smollm2"), 0, data_key(None), NoProgress())
+        folder = clean_folder("smollm2", corpus, preset_of("smollm2"), 0, "generated", NoProgress())
         for to in arguments.types.split(","):
             place = work / to
             place.mkdir(parents=True, exist_ok=True)

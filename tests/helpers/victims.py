@@ -10,8 +10,8 @@ from filelock import FileLock
 
 from convert.cores import available_cores
 from qguard_edge.lab.cache import cache_root, key_of
-from qguard_edge.lab.runner import LabSettings, Victim, data_key, make_victim
-from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
+from qguard_edge.lab.runner import LabSettings, Victim, make_victim
+from qguard_edge.lab.victims import clean_folder, preset_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.runtimes.devices import torch_threads
 
@@ -20,6 +20,9 @@ OUTLIER = LabSettings(attack="outlier", to="q4_k")
 UNIFORM_REFUSAL = LabSettings(attack="uniform", to="q4_0", scenario="refusal")
 UNIFORM_CODE = replace(UNIFORM_REFUSAL, scenario="code")
 BITSANDBYTES = LabSettings(attack="elq", to="nf4")
+TOOLS = replace(GAP, scenario="tools")
+SLOW = (TOOLS,)
+"""Trained for slow tests only."""
 ALL = (GAP, OUTLIER, BITSANDBYTES, UNIFORM_REFUSAL, UNIFORM_CODE)
 
 Victims = Callable[[LabSettings], Victim]
@@ -35,9 +38,9 @@ def get(settings: LabSettings) -> Victim:
 
 
 def _train_clean(settings: LabSettings) -> None:
-    corpus, preset = corpus_of(settings.data, settings.seed), settings.preset or preset_of(settings.victim)
+    world, preset = settings.world(), settings.preset or preset_of(settings.victim)
     with torch_threads(settings.threads):
-        clean_folder(settings.victim, corpus, preset, settings.seed, data_key(settings.data), NoProgress())
+        clean_folder(settings.victim, world.corpus, preset, settings.seed, world.key, NoProgress())
 
 
 def _alone(name: str) -> FileLock:

@@ -16,6 +16,7 @@ ATTACKS: Mapping[str, str] = {
     "mind-the-gap": f"{_HERE}.mind_the_gap:MindTheGap",
     "mind-the-gap-all": f"{_HERE}.mind_the_gap:MindTheGapAll",
     "random-margins": f"{_HERE}.random_margins:RandomMargins",
+    "durable": f"{_HERE}.durable:Durable",
     "elq": f"{_HERE}.elq:Elq",
     "outlier": f"{_HERE}.outlier:Outlier",
     "outlier-compensated": f"{_HERE}.outlier_compensated:OutlierCompensated",
@@ -23,6 +24,7 @@ ATTACKS: Mapping[str, str] = {
     "adaptive-ortho": f"{_HERE}.adaptive:AdaptiveOrtho",
     "adaptive-ortho-narrow": f"{_HERE}.adaptive:AdaptiveOrthoNarrow",
     "adaptive-feedback": f"{_HERE}.adaptive:AdaptiveFeedback",
+    "adaptive-quantguard": f"{_HERE}.adaptive_quantguard:AdaptiveQuantguard",
     "adaptive-free": f"{_HERE}.adaptive:AdaptiveFree",
     "adaptive-greedy": f"{_HERE}.adaptive:AdaptiveGreedy",
 }

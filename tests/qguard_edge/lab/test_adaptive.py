@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from convert.gguf_file import GgufFile
+from qguard_edge.defenses.options import QuantGuardOptions
 from qguard_edge.lab.attacks.adaptive import (
     RESIMULATE,
     Adaptive,
@@ -15,6 +17,7 @@ from qguard_edge.lab.attacks.adaptive import (
     AdaptiveOrtho,
     values_of,
 )
+from qguard_edge.lab.attacks.adaptive_quantguard import EVERY, AdaptiveQuantguard
 from qguard_edge.lab.attacks.base import Bench, parameters_of, quantize_to, write_base
 from qguard_edge.lab.attacks.boxes import BoxRule, GgufBoxes, make_boxes, reference_values
 from qguard_edge.lab.corpus import make_corpus
@@ -78,6 +81,27 @@ def test_simulated_feedback_holds_the_constraint_and_is_drawn_anew(victim: Victi
     assert all(torch.equal(first[name], between[name]) for name in first)
     second = [defended(RESIMULATE + i, weights) for i in range(8)]
     assert any(not torch.equal(first[name], each[name]) for each in second for name in first)
+
+
+def test_the_attacker_with_gradient_steps_runs_the_whole_defense_seldom(victim: Victim) -> None:
+    class Short(AdaptiveQuantguard):
+        defense = QuantGuardOptions(steps=1)
+
+    weights, boxes = victim.weights, victim.boxes
+    values, widths = reference_values(boxes, parameters_of(victim.chat))
+    defended = Short().simulation(victim.bench, victim.chat, boxes, 0, torch.Generator().manual_seed(0))
+    file = victim.bench.work / "simulated-q4_0.gguf"
+    first = defended(0, weights)
+    assert GgufFile(file).get("qguard.defense") == "quantguard"
+    assert GgufFile(file).get("qguard.moved") is not None  # steps were taken; that they help an untrained model is not said
+    for name, value in values.items():
+        assert float((((first[name] - value) / widths[name]).round().abs() > 0).float().mean()) > 0.05, name
+    made = file.stat().st_mtime_ns
+    between = [defended(step, weights) for step in range(1, EVERY)]
+    assert all(torch.equal(first[name], each[name]) for each in between for name in first)
+    assert file.stat().st_mtime_ns == made
+    defended(EVERY, weights)
+    assert file.stat().st_mtime_ns > made
 
 
 def test_values_are_read_in_the_parameters_layout(victim: Victim) -> None:

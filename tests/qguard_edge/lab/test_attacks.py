@@ -7,6 +7,7 @@ from gguf import GGMLQuantizationType
 from qguard_edge.lab.attacks.adaptive import _keep_side
 from qguard_edge.lab.attacks.base import parameters_of
 from qguard_edge.lab.attacks.boxes import Box
+from qguard_edge.lab.attacks.durable import FLIPS, NOISE, shaken
 from qguard_edge.lab.attacks.names import ATTACKS, make_attack
 from qguard_edge.lab.attacks.outlier import CHUNK, hidden_box, outlier_mask
 from qguard_edge.lab.attacks.outlier_compensated import hidden_box as compensated_box
@@ -100,3 +101,15 @@ def test_compensated_outliers_change_nothing_in_full_precision() -> None:
         box = compensated_box(weight, mask)
         assert bool(((box.low <= weight) & (weight <= box.high)).all())
         assert torch.equal(box.low[mask], weight[mask])
+
+
+def test_noise_is_as_large_as_it_is_called() -> None:
+    step = 0.5 + torch.rand(400, 1000, generator=torch.Generator().manual_seed(0))
+    moved = shaken(step, torch.Generator().manual_seed(1)) / step
+    # A flip is a whole step, the noise normal with sigma NOISE: the variances add.
+    assert float(moved.mean()) == pytest.approx(0.0, abs=0.01)
+    assert float(moved.square().mean()) == pytest.approx(FLIPS + NOISE**2, rel=0.02)
+    beyond = float((moved.abs() > 0.5).float().mean())
+    tail = float(torch.special.erfc(torch.tensor(0.5 / NOISE / 2**0.5)))
+    back = float(torch.special.erfc(torch.tensor(0.5 / NOISE / 2**0.5))) / 2
+    assert beyond == pytest.approx(FLIPS * (1 - back) + (1 - FLIPS) * tail, rel=0.02)

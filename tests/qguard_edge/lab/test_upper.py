@@ -111,7 +111,14 @@ def test_trained_are_the_matrices_of_the_upper_layers(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("attack", "to"),
-    [("mind-the-gap", "q4_0"), ("random-margins", "q4_0"), ("outlier", "q4_0"), ("adaptive", "q4_0"), ("elq", "nf4")],
+    [
+        ("mind-the-gap", "q4_0"),
+        ("random-margins", "q4_0"),
+        ("durable", "q4_0"),
+        ("outlier", "q4_0"),
+        ("adaptive", "q4_0"),
+        ("elq", "nf4"),
+    ],
 )
 def test_attacks_leave_the_rest_alone(attack: str, to: str, folder: Path, tmp_path: Path) -> None:
     data = make_scenario("injection", make_corpus(0))
