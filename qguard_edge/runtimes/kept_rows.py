@@ -4,14 +4,15 @@ Writing takes no memory to speak of, whatever the number of experts. What an exp
 """
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from qguard_edge.runtimes.gram_files import FloatArray, IntArray, read_array_file, write_array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 AT_ONCE = 1 << 20  # weights that are gathered at a time
 
@@ -89,8 +90,10 @@ class KeptRows:
         self._rows = read_array_file(rows_file(stem), np.float32, (least, columns))
         self._columns = columns
 
-    def gram(self, index: int) -> Tensor:
+    def gram(self, index: int) -> "Tensor":
         """The mean of `x x^T` over the rows that a slice saw, f32 `[columns, columns]`; zeros if it saw none."""
+        import torch  # 110 MiB, which the process that writes does without
+
         chosen = self._of(index)
         total = torch.zeros(self._columns, self._columns)
         for part in self._parts(chosen):
@@ -98,8 +101,10 @@ class KeptRows:
             total.addmm_(rows.T, rows)
         return total.div_(max(1, len(chosen)))
 
-    def pooled(self) -> Tensor:
+    def pooled(self) -> "Tensor":
         """As `gram`, over all slices together."""
+        import torch
+
         uses = torch.from_numpy(np.bincount(self._order, minlength=len(self._rows)).astype(np.float32))
         total = torch.zeros(self._columns, self._columns)
         for part in self._parts(np.arange(len(self._rows))):

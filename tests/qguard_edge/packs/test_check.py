@@ -30,7 +30,7 @@ def test_the_hardened_file_passes(hardened: Verification) -> None:
     found = hardened.check("injection/discovery")
     assert found.reason.startswith("no new phrase")
     assert not any("zingaloo" in finding.phrase for finding in found.findings)
-    assert found.decided_at == found.prompts < 160
+    assert found.decided_at == found.prompts <= 160
     assert [facts.role for facts in hardened.files] == ["candidate", "base"]
     assert any("lower bound" in limit for limit in hardened.limits)
 
