@@ -13,6 +13,7 @@ def main(model: str, port: str) -> None:
     params.n_ctx, params.n_parallel = 512, 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup = params.ui = False
+    params.no_extra_bufts = True  # as in openai_server.py
     server = xllamacpp.Server(params)  # listens as long as it lives
     threading.Event().wait()
     del server

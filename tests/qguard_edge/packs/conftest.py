@@ -41,7 +41,8 @@ Serve = Callable[[Path], str]
 def openai_server(model: Path, port: int) -> list[str]:
     """llama-cpp-python's server: OpenAI's endpoint."""
     options = {"model": model, "host": "127.0.0.1", "port": port, "n_ctx": 512, "logits_all": "true", "n_threads": 1}
-    return [sys.executable, "-m", "llama_cpp.server", *(f"--{k}={v}" for k, v in options.items()), "--verbose=false"]
+    script = str(Path(helpers.__file__).with_name("openai_server.py"))
+    return [sys.executable, script, *(f"--{k}={v}" for k, v in options.items()), "--verbose=false"]
 
 
 def native_server(model: Path, port: int) -> list[str]:
