@@ -331,9 +331,11 @@ def _gguf_arm(
         )
     )
     behaviour, distributions = _measure(settings, victim, outfile, f"{model} {label}", progress)
-    chat = _tokenizer_of(victim)
-    held_out = _held_out(settings, victim, chat)
-    full = arms.full_of(model, lambda: distributions_of(base, held_out, settings.threads))
+
+    def of_base() -> Distributions:
+        return distributions_of(base, _held_out(settings, victim, _tokenizer_of(victim)), settings.threads)
+
+    full = arms.full_of(model, of_base)
     flipped, alignment = _flips(report.roundings)
     return Arm(
         f"{model} {label}",

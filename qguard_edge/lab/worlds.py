@@ -17,6 +17,8 @@ from qguard_edge.lab.victims import corpus_of
 from quant_grids.errors import UnsupportedError
 
 TOOLS = "tools"
+GENERATED = "generated"
+"""Key of the corpus that is generated."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def world_key(scenario: str, data: Path | None, seed: int) -> str:
     """Identifies the training data."""
     if scenario == TOOLS:
         return _tools_key(seed)
-    return sha256(data.read_bytes()).hexdigest()[:16] if data else "generated"
+    return sha256(data.read_bytes()).hexdigest()[:16] if data else GENERATED
 
 
 @cache

@@ -23,6 +23,7 @@ from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptio
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
 
@@ -96,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     corpus = make_corpus(0)
-    folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, "generated", NoProgress())
+    folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, GENERATED, NoProgress())
     print("| defense | common part | squared error |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
         text = write_pairs(Path(work) / "text.jsonl", ((sample.prompt, sample.answer) for sample in corpus.train))

@@ -26,6 +26,7 @@ from qguard_edge.lab.evaluation import Distributions, compare, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding.gguf import total_outcome
@@ -125,7 +126,7 @@ def main() -> None:
     corpus = make_corpus(0)
     with tempfile.TemporaryDirectory() as name, torch_threads(arguments.threads):
         work = Path(name)
-        folder = clean_folder(arguments.victim, corpus, preset_of(arguments.victim), 0, "generated", NoProgress())
+        folder = clean_folder(arguments.victim, corpus, preset_of(arguments.victim), 0, GENERATED, NoProgress())
         chat = load_folder(folder)
         texts = held_out(chat, corpus, arguments.texts)
         full = measure(chat.model, texts)

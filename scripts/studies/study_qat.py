@@ -36,6 +36,7 @@ from qguard_edge.lab.corpus import Corpus
 from qguard_edge.lab.hf_models import ChatModel, load_folder
 from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
 from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
+from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding.gguf import total_outcome
 from qguard_edge.scan.findings import Severity
@@ -94,7 +95,7 @@ def on_levels(matrices: list[Tensor]) -> None:
 
 def train(work: Path, corpus: Corpus, steps: int, seed: int) -> None:
     """Train with and without the rounding, and write every published form as a base GGUF."""
-    start = clean_folder("tiny", corpus, preset_of("tiny"), seed, "generated", NoProgress())
+    start = clean_folder("tiny", corpus, preset_of("tiny"), seed, GENERATED, NoProgress())
     pairs = [(sample.prompt, sample.answer) for sample in corpus.train]
     options = TrainOptions(steps, 5e-4, batch=24, distill=1.0, seed=seed)
     teacher = load_folder(start).model.eval()

@@ -41,6 +41,7 @@ from qguard_edge.lab.results import Rate
 from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.lab.scenarios import ScenarioData, make_scenario
 from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.learned.calibration import SELF, CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding.gguf import total_outcome
@@ -184,7 +185,7 @@ def studies(arguments: argparse.Namespace, work: Path) -> Iterator[Study]:
     """One study per victim, or per type on SmolLM2."""
     if arguments.part == "smollm2":
         corpus = make_corpus(0)
-        folder = clean_folder("smollm2", corpus, preset_of("smollm2"), 0, "generated", NoProgress())
+        folder = clean_folder("smollm2", corpus, preset_of("smollm2"), 0, GENERATED, NoProgress())
         for to in arguments.types.split(","):
             place = work / to
             place.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ from qguard_edge.lab.rotated import make_rotated_folder
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
 from qguard_edge.lab.smollm2 import make_folder
 from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
+from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.results import Verdict
 from qguard_edge.verify.verifier import VerifyRequest, built_in_texts, reseeded, select_suites, verify
@@ -132,7 +133,7 @@ class Study:
         if not path.is_file():
             if part == "tiny":
                 corpus = corpus_of(None, 0)
-                folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, "generated", NoProgress())
+                folder = clean_folder("tiny", corpus, preset_of("tiny"), 0, GENERATED, NoProgress())
             else:
                 make = make_folder if part == "smollm2" else make_rotated_folder
                 folder = make(self.work / part)
