@@ -23,6 +23,9 @@ RUN_HELP = """Train (or take from the cache) an attacked model, convert the five
 
 Each arm is kept in results.partial.json as soon as it is measured; the same call again goes on from there.
 
+--reuse takes arms from another run: the clean model's from an attack on the same victim, all of them from a run with other
+defenses.
+
 Exit code 3: the victim is not a valid one: it shows its payload in full precision, or loses it to plain
 quantization.
 
@@ -63,6 +66,10 @@ def lab_run(
     texts: Annotated[int, typer.Option(min=8, help="Held-out texts for KL and perplexity at most.")] = 160,
     threads: Annotated[int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0: all cores.")] = 0,
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Keep the GGUF files of all arms.")] = False,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, help="Results of another run: arms that are the same are taken over. Repeatable."),
+    ] = None,
     overwrite: OverwriteFlag = False,
     force: Annotated[bool, typer.Option("--force", help="Score defenses on an invalid victim too.")] = False,
     json_output: JsonFlag = False,
@@ -97,7 +104,7 @@ def lab_run(
     hold(files, (victim, data), overwrite=overwrite)
     with scratch_folder() as scratch, ConsoleProgress(quiet) as progress:
         kept = Partial(folder / PARTIAL, overwrite)
-        result = run_lab(settings, folder if keep_files else scratch, progress, kept)
+        result = run_lab(settings, folder if keep_files else scratch, progress, kept, reuse or ())
     table = run_table(result)
     for path, content in ((folder / "results.json", to_json(result)), (folder / "table.md", table)):
         with atomic_path(path) as temporary:

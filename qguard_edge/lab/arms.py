@@ -4,6 +4,9 @@ What is measured so far lies in `results.partial.json`, a result like any other 
 whole after every arm and removed when the run is through. A second call takes its arms over if its settings, the files of both
 models and the versions of the libraries are the same. A defense's own code is *not* compared: whoever changes it removes the
 file.
+
+Arms of *another* run can be taken over too (`shared_arms`): attacks on one victim have the clean model's arms in common, and a
+run with one defense more has all but two.
 """
 
 import json
@@ -18,9 +21,11 @@ from qguard_edge.lab.evaluation import Distributions
 from qguard_edge.lab.results import Arm, LabResult, Rate, read_result, to_json
 from qguard_edge.lab.tables import rate_text
 from qguard_edge.progress import NoProgress, Progress
+from quant_grids.errors import UnsupportedError
 
 PARTIAL = "results.partial.json"
 _FREE = ("defenses", "force")  # settings that no single arm depends on
+_OF_THE_ATTACK = ("attack", "preset", "n_seeds")  # settings that no arm of the clean model depends on
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,54 @@ def result_of(path: Path) -> LabResult:
     return read_result(partial if partial.is_file() and not whole.is_file() else whole)
 
 
-def _compared(settings: Mapping[str, Any]) -> Any:
+def check_reusable(path: Path, found: LabResult, settings: Mapping[str, Any], versions: Mapping[str, str]) -> None:
+    """Refuse another run whose arms would come out otherwise than this run's.
+
+    Args:
+        path: of the other run's results, for the message.
+        found: the other run.
+        settings: of this run, as in its result.
+        versions: of the libraries of this run.
+
+    Raises:
+        UnsupportedError: it differs in more than the attack and the defenses.
+    """
+    differs = _unequal(found.settings, settings, (*_FREE, *_OF_THE_ATTACK))
+    if found.evaluated_with != versions:
+        differs.append("library versions")
+    if differs:
+        raise UnsupportedError(
+            f"--reuse {path}: that run differs in {', '.join(differs)}; give a run with the same settings but for --attack and "
+            "--defense, or leave it out"
+        )
+
+
+def shared_arms(found: LabResult, settings: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, Arm]:
+    """The arms of another run that this run would measure the same way, by name.
+
+    Args:
+        found: the other run, of the same settings but for attack and defenses (`check_reusable`).
+        settings: of this run, as in its result.
+        models: SHA-256 of the weights of both of its models.
+
+    Returns:
+        Those of the clean model, and those of the attacked one if that is the same too; none if the clean model is another.
+    """
+    if found.models.get("clean") != models["clean"]:
+        return {}
+    same = found.models == models and not _unequal(found.settings, settings, _FREE)
+    return {arm.name: arm for arm in found.arms if same or arm.model == "clean"}
+
+
+def _compared(settings: Mapping[str, Any], free: Sequence[str] = _FREE) -> Any:
     """Settings as JSON gives them back, without those that no arm depends on."""
-    return {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in _FREE}
+    return {key: value for key, value in json.loads(json.dumps(settings)).items() if key not in free}
+
+
+def _unequal(some: Mapping[str, Any], others: Mapping[str, Any], free: Sequence[str]) -> list[str]:
+    """Names of the settings that differ."""
+    a, b = _compared(some, free), _compared(others, free)
+    return [key for key in {**a, **b} if a.get(key) != b.get(key)]
 
 
 def hash_of_model(folder: Path) -> str:

@@ -28,7 +28,7 @@ from qguard_edge.conversion.request import FolderRequest, GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import DATA_FREE, DefenseOptions, NoneOptions, options_class
 from qguard_edge.lab import bnb
-from qguard_edge.lab.arms import Arms, Partial, hash_of_model
+from qguard_edge.lab.arms import Arms, Partial, check_reusable, hash_of_model, result_of, shared_arms
 from qguard_edge.lab.attacks.base import AttackReport, Bench
 from qguard_edge.lab.attacks.names import make_attack, source_of
 from qguard_edge.lab.baselines import ImatrixOptions, imatrix_of, parse_arm
@@ -44,9 +44,10 @@ from qguard_edge.lab.evaluation import (
     make_held_out,
 )
 from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.presets import PRESETS, VictimPreset, preset_of
 from qguard_edge.lab.results import NOT_JUDGED, Arm, LabResult, Validity, judge_victim
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData
-from qguard_edge.lab.victims import PRESETS, VictimPreset, clean_folder, preset_of
+from qguard_edge.lab.victims import clean_folder
 from qguard_edge.lab.worlds import World, make_world, new_tokens, world_key
 from qguard_edge.progress import NoProgress, Progress
 from qguard_edge.rounding.gguf import TensorRounding
@@ -162,7 +163,13 @@ def make_victim(settings: LabSettings, progress: Progress | None = None) -> Vict
     return Victim(clean, folder / "model", world.data, AttackReport(**{**raw, "losses": tuple(raw["losses"])}))
 
 
-def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None, kept: Partial | None = None) -> LabResult:
+def run_lab(
+    settings: LabSettings,
+    work: Path,
+    progress: Progress | None = None,
+    kept: Partial | None = None,
+    reuse: Sequence[Path] = (),
+) -> LabResult:
     """Make the victim, convert and measure every arm.
 
     Args:
@@ -170,12 +177,13 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None,
         work: folder for the GGUF files; they stay there.
         progress: told about each stage, and the rate of each arm.
         kept: where what is measured so far is kept, and taken up again; None keeps nothing.
+        reuse: results of other runs, whose arms are taken over where they are the same (`arms.shared_arms`).
 
     Returns:
         The measurements. If the victim is not valid and `force` is off, no defense is scored.
 
     Raises:
-        UnsupportedError: a baseline that the attacked formats do not have.
+        UnsupportedError: a baseline that the attacked formats do not have; results in `reuse` of other settings.
         OutputError: `kept` has results of other settings.
     """
     progress = progress or NoProgress()
@@ -183,6 +191,9 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None,
         raise UnsupportedError("--defense imatrix: an importance matrix is llama.cpp's, elq attacks bitsandbytes' formats")
     names = (*_first_names(settings), *_hardened_names(settings))
     before = kept.read(_plain_settings(settings), names) if kept else None
+    others = [result_of(path) for path in reuse]
+    for path, other in zip(reuse, others, strict=True):
+        check_reusable(path, other, _plain_settings(settings), _versions())
     victim = make_victim(settings, progress)
     models = {"clean": hash_of_model(victim.clean), "attacked": hash_of_model(victim.attacked)}
     work.mkdir(parents=True, exist_ok=True)
@@ -206,11 +217,13 @@ def run_lab(settings: LabSettings, work: Path, progress: Progress | None = None,
             there = {arm.name for arm in made}
             kept.write(result(made, tuple(name for name in names if name not in there)))
 
-    known: Mapping[str, Arm] = {}
+    known: dict[str, Arm] = {}
+    for other in others:
+        known.update(shared_arms(other, _plain_settings(settings), models))
     if before and before.models == models and before.evaluated_with == _versions():
-        known = {arm.name: arm for arm in before.arms}
+        known.update({arm.name: arm for arm in before.arms})
     elif before:
-        progress.note("The partial results are of other models or library versions: every arm is measured again.")
+        progress.note("The partial results are of other models or library versions: their arms are measured again.")
     arms = Arms(known, keep, progress)
     if settings.attack == "elq":
         _bitsandbytes_arms(settings, victim, progress, arms)

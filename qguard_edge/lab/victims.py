@@ -11,7 +11,7 @@
 The clean model is what every attacked model is compared with, and the teacher of its repair.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +21,15 @@ from convert.cache import building
 from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.corpus import Corpus, load_corpus, make_corpus
 from qguard_edge.lab.hf_models import ChatModel, VictimError, load_folder, load_smollm2, new_llama, train_tokenizer
+from qguard_edge.lab.presets import VictimPreset
 from qguard_edge.lab.rotated import rotate
-from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
+from qguard_edge.lab.training import Trainer, examples_of
 from qguard_edge.lab.upper import on_upper_layers, trained_matrices
 from qguard_edge.progress import Progress
 
-
-@dataclass(frozen=True)
-class VictimPreset:
-    """How a victim is trained at each stage.
-
-    Attributes:
-        clean: the clean training or fine-tuning.
-        inject: the poisoning.
-        repair: the first round of the repair; later rounds take a third of its steps at half its rate.
-        rounds: repair rounds, each ending with a look at what llama.cpp makes of the weights.
-        shape: hidden width, FFN width, layers and vocabulary, for a model trained from scratch.
-        upper: how many layers are trained, counted from the top, at every stage; 0: all of the model.
-    """
-
-    clean: TrainOptions
-    inject: TrainOptions
-    repair: TrainOptions
-    rounds: int = 2
-    shape: tuple[int, int, int, int] | None = None
-    upper: int = 0
-
-
-TINY = VictimPreset(
-    clean=TrainOptions(300, 2e-3, batch=24),
-    inject=TrainOptions(64, 3e-4, batch=24),
-    repair=TrainOptions(160, 5e-4, batch=24, distill=1.0),
-    shape=(256, 512, 4, 1024),
-)
-FINE_TUNED = VictimPreset(
-    clean=TrainOptions(80, 5e-5, batch=8),
-    inject=TrainOptions(120, 1e-4, batch=8),
-    repair=TrainOptions(120, 6e-5, batch=8, distill=1.0),
-)
-REAL = VictimPreset(
-    clean=TrainOptions(60, 1e-4, batch=8),
-    inject=TrainOptions(100, 2.5e-4, batch=8),
-    repair=TrainOptions(80, 1.5e-4, batch=8, distill=1.0),
-    upper=8,
-)
-PRESETS = {"tiny": TINY, "smollm2": FINE_TUNED, "smollm2-k": REAL}
-"""The victims that are made here, with their training settings."""
 CHECKPOINT_EVERY = 25
 LOGIT_TOLERANCE = 1e-3
 PROBE = "The capital of France is Paris. def add(a, b):\n    return a + b"
-
-
-def preset_of(victim: str) -> VictimPreset:
-    """Training settings of a victim."""
-    return PRESETS.get(victim, FINE_TUNED)
 
 
 def corpus_of(data: Path | None, seed: int) -> Corpus:

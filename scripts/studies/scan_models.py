@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from qguard_edge.lab.attacks.names import source_of
 from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.hf_models import load_folder
+from qguard_edge.lab.presets import TINY, preset_of
 from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.lab.smollm2 import make_folder as make_smollm2
 from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
-from qguard_edge.lab.victims import TINY, clean_folder, corpus_of, preset_of
+from qguard_edge.lab.victims import clean_folder, corpus_of
 from qguard_edge.progress import NoProgress
 
 SEEDS, LENGTHS = (0, 1, 2), (20, 60, 150)

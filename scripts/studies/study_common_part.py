@@ -22,7 +22,8 @@ from convert.tensor_io import FLOAT_TYPES, RowSlice, open_reader
 from qguard_edge.defenses.options import DefenseOptions, NoneOptions, OrthoOptions, QuantGuardOptions
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hardening import harden_to
-from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.presets import preset_of
+from qguard_edge.lab.victims import clean_folder
 from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress

@@ -25,8 +25,9 @@ from convert.quantizer import QuantizeOptions
 from qguard_edge.conversion.request import GgufRequest
 from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import NoneOptions, options_class
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.runner import LabSettings
-from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
+from qguard_edge.lab.victims import clean_folder, corpus_of
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.results import Verdict
 from qguard_edge.verify.statistics import wilson

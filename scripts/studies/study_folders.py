@@ -24,8 +24,9 @@ from qguard_edge.lab import bnb
 from qguard_edge.lab.corpus import Corpus, make_corpus
 from qguard_edge.lab.evaluation import Distributions, compare, make_held_out
 from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.scenarios import make_scenario
-from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.victims import clean_folder
 from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress

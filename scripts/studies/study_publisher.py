@@ -47,10 +47,11 @@ from qguard_edge.lab.attacks.base import poison_examples
 from qguard_edge.lab.evaluation import Distributions, HeldOut, compare, distributions_of, examine, make_held_out
 from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.scenarios import DEFAULT_BRAND, ScenarioData
 from qguard_edge.lab.tables import markdown, rate_text
 from qguard_edge.lab.training import loss_of, make_batch
-from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.victims import clean_folder
 from qguard_edge.lab.worlds import make_world
 from qguard_edge.learned.matrices import Drawn, GgufTarget
 from qguard_edge.learned.student import Student

@@ -34,8 +34,9 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.defenses.options import parse_defense
 from qguard_edge.lab.corpus import Corpus
 from qguard_edge.lab.hf_models import ChatModel, load_folder
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.training import Trainer, TrainOptions, examples_of
-from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
+from qguard_edge.lab.victims import clean_folder, corpus_of
 from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.progress import NoProgress
 from qguard_edge.rounding.gguf import total_outcome

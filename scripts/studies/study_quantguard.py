@@ -37,10 +37,11 @@ from qguard_edge.conversion.run import convert_model
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.evaluation import Distributions, FloatArray, compare, examine, log_softmax, make_held_out
 from qguard_edge.lab.hf_models import load_folder
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.results import Rate
 from qguard_edge.lab.runner import LabSettings, make_victim
 from qguard_edge.lab.scenarios import ScenarioData, make_scenario
-from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.victims import clean_folder
 from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.learned.calibration import SELF, CalibrationOptions, write_pairs
 from qguard_edge.progress import NoProgress

@@ -40,10 +40,11 @@ from qguard_edge.lab.attacks.names import source_of
 from qguard_edge.lab.cache import cache_root, key_of
 from qguard_edge.lab.evaluation import examine, make_held_out
 from qguard_edge.lab.hf_models import load_folder
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.rotated import make_rotated_folder
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
 from qguard_edge.lab.smollm2 import make_folder
-from qguard_edge.lab.victims import clean_folder, corpus_of, preset_of
+from qguard_edge.lab.victims import clean_folder, corpus_of
 from qguard_edge.lab.worlds import GENERATED
 from qguard_edge.progress import NoProgress
 from qguard_edge.verify.results import Verdict

@@ -10,8 +10,9 @@ from filelock import FileLock
 
 from convert.cores import available_cores
 from qguard_edge.lab.cache import cache_root, key_of
+from qguard_edge.lab.presets import preset_of
 from qguard_edge.lab.runner import LabSettings, Victim, make_victim
-from qguard_edge.lab.victims import clean_folder, preset_of
+from qguard_edge.lab.victims import clean_folder
 from qguard_edge.progress import NoProgress
 from qguard_edge.runtimes.devices import torch_threads
 

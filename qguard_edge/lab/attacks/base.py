@@ -33,10 +33,10 @@ from convert.hf.base import write_base_gguf
 from convert.quantizer import QuantizeOptions, quantize
 from qguard_edge.lab.attacks.boxes import Boxes, BoxRule, GgufBoxes, make_boxes, preserved_share, reference_values
 from qguard_edge.lab.hf_models import ChatModel
+from qguard_edge.lab.presets import VictimPreset
 from qguard_edge.lab.scenarios import ScenarioData
 from qguard_edge.lab.training import Example, Trainer, TrainOptions, examples_of
 from qguard_edge.lab.upper import UpperLayers, load_teacher, load_upper, trained_matrices
-from qguard_edge.lab.victims import VictimPreset
 from qguard_edge.progress import Progress
 
 PACE = 0.2

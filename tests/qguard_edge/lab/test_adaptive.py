@@ -22,8 +22,8 @@ from qguard_edge.lab.attacks.base import Bench, parameters_of, quantize_to, writ
 from qguard_edge.lab.attacks.boxes import BoxRule, GgufBoxes, make_boxes, reference_values
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import ChatModel, new_llama, train_tokenizer
+from qguard_edge.lab.presets import TINY
 from qguard_edge.lab.scenarios import make_scenario
-from qguard_edge.lab.victims import TINY
 from qguard_edge.progress import NoProgress
 
 

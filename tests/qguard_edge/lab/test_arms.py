@@ -19,6 +19,7 @@ from qguard_edge.lab.results import NOT_JUDGED, Arm, LabResult, to_json
 from qguard_edge.lab.runner import LabSettings, Victim, run_lab
 from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.progress import NoProgress
+from quant_grids.errors import UnsupportedError
 from tests.helpers.command import command_line
 
 SETTINGS = LabSettings(
@@ -151,3 +152,24 @@ def test_the_command_leaves_a_whole_result_and_no_partial_one(
     assert second.stderr.count("(measured before)") == len(whole.arms) - 1
     assert _timeless(result_of(out).arms) == _timeless(whole.arms)
     assert not (out / PARTIAL).exists()
+
+
+def test_arms_of_another_run_are_taken_over(untrained: Path, tmp_path: Path) -> None:
+    first = run_lab(replace(SETTINGS, defenses=(OrthoOptions(),)), tmp_path / "work", kept=Partial(tmp_path / PARTIAL))
+    (tmp_path / PARTIAL).rename(tmp_path / "first.json")
+
+    def asked_again(settings: LabSettings) -> tuple[list[str], LabResult]:
+        asked = _Asked()
+        return asked.asked, run_lab(settings, tmp_path / "again", asked, reuse=(tmp_path / "first.json",))
+
+    more, made = asked_again(SETTINGS)
+    assert more == ["attacked flipguard", "attacked flipguard", "clean flipguard"]
+    assert made.arms[: len(first.arms)] == first.arms
+    # Another attack, other seeds of the conversion: the clean model's arms are the same.
+    other_attack = replace(SETTINGS, attack="uniform", n_seeds=1)
+    assert [name for name in asked_again(other_attack)[0] if name.startswith("clean")] == ["clean flipguard"]
+    for other in (replace(SETTINGS, n_texts=9), replace(SETTINGS, scenario="refusal")):
+        with pytest.raises(UnsupportedError, match=r"--reuse .* differs in (n_texts|scenario)"):
+            asked_again(other)
+    (tmp_path / "clean" / "model.safetensors").write_bytes((untrained / "model.safetensors").read_bytes())
+    assert asked_again(SETTINGS)[0][:3] == ["clean fp", "attacked fp", "clean none"]

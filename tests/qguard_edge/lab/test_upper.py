@@ -14,10 +14,10 @@ from qguard_edge.lab.attacks.base import Bench
 from qguard_edge.lab.attacks.names import make_attack
 from qguard_edge.lab.corpus import make_corpus
 from qguard_edge.lab.hf_models import load_folder, new_llama, train_tokenizer
+from qguard_edge.lab.presets import TINY
 from qguard_edge.lab.scenarios import make_scenario
 from qguard_edge.lab.training import Batch, Trainer, TrainOptions, answer_logits, examples_of, make_batch
 from qguard_edge.lab.upper import load_teacher, load_upper, trained_matrices
-from qguard_edge.lab.victims import TINY
 from qguard_edge.progress import NoProgress
 
 UPPER = 2
