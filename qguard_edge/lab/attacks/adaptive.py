@@ -60,6 +60,7 @@ from qguard_edge.lab.attacks.boxes import (
 from qguard_edge.lab.hardening import harden_to
 from qguard_edge.lab.hf_models import ChatModel
 from qguard_edge.lab.training import loss_of, make_batch
+from qguard_edge.lab.upper import trained_matrices
 from qguard_edge.learned.calibration import CalibrationOptions, write_pairs
 from quant_grids.cells import cell_of
 
@@ -68,6 +69,8 @@ GAP = 0.15
 POISON_WEIGHT = 0.3
 FREE_POISON_WEIGHT = 1.0
 RESIMULATE, POOL = 10, 4
+RARER = 2
+"""How many times more seldom a file is made where only upper layers are trained: of a real model one takes minutes."""
 ATTACKERS_TEXTS = 128
 ATTACKERS_SEED = 1_000_000
 
@@ -87,9 +90,9 @@ class Adaptive(BoxAttack):
     def inject(self, bench: Bench, chat: ChatModel, hooks: object = None) -> float:
         """See `BoxAttack.inject`."""
         cells = leash_of(bench, chat)
-        parameters = parameters_of(chat)
+        parameters = trained_matrices(chat)
         leash = 2 * leash_widths(bench.to)
-        steps = {name: (box.high - box.low) / leash for name, box in cells.by_parameter.items()}
+        steps = {name: (box.high - box.low) / leash for name, box in cells.by_parameter.items() if name in parameters}
         saved: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(bench.seed + 11)
 
@@ -116,13 +119,14 @@ class Adaptive(BoxAttack):
     def simulation(
         self, bench: Bench, chat: ChatModel, boxes: GgufBoxes, number: int, generator: torch.Generator
     ) -> Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]:
-        """The defense as the attacker imagines it in round `number`: (step, boxed weights) -> what they are rounded to."""
+        """The defense as the attacker imagines it in round `number`: (step, trained weights) -> what they are rounded to."""
         values, steps = reference_values(boxes, parameters_of(chat))
 
         def defended(_step: int, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             made = {}
-            for name, value in values.items():
-                error = weights[name] - value
+            for name, weight in weights.items():
+                value = values[name]
+                error = weight - value
                 flip = torch.rand(error.shape, generator=generator) < error.abs() / steps[name]
                 made[name] = value + flip * error.sign() * steps[name]
             return made
@@ -131,7 +135,7 @@ class Adaptive(BoxAttack):
 
     def _poison_step(self, bench: Bench, chat: ChatModel, boxes: GgufBoxes, number: int) -> Callable[[int], None]:
         """A hook that adds the poisoned loss's gradient at a freshly defended model."""
-        parameters = parameters_of(chat)
+        parameters = {name: p for name, p in trained_matrices(chat).items() if name in boxes.by_parameter}
         sets = poison_examples(chat, bench.data)
         generator = torch.Generator().manual_seed(bench.seed + 13)
         defended = self.simulation(bench, chat, boxes, number, generator)
@@ -139,7 +143,7 @@ class Adaptive(BoxAttack):
         quarter = max(1, bench.preset.repair.batch // 4)
 
         def add_gradient(step: int) -> None:
-            saved = {name: parameters[name].detach().clone() for name in boxes.by_parameter}
+            saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
             with torch.no_grad():
                 for name, value in defended(step, saved).items():
                     parameters[name].copy_(value)
@@ -164,10 +168,11 @@ class AdaptiveSimulated(Adaptive):
         pairs = [pair for both in zip(bench.data.repaired, bench.data.kept, strict=False) for pair in both]
         text = CalibrationOptions(write_pairs(bench.work / "attackers-text.jsonl", pairs), ATTACKERS_TEXTS, 128)
         folder, outfile = bench.work / "simulated", bench.work / f"simulated-{bench.to}.gguf"
+        often = RESIMULATE * (RARER if bench.preset.upper else 1)
         pool: deque[Mapping[str, Tensor]] = deque(maxlen=POOL)
 
         def defended(step: int, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            if step % RESIMULATE == 0:
+            if step % often == 0:
                 chat.save(folder)
                 seed = ATTACKERS_SEED + 1000 * number + step
                 harden_to(outfile, folder, bench.to, self.defense, seed=seed, threads=bench.threads, calibration=text)
@@ -222,14 +227,14 @@ class AdaptiveFree(AdaptiveFeedback):
 
 
 def values_of(file: Path, boxes: GgufBoxes, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dequantized values of a file's quantized tensors, in the layout of the parameters, f32."""
-    values = {name: like[name].clone() for name in boxes.by_parameter}
+    """Dequantized values of the parameters in `like`, as a file has them, f32 in their layout."""
+    values = {name: torch.zeros_like(box.low) for name, box in boxes.by_parameter.items()}
     with open_reader(file) as reader:
         for tensor in GgufFile(file).tensors.values():
             if tensor.ggml_type not in FLOAT_TYPES:
                 every = RowSlice(0, 0, tensor.rows)
                 boxes.row_map.tensors[tensor.name].scatter(reader.weights(tensor, every), values)
-    return values
+    return {name: values[name] for name in like}
 
 
 class AdaptiveGreedy(BoxAttack):
