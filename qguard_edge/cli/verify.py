@@ -20,13 +20,13 @@ from qguard_edge.cli.verify_flags import (
     MarginFlag,
     MaxKlFlag,
     MaxTimeFlag,
-    ParallelFlag,
     PhraseFlag,
     SuiteFlag,
     SuitesFlag,
     TextFlag,
     ThreadsFlag,
     UtilityMarginFlag,
+    VerifyParallelFlag,
     finish,
     suites_from,
     texts_from,
@@ -90,7 +90,7 @@ def verify(
         int, typer.Option(min=0, help="Of generated prompts, sampling and bootstrap.", rich_help_panel=MEASURE)
     ] = 0,
     threads: ThreadsFlag = 0,
-    parallel: ParallelFlag = 32,
+    parallel: VerifyParallelFlag = None,
     n_gpu_layers: GpuLayersFlag = 0,
     device: Annotated[str, typer.Option(help="For folders: auto, cpu or cuda.", rich_help_panel=MEASURE)] = "auto",
     load_in: Annotated[

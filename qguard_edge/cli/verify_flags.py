@@ -70,6 +70,15 @@ ThreadsFlag = Annotated[
     int, typer.Option(min=0, envvar="QGUARD_THREADS", help="0 means all cores.", rich_help_panel=MEASURE)
 ]
 ParallelFlag = Annotated[int, typer.Option(min=1, max=256, help="Answers generated side by side.", rich_help_panel=MEASURE)]
+VerifyParallelFlag = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        help="Answers generated side by side. Default: 64, or 32 where their caches would take more than 1 GiB.",
+        rich_help_panel=MEASURE,
+    ),
+]
 GpuLayersFlag = Annotated[
     int, typer.Option("--n-gpu-layers", "-ngl", min=-1, help="Layers on the GPU; -1: all.", rich_help_panel=MEASURE)
 ]

@@ -29,8 +29,9 @@ Row = tuple[int, int, int, bool]
 """Token, position, sequence, whether its logits are wanted."""
 
 
-SCHEDULE = 2
-"""Goes up when the order of decoding changes, which moves last bits: answers kept by an older schedule are not used."""
+SCHEDULE = 3
+"""Goes up when the order of decoding or the kind of attention changes, which moves last bits: answers that were kept by an older
+schedule are not used."""
 
 
 CIRCLE = 8

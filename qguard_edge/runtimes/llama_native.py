@@ -53,6 +53,11 @@ def _install_log() -> None:
     llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
 
 
+SHORT_SEQUENCES = 512
+"""Tokens of a sequence up to which answers side by side are made without flash attention. On a CPU that takes a third of a small
+model's step, and plain attention a tenth off the whole (docs/benchmarks-verify.md); with prompts of 440 tokens both are alike."""
+
+
 class NativeModel:
     """A GGUF loaded for CPU (or partly offloaded) inference with `n_seq` independent sequences.
 
@@ -94,6 +99,7 @@ class NativeModel:
         self._model: Any = None
         self._context: Any = None
         self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, 0
+        self._exact, self._on_cpu = exact, n_gpu_layers == 0
         self._name, self._most = Path(path).name, n_batch
         _install_log()
         llama_cpp.llama_backend_init()
@@ -117,7 +123,6 @@ class NativeModel:
         ctx_params.n_threads = ctx_params.n_threads_batch = threads
         if exact:
             ctx_params.type_k = ctx_params.type_v = llama_cpp.GGML_TYPE_F32
-            ctx_params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if on_node is not None:
             self._on_node = ctx_params.cb_eval = on_node  # kept alive as long as llama.cpp may call it
         self.resize(n_ctx=n_ctx, n_seq=n_seq)
@@ -132,6 +137,9 @@ class NativeModel:
         params = self._params
         params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
         params.n_batch = params.n_ubatch = min(n_ctx * n_seq, self._most)
+        plain = self._exact or (n_seq > 1 and n_ctx <= SHORT_SEQUENCES and self._on_cpu)
+        kinds = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.flash_attn_type = kinds[0] if plain else kinds[1]
         self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, int(params.n_batch)
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:

@@ -21,7 +21,7 @@ from qguard_edge.verify.subjects import Subject, TextTokenizer
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
 PIECE = 96
-"""Prompts that are answered and kept together: three fillings of the default 32 sequences."""
+"""Prompts that are answered and kept together."""
 LONGEST_DOCUMENT = 512
 ROUND_TO = 64
 SHORT = 512

@@ -64,6 +64,11 @@ class FolderSubject:
         found = self.config.get("max_position_embeddings")
         return found if isinstance(found, int) and found > 0 else NO_LIMIT
 
+    @property
+    def token_bytes(self) -> int:
+        """See `Subject.token_bytes`."""
+        return 0
+
     def rounded_in(self, role: str) -> str | None:
         """Format in which bitsandbytes rounds the folder while it is loaded for a role."""
         return None if role == "base" or "quantization_config" in self.config else self.load_in

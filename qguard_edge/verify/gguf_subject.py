@@ -14,6 +14,7 @@ from qguard_edge.verify.runner import LlamaFactory
 from qguard_edge.verify.subjects import Subject
 
 NO_LIMIT = 1 << 20
+_KEYS_AND_VALUES = (".attn_k.weight", ".attn_v.weight")
 LLAMA_LIMITS = ("It was measured with this build of llama.cpp on this machine; other kernels round differently.",)
 
 
@@ -39,6 +40,11 @@ class GgufSubject:
     def context_length(self) -> int:
         """See `Subject.context_length`."""
         return self.model.first.count(f"{self.model.architecture}.context_length", NO_LIMIT)
+
+    @property
+    def token_bytes(self) -> int:
+        """See `Subject.token_bytes`: half precision, as llama.cpp's caches are."""
+        return 2 * sum(tensor.rows for name, tensor in self.model.tensors.items() if name.endswith(_KEYS_AND_VALUES))
 
     def facts(self, role: Role, name: str | None = None) -> FileFacts:
         """See `Subject.facts`."""

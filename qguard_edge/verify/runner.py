@@ -62,6 +62,24 @@ MOST_TOKENS = 16 * LONG_CONTEXT
 """Tokens that all sequences side by side may hold where one holds more than `LONG_CONTEXT`: the cache is allocated for all."""
 
 
+SIDE_BY_SIDE, FEWER = 64, 32
+CACHES = 1 << 30
+USUAL_CONTEXT = 512
+"""Tokens that a sequence of the built-in suites holds at most."""
+
+
+def parallel_for(token_bytes: int) -> int:
+    """How many sequences are decoded side by side unless the user says it.
+
+    A step with 64 rows makes a sixth more tokens per processor second than one with 32 (docs/benchmarks-verify.md); where the
+    caches of 64 would take more than `CACHES`, that is not worth the memory.
+
+    Args:
+        token_bytes: of keys and values, for one token; 0: unknown.
+    """
+    return SIDE_BY_SIDE if 0 < token_bytes * USUAL_CONTEXT * SIDE_BY_SIDE <= CACHES else FEWER
+
+
 def sequences(n_ctx: int, wanted: int) -> int:
     """How many sequences of `n_ctx` tokens are decoded side by side, so that long prompts do not multiply the memory."""
     return wanted if n_ctx <= LONG_CONTEXT else max(1, min(wanted, MOST_TOKENS // n_ctx))

@@ -44,6 +44,10 @@ class Subject(Protocol):
     def context_length(self) -> int:
         """Tokens the model was made for; a large number where that is not recorded."""
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of keys and values that a token takes in the cache; 0 where that is not known."""
+
     def facts(self, role: Role, name: str | None = None) -> FileFacts:
         """What it is; `name` where the report should show another one than its own. Reads every byte."""
 

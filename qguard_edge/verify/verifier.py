@@ -49,6 +49,7 @@ from qguard_edge.verify.results import (
     overall,
 )
 from qguard_edge.verify.rounds import MOST_PROMPTS, SuiteRun
+from qguard_edge.verify.runner import parallel_for
 from qguard_edge.verify.subjects import Subject
 from qguard_edge.verify.suites.base import Suite, SuiteError
 from qguard_edge.verify.suites.files import BUILT_IN, OPTIONAL, built_in
@@ -85,7 +86,7 @@ class VerifyRequest:
         temperature: 0 is greedy.
         seed: of sampling and bootstrap.
         threads: of all files together; 0 for all cores.
-        parallel: sequences decoded side by side.
+        parallel: sequences decoded side by side; None: by the size of their caches (`runner.parallel_for`).
         n_gpu_layers: layers on the GPU, -1 for all.
         extra_buffers: repacked weights; None: where they are safe.
         device: auto, cpu or cuda, for folders.
@@ -111,7 +112,7 @@ class VerifyRequest:
     temperature: float = 0.0
     seed: int = 0
     threads: int = 0
-    parallel: int = 32
+    parallel: int | None = None
     n_gpu_layers: int = 0
     extra_buffers: bool | None = None
     device: str = "auto"
@@ -349,7 +350,7 @@ class _Run:
         versions = {**versions_of(self.engine.packages), "system": self.engine.system()}
         return AskSettings(
             self.engine.factory,
-            request.parallel,
+            request.parallel or parallel_for(self.models["base"].token_bytes),
             request.samples,
             Sampling(request.temperature, request.seed, stop_at_repeats=True),
             versions,
@@ -371,7 +372,7 @@ class _Run:
             machine=f"{platform.system()} {platform.machine()}",
             settings={
                 **how.factory.describe(),
-                "parallel": request.parallel,
+                "parallel": how.parallel,
                 "files_at_once": how.at_once,
                 "limit": request.limit,
                 **request.margins.describe(),

@@ -10,7 +10,8 @@ import pytest
 
 from qguard_edge.verify.chat import ChatTemplate
 from qguard_edge.verify.fitting import askable
-from qguard_edge.verify.runner import LONG_CONTEXT, MOST_TOKENS, sequences
+from qguard_edge.verify.gguf_subject import GgufSubject
+from qguard_edge.verify.runner import CACHES, LONG_CONTEXT, MOST_TOKENS, USUAL_CONTEXT, parallel_for, sequences
 from qguard_edge.verify.suites.base import Suite, SuiteError, SuitePrompt
 from qguard_edge.verify.suites.files import BUILT_IN, OPTIONAL, built_in
 from qguard_edge.verify.verifier import limits_of, reseeded, select_suites
@@ -27,6 +28,7 @@ class Base:
 
     context_length: int
     quantized: bool = field(default=False, init=False)
+    token_bytes: int = field(default=0, init=False)
     source: str | None = CHATML
     path: Path = field(default_factory=Path)
 
@@ -115,6 +117,15 @@ def test_long_contexts_do_not_multiply_the_memory() -> None:
     for n_ctx in (1056, 2048, 8192, 100_000):
         assert sequences(n_ctx, 32) == 1 or sequences(n_ctx, 32) * n_ctx <= MOST_TOKENS
     assert sequences(100_000, 32) == 1
+
+
+def test_caches_decide_how_many_answers_are_made_side_by_side(tiny_base: Path) -> None:
+    model = GgufSubject(tiny_base)
+    keys = model.model.tensors["blk.0.attn_k.weight"]
+    layers = sum(name.endswith("attn_k.weight") for name in model.model.tensors)
+    assert model.token_bytes == 2 * 2 * layers * keys.rows  # keys and values, two bytes each
+    most = CACHES // (64 * USUAL_CONTEXT)
+    assert [parallel_for(size) for size in (model.token_bytes, most, most + 1, 0)] == [64, 64, 32, 32]
 
 
 def test_the_seed_of_a_run_selects_the_generated_prompts() -> None:
