@@ -1,21 +1,25 @@
-"""The picture of the README: attack success before and after, and distance to full precision, from the lab's result files.
+"""The pictures of the README, from the lab's result files.
 
 Run: python scripts/readme_picture.py
 
-Writes docs/first-picture.svg from docs/results/feedback and docs/results/types.jsonl; a test compares the numbers in it with
-those files, so it cannot fall behind them.
+docs/first-picture.svg shows attack success before and after, and the distance to full precision (docs/results/feedback and
+docs/results/types.jsonl); docs/real-picture.svg each defense on the real model, attack success against what it costs the clean
+model (docs/results/real). A test compares what is drawn with those files, so it cannot fall behind.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qguard_edge.report.plots import colours, save
+from qguard_edge.lab.results import read_result
+from qguard_edge.report.plots import MARKERS, colours, save, series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
+REAL_PICTURE = ROOT / "docs" / "real-picture.svg"
 PICTURE = ROOT / "docs" / "first-picture.svg"
 RESULTS = {
     "Mind the Gap, Q4_K": "tiny-mind-the-gap-q4_k-injection.json",
@@ -80,6 +84,64 @@ def draw() -> "Figure":
     return figure
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A defense on one victim of the real model.
+
+    Attributes:
+        defense: such as `feedback`; `none` is plain rounding.
+        success: of the attack, in percent, with the ends of its 95% Wilson interval.
+        distance: mean KL of the clean model with that defense, over the same with plain rounding.
+    """
+
+    defense: str
+    success: tuple[float, float, float]
+    distance: float
+
+
+def dots() -> list[Dot]:
+    """Every defense on every valid victim in docs/results/real."""
+    found = []
+    for path in sorted((ROOT / "docs" / "results" / "real").glob("*.json")):
+        result = read_result(path)
+        arms = {arm.name: arm for arm in result.arms}
+        plain = arms["clean none"].fidelity
+        for arm in result.arms if result.validity.valid else ():
+            clean = arms.get(f"clean {arm.defense}")
+            if arm.model == "attacked" and arm.defense and clean and clean.fidelity and plain:
+                rate = arm.asr
+                shown = 100 * rate.value, 100 * rate.low, 100 * rate.high
+                found.append(Dot(arm.defense, shown, clean.fidelity.mean_kl / plain.mean_kl))
+    return found
+
+
+def draw_real() -> "Figure":
+    """A dot per victim and defense, with the interval of its attack success."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 3.3))
+    axes = figure.subplots()
+    every = dots()
+    for i, defense in enumerate(dict.fromkeys(dot.defense for dot in every)):
+        mine = [dot for dot in every if dot.defense == defense]
+        for dot in mine:
+            axes.vlines(dot.distance, *dot.success[1:], color=series(i), linewidth=1.5)
+        axes.plot(
+            [dot.distance for dot in mine], [dot.success[0] for dot in mine],
+            color=series(i), marker=MARKERS[i % len(MARKERS)], linestyle="",
+            label={"none": "llama.cpp's own"}.get(defense, defense),
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20], ["0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.set_xlabel("the clean model's mean KL to full precision, times plain rounding's")
+    axes.set_ylabel("attack success, %")
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
+    figure.legend(loc="upper center", ncols=6)
+    return figure
+
+
 if __name__ == "__main__":
-    save(draw, PICTURE)
-    print(f"wrote {PICTURE.name}")
+    for picture, path in ((draw, PICTURE), (draw_real, REAL_PICTURE)):
+        save(picture, path)
+        print(f"wrote {path.name}")

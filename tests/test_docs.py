@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from docs_pages import anchor
-from readme_picture import PICTURE, RESULTS, arms_of, distances, shares
+from readme_picture import PICTURE, REAL_PICTURE, RESULTS, arms_of, distances, dots, draw_real, shares
 from typer.main import get_command
 
 from qguard_edge.cli import app
+from qguard_edge.report.plots import save
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -108,6 +109,12 @@ def test_the_readme_is_short_and_its_picture_is_that_of_the_result_files() -> No
         f"{value:.3f}" for row in distances() for value in row
     ]
     assert [number for number in drawn if number.endswith("%") or len(number) == 5] == expected
+
+
+def test_the_picture_of_the_real_model_is_drawn_from_the_results(tmp_path: Path) -> None:
+    assert len({dot.defense for dot in dots()}) >= 5
+    save(draw_real, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == REAL_PICTURE.read_text()
 
 
 def test_every_command_stands_in_the_table_of_the_readme() -> None:
