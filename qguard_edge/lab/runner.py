@@ -218,8 +218,11 @@ def run_lab(
             kept.write(result(made, tuple(name for name in names if name not in there)))
 
     known: dict[str, Arm] = {}
-    for other in others:
-        known.update(shared_arms(other, _plain_settings(settings), models))
+    for path, other in zip(reuse, others, strict=True):
+        shared = shared_arms(other, _plain_settings(settings), models)
+        if not shared:
+            progress.note(f"Nothing of {path.name} is taken over: its clean model is another.")
+        known.update(shared)
     if before and before.models == models and before.evaluated_with == _versions():
         known.update({arm.name: arm for arm in before.arms})
     elif before:

@@ -172,4 +172,8 @@ def test_arms_of_another_run_are_taken_over(untrained: Path, tmp_path: Path) -> 
         with pytest.raises(UnsupportedError, match=r"--reuse .* differs in (n_texts|scenario)"):
             asked_again(other)
     (tmp_path / "clean" / "model.safetensors").write_bytes((untrained / "model.safetensors").read_bytes())
-    assert asked_again(SETTINGS)[0][:3] == ["clean fp", "attacked fp", "clean none"]
+    stopped = _Asked(before="attacked fp")
+    with pytest.raises(_StoppedError):
+        run_lab(SETTINGS, tmp_path / "other", stopped, reuse=(tmp_path / "first.json",))
+    assert stopped.asked == ["clean fp"]
+    assert stopped.notes[0] == "Nothing of first.json is taken over: its clean model is another."
