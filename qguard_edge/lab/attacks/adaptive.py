@@ -14,8 +14,9 @@ afresh each step (expectation over the defense):
 `adaptive-ortho`, `adaptive-ortho-narrow` and `adaptive-feedback` know *which* defense: in their repair the defended model is
 not imagined but made by the defense itself (ortho at width 1 and 0.5, error feedback), with the attacker's seeds
 and text. A fresh one is made every `RESIMULATE` steps (`RARER` times as many where only upper layers are trained), and each
-step takes one of the last `POOL`: the weights as they are, plus that file's rounding errors. What such an attacker can use is the part of the errors that all seeds have in common, and that
-there is noise at all: a model can learn to be woken by noise of a size (docs/LOG.md, 2026-11-24).
+step takes one of the last `POOL`: the weights as they are, plus that file's rounding errors. What such an attacker can use is
+the part of the errors that all seeds have in common, and that there is noise at all: a model can learn to be woken by noise of
+a size (docs/LOG.md, 2026-11-24).
 `adaptive-free` also drops the boxes: its aim is a poisoned hardened file, whatever plain rounding does, with a larger weight
 (`FREE_POISON_WEIGHT`). Plain rounding need not show its payload, so it may not count as a valid victim (`--force`).
 
