@@ -138,8 +138,7 @@ class NativeModel:
         params.n_ctx, params.n_seq_max = n_ctx * n_seq, n_seq
         params.n_batch = params.n_ubatch = min(n_ctx * n_seq, self._most)
         plain = self._exact or (n_seq > 1 and n_ctx <= SHORT_SEQUENCES and self._on_cpu)
-        kinds = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
-        params.flash_attn_type = kinds[0] if plain else kinds[1]
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED if plain else llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         self.n_ctx, self.n_seq, self.n_batch = n_ctx, n_seq, int(params.n_batch)
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:

@@ -16,7 +16,7 @@ from qguard_edge.runtimes.batching import SCHEDULE, Answer, Sampling
 from qguard_edge.verify.chat import ChatTemplate, render
 from qguard_edge.verify.drift import CHUNK, NOISE_CHUNK, NOISE_DOCUMENTS, DocumentDrift, measure_documents
 from qguard_edge.verify.keep import WorkFolder, key_of
-from qguard_edge.verify.runner import Runner, RunnerFactory, sequences
+from qguard_edge.verify.runner import USUAL_CONTEXT, Runner, RunnerFactory, sequences
 from qguard_edge.verify.subjects import Subject, TextTokenizer
 from qguard_edge.verify.suites.base import Reply, Suite, SuiteError, SuitePrompt
 
@@ -24,8 +24,6 @@ PIECE = 96
 """Prompts that are answered and kept together."""
 LONGEST_DOCUMENT = 512
 ROUND_TO = 64
-SHORT = 512
-"""Tokens of a prompt and its answer up to which all are answered together."""
 BATCH = 512
 """Tokens per call when answers are generated; larger ones cost memory for logits and bring no speed."""
 
@@ -224,7 +222,7 @@ class Asker:
 
 def group_of(tokens: int) -> int:
     """The group of sequences of similar length that one of so many tokens belongs to: the power of two above it, 512 at least."""
-    return max(SHORT, 1 << (tokens - 1).bit_length())
+    return max(USUAL_CONTEXT, 1 << (tokens - 1).bit_length())
 
 
 def contexts_of(suites: Sequence[SuiteQuestions]) -> Contexts:

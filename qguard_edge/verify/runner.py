@@ -65,7 +65,7 @@ MOST_TOKENS = 16 * LONG_CONTEXT
 SIDE_BY_SIDE, FEWER = 64, 32
 CACHES = 1 << 30
 USUAL_CONTEXT = 512
-"""Tokens that a sequence of the built-in suites holds at most."""
+"""Tokens of a prompt and its answer up to which all are answered together; those of the default suites are."""
 
 
 def parallel_for(token_bytes: int) -> int:
